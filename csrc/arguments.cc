@@ -1,0 +1,433 @@
+// Checks what a caller passed and resolves every accepted weight layout to pointers and strides.
+#include <algorithm>
+#include <cstdio>
+#include <cmath>
+#include <sstream>
+#include <stdexcept>
+
+#include "moe.h"
+
+namespace paddle_moe {
+namespace {
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t i = 0; i < shape.size(); ++i) {
+    if (i) text << ", ";
+    if (shape[i] < 0) text << '?';
+    else text << shape[i];
+  }
+  text << ']';
+  return text.str();
+}
+
+// Names one entry of a list argument: "down_weights[3]".
+std::string entry_name(const char* list, size_t index, size_t size) {
+  return size == 1 ? std::string(list) : std::string(list) + "[" + std::to_string(index) + "]";
+}
+
+bool known(int64_t size) { return size >= 0; }
+
+// The size that two places agree on; -1 while neither knows.
+void unify(int64_t* size, int64_t other) {
+  if (!known(*size)) *size = other;
+}
+
+void expect_shape(const std::string& name, const Tensor& tensor, const std::vector<int64_t>& expected,
+                  const char* meaning) {
+  bool same = tensor.shape.size() == expected.size();
+  for (size_t i = 0; same && i < expected.size(); ++i) {
+    same = !known(expected[i]) || !known(tensor.shape[i]) || expected[i] == tensor.shape[i];
+  }
+  if (!same) {
+    fail(name, " must have the shape ", meaning, " = ", shape_text(expected), ", got ", shape_text(tensor.shape));
+  }
+}
+
+void expect_rank(const std::string& name, const Tensor& tensor, size_t rank, const char* meaning) {
+  if (tensor.shape.size() != rank) {
+    fail(name, " must have ", rank, " dimensions ", meaning, ", got the shape ", shape_text(tensor.shape));
+  }
+}
+
+bool is_float(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+}
+
+void expect_dtype(const std::string& name, const Tensor& tensor, DType first, DType second = DType::kUnknown) {
+  if (tensor.dtype == DType::kUnknown || first == DType::kUnknown) return;
+  if (tensor.dtype == first || tensor.dtype == second) return;
+  if (second == DType::kUnknown || second == first) {
+    fail(name, " must have the dtype ", dtype_name(first), ", got ", dtype_name(tensor.dtype));
+  }
+  fail(name, " must have the dtype ", dtype_name(first), " or ", dtype_name(second), ", got ",
+       dtype_name(tensor.dtype));
+}
+
+int64_t stride(const Tensor& tensor, size_t dim) {
+  if (!tensor.strides.empty()) return tensor.strides[dim];
+  int64_t result = 1;
+  for (size_t i = dim + 1; i < tensor.shape.size(); ++i) result *= tensor.shape[i];
+  return result;
+}
+
+// A dimension of size 1 has no meaningful stride, and in an array without elements none has, so any is accepted there.
+bool is_contiguous_from(const Tensor& tensor, size_t first_dim) {
+  if (std::count(tensor.shape.begin(), tensor.shape.end(), 0) != 0) return true;
+  int64_t expected = 1;
+  for (size_t i = tensor.shape.size(); i-- > first_dim;) {
+    if (tensor.shape[i] > 1 && stride(tensor, i) != expected) return false;
+    expected *= tensor.shape[i];
+  }
+  return true;
+}
+
+void expect_contiguous(const std::string& name, const Tensor& tensor, size_t first_dim = 0) {
+  if (!is_contiguous_from(tensor, first_dim)) {
+    fail(name, " must be contiguous", first_dim ? " in its last dimension" : "", ", got the shape ",
+         shape_text(tensor.shape), " with the strides ", shape_text(tensor.strides), "; pass a contiguous copy");
+  }
+}
+
+const void* offset(const void* data, DType dtype, int64_t elements) {
+  if (data == nullptr) return nullptr;
+  return static_cast<const char*>(data) + elements * static_cast<int64_t>(dtype_size(dtype));
+}
+
+// The last two dimensions of a weight as [in, out], whichever way it is stored.
+Matrix as_matrix(const Tensor& weight, bool permuted) {
+  const size_t rank = weight.shape.size();
+  const int64_t first = stride(weight, rank - 2), second = stride(weight, rank - 1);
+  return {weight.data, permuted ? second : first, permuted ? first : second};
+}
+
+struct Layout {
+  int64_t num_experts;
+  bool stacked_gate_up, stacked_down, separate;  // separate: 2*E_l tensors, all gates, then all ups
+};
+
+Layout find_layout(const Arguments& a) {
+  Layout layout{};
+  if (a.down_weights.empty()) fail("down_weights must hold at least one tensor, got an empty list");
+  if (a.gate_up_weights.empty()) fail("gate_up_weights must hold at least one tensor, got an empty list");
+  layout.stacked_down = a.down_weights.size() == 1 && a.down_weights[0].shape.size() == 3;
+  layout.stacked_gate_up = a.gate_up_weights.size() == 1 && a.gate_up_weights[0].shape.size() == 3;
+  layout.num_experts =
+      layout.stacked_down ? a.down_weights[0].shape[0] : static_cast<int64_t>(a.down_weights.size());
+  if (layout.num_experts == 0) fail("down_weights must hold at least one expert, got the shape ",
+                                    shape_text(a.down_weights[0].shape));
+  if (layout.stacked_gate_up) {
+    const int64_t gate_up_experts = a.gate_up_weights[0].shape[0];
+    unify(&layout.num_experts, gate_up_experts);
+    if (known(gate_up_experts) && gate_up_experts != layout.num_experts) {
+      fail("gate_up_weights must hold as many experts as down_weights (", layout.num_experts,
+           "), got the stacked shape ", shape_text(a.gate_up_weights[0].shape));
+    }
+  } else {
+    const int64_t count = static_cast<int64_t>(a.gate_up_weights.size());
+    if (!known(layout.num_experts)) fail("down_weights must have a known number of experts when gate_up_weights is a list");
+    layout.separate = count == 2 * layout.num_experts;
+    if (!layout.separate && count != layout.num_experts) {
+      fail("gate_up_weights must hold one tensor per expert (", layout.num_experts, ", gate and up side by side), two (",
+           2 * layout.num_experts, ", all gates, then all ups), or one stacked tensor; down_weights holds ",
+           layout.num_experts, " experts, got ", count, " tensors");
+    }
+  }
+  return layout;
+}
+
+// Reads the expert matrices of one kind: sizes `in` and `out` are completed from the shapes.
+void check_weights(const char* name, const std::vector<Tensor>& weights, bool permuted, DType dtype,
+                   int64_t num_experts, bool stacked, int64_t in, int64_t out, const char* meaning) {
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const std::string entry = entry_name(name, i, weights.size());
+    std::vector<int64_t> expected = permuted ? std::vector<int64_t>{out, in} : std::vector<int64_t>{in, out};
+    if (stacked) expected.insert(expected.begin(), num_experts);
+    expect_shape(entry, weights[i], expected, meaning);
+    expect_dtype(entry, weights[i], dtype);
+  }
+}
+
+void check_bias(const char* name, const std::vector<Tensor>& bias, DType dtype, int64_t num_experts, int64_t size,
+                bool allow_separate, const char* meaning) {
+  if (bias.empty()) return;
+  const bool stacked = bias.size() == 1 && bias[0].shape.size() == 2;
+  const int64_t count = static_cast<int64_t>(bias.size());
+  const bool separate = allow_separate && !stacked && count == 2 * num_experts;
+  if (!stacked && !separate && count != num_experts) {
+    fail(name, " must hold one tensor per expert (", num_experts, ") or one stacked tensor, got ", count, " tensors");
+  }
+  for (size_t i = 0; i < bias.size(); ++i) {
+    const std::string entry = entry_name(name, i, bias.size());
+    std::vector<int64_t> expected{separate && known(size) ? size / 2 : size};
+    if (stacked) expected.insert(expected.begin(), num_experts);
+    expect_shape(entry, bias[i], expected, separate ? "[I]" : meaning);
+    expect_dtype(entry, bias[i], dtype, DType::kFloat32);
+    expect_dtype(entry, bias[i], bias[0].dtype);
+    expect_contiguous(entry, bias[i], bias[i].shape.size() - 1);
+  }
+}
+
+// Expert e's bias; part 1 of 2 is the up half of a fused or separate gate_up bias.
+const void* bias_of(const std::vector<Tensor>& bias, int64_t e, int64_t num_experts, int64_t part, int64_t half) {
+  if (bias.empty()) return nullptr;
+  if (bias.size() == 1 && bias[0].shape.size() == 2) {
+    return offset(bias[0].data, bias[0].dtype, e * stride(bias[0], 0) + part * half);
+  }
+  if (static_cast<int64_t>(bias.size()) == 2 * num_experts) return bias[part * num_experts + e].data;
+  return offset(bias[e].data, bias[e].dtype, part * half);
+}
+
+}  // namespace
+
+const char* dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return "float32";
+    case DType::kBFloat16: return "bfloat16";
+    case DType::kFloat16: return "float16";
+    case DType::kInt32: return "int32";
+    case DType::kInt64: return "int64";
+    case DType::kFloat64: return "float64";
+    case DType::kInt16: return "int16";
+    case DType::kInt8: return "int8";
+    case DType::kUInt8: return "uint8";
+    case DType::kBool: return "bool";
+    default: return "an unsupported dtype";
+  }
+}
+
+size_t dtype_size(DType dtype) {
+  switch (dtype) {
+    case DType::kInt64: return 8;
+    case DType::kBFloat16:
+    case DType::kFloat16: return 2;
+    default: return 4;
+  }
+}
+
+ActivationSpec parse_activation(const std::string& text) {
+  static const std::pair<const char*, Activation> names[] = {
+      {"silu", Activation::kSilu},         {"gelu", Activation::kGelu},   {"gelu_tanh", Activation::kGeluTanh},
+      {"relu", Activation::kRelu},         {"relu2", Activation::kRelu2}, {"selu", Activation::kSelu},
+      {"identity", Activation::kIdentity}, {"swigluoai", Activation::kSwigluOai}};
+  ActivationSpec spec;
+  for (const auto& [name, kind] : names) {
+    if (text == name) {
+      spec.kind = kind;
+      return spec;
+    }
+  }
+  int end = 0;
+  if (std::sscanf(text.c_str(), "swigluoai(%f,%f)%n", &spec.alpha, &spec.limit, &end) == 2 &&
+      end == static_cast<int>(text.size())) {
+    if (!std::isfinite(spec.alpha) || !(spec.limit > 0)) {
+      fail("activation must have a finite alpha and a positive limit, got '", text, "'");
+    }
+    spec.kind = Activation::kSwigluOai;
+    return spec;
+  }
+  fail("activation must be one of silu, gelu, gelu_tanh, relu, relu2, selu, identity, swigluoai, "
+       "swigluoai(alpha, limit), got '", text, "'");
+}
+
+Problem resolve(const Arguments& a) {
+  Problem p;
+  expect_rank("hidden_states", a.hidden_states, 2, "[T, H]");
+  expect_rank("routing_table", a.routing_table, 2, "[T, K]");
+  expect_rank("router_weights", a.router_weights, 2, "[T, K]");
+  p.dtype = a.hidden_states.dtype;
+  if (p.dtype != DType::kUnknown && !is_float(p.dtype)) {
+    fail("hidden_states must have the dtype float32, bfloat16 or float16, got ", dtype_name(p.dtype));
+  }
+  expect_dtype("routing_table", a.routing_table, DType::kInt32, DType::kInt64);
+  expect_dtype("router_weights", a.router_weights, DType::kFloat32, p.dtype);
+
+  p.num_tokens = a.hidden_states.shape[0];
+  unify(&p.num_tokens, a.routing_table.shape[0]);
+  unify(&p.num_tokens, a.router_weights.shape[0]);
+  p.top_k = a.routing_table.shape[1];
+  unify(&p.top_k, a.router_weights.shape[1]);
+  if (p.top_k == 0) fail("routing_table must have at least one column (K >= 1), got the shape ",
+                         shape_text(a.routing_table.shape));
+  expect_shape("routing_table", a.routing_table, {p.num_tokens, p.top_k}, "[T, K]");
+  expect_shape("router_weights", a.router_weights, {p.num_tokens, p.top_k}, "[T, K]");
+
+  const Layout layout = find_layout(a);
+  const int64_t num_experts = layout.num_experts;
+  if (known(num_experts)) p.experts.resize(num_experts);
+  const bool t = a.permuted_weights;
+
+  // H and I come from the first weight of each kind, hidden_states completes H.
+  const Tensor& first_down = a.down_weights[0];
+  expect_rank(entry_name("down_weights", 0, a.down_weights.size()), first_down, layout.stacked_down ? 3 : 2,
+              layout.stacked_down ? (t ? "[E_l, H, I]" : "[E_l, I, H]") : (t ? "[H, I]" : "[I, H]"));
+  const std::vector<int64_t>& down_shape = first_down.shape;
+  p.intermediate_size = down_shape[down_shape.size() - (t ? 1 : 2)];
+  p.hidden_size = a.hidden_states.shape[1];
+  unify(&p.hidden_size, down_shape[down_shape.size() - (t ? 2 : 1)]);
+  if (p.hidden_size == 0) fail("hidden_states must have at least one column (H >= 1), got the shape ",
+                               shape_text(a.hidden_states.shape));
+  if (p.intermediate_size == 0) fail("down_weights must have an intermediate dimension I >= 1, got the shape ",
+                                     shape_text(down_shape));
+  const int64_t inter = p.intermediate_size;
+  const int64_t columns = layout.separate || !known(inter) ? inter : 2 * inter;
+  const char* gate_up_meaning =
+      layout.stacked_gate_up ? (t ? "[E_l, 2I, H]" : "[E_l, H, 2I]")
+      : layout.separate      ? (t ? "[I, H]" : "[H, I]")
+                             : (t ? "[2I, H]" : "[H, 2I]");
+  const char* down_meaning =
+      layout.stacked_down ? (t ? "[E_l, H, I]" : "[E_l, I, H]") : (t ? "[H, I]" : "[I, H]");
+  check_weights("gate_up_weights", a.gate_up_weights, t, p.dtype, num_experts, layout.stacked_gate_up, p.hidden_size,
+                columns, gate_up_meaning);
+  check_weights("down_weights", a.down_weights, t, p.dtype, num_experts, layout.stacked_down, inter, p.hidden_size,
+                down_meaning);
+  check_bias("gate_up_bias", a.gate_up_bias, p.dtype, num_experts, known(inter) ? 2 * inter : -1, true,
+             a.gate_up_bias.size() == 1 && a.gate_up_bias[0].shape.size() == 2 ? "[E_l, 2I]" : "[2I]");
+  check_bias("down_bias", a.down_bias, p.dtype, num_experts, p.hidden_size, false,
+             a.down_bias.size() == 1 && a.down_bias[0].shape.size() == 2 ? "[E_l, H]" : "[H]");
+  if (!a.gate_up_bias.empty() && !a.down_bias.empty()) {
+    expect_dtype("down_bias", a.down_bias[0], a.gate_up_bias[0].dtype);
+  }
+
+  const int64_t most = std::numeric_limits<int64_t>::max() - std::max<int64_t>(num_experts, 0);
+  if (a.experts_min < 0 || a.experts_min > most) fail("experts_min must be between 0 and ", most, ", got ", a.experts_min);
+  if (a.experts_max != kLastExpertPassed && known(num_experts) && a.experts_max != a.experts_min + num_experts - 1) {
+    fail("experts_max must be experts_min + ", num_experts, " - 1 = ", a.experts_min + num_experts - 1,
+         " (the range is inclusive and ", num_experts, " experts were passed), got experts_min=", a.experts_min,
+         ", experts_max=", a.experts_max);
+  }
+  if (a.chunk_size < 0) fail("chunk_size must be at least 0 (0: chosen), got ", a.chunk_size);
+  p.first_expert = a.experts_min;
+  p.chunk_size = a.chunk_size;
+  p.activation = parse_activation(a.activation);
+
+  p.experts.resize(std::max<int64_t>(num_experts, 0));
+  if (a.hidden_states.data == nullptr && p.num_tokens != 0) return p;  // shapes only: nothing to point at yet
+
+  expect_contiguous("hidden_states", a.hidden_states, 1);
+  expect_contiguous("routing_table", a.routing_table);
+  expect_contiguous("router_weights", a.router_weights);
+  p.hidden_states = a.hidden_states.data;
+  p.hidden_states_stride = stride(a.hidden_states, 0);
+  p.routing_table = a.routing_table.data;
+  p.routing_table_dtype = a.routing_table.dtype;
+  p.router_weights = a.router_weights.data;
+  p.router_weights_dtype = a.router_weights.dtype;
+  if (!a.gate_up_bias.empty()) p.bias_dtype = a.gate_up_bias[0].dtype;
+  if (!a.down_bias.empty()) p.bias_dtype = a.down_bias[0].dtype;
+
+  for (int64_t e = 0; e < num_experts; ++e) {
+    Expert& expert = p.experts[e];
+    if (layout.stacked_down) {
+      expert.down = as_matrix(a.down_weights[0], t);
+      expert.down.data = offset(expert.down.data, p.dtype, e * stride(a.down_weights[0], 0));
+    } else {
+      expert.down = as_matrix(a.down_weights[e], t);
+    }
+    if (layout.separate) {
+      expert.gate = as_matrix(a.gate_up_weights[e], t);
+      expert.up = as_matrix(a.gate_up_weights[num_experts + e], t);
+    } else {
+      expert.gate = as_matrix(a.gate_up_weights[layout.stacked_gate_up ? 0 : e], t);
+      if (layout.stacked_gate_up) {
+        expert.gate.data = offset(expert.gate.data, p.dtype, e * stride(a.gate_up_weights[0], 0));
+      }
+      expert.up = expert.gate;
+      expert.up.data = offset(expert.gate.data, p.dtype, inter * expert.gate.out_stride);
+    }
+    expert.gate_bias = bias_of(a.gate_up_bias, e, num_experts, 0, inter);
+    expert.up_bias = bias_of(a.gate_up_bias, e, num_experts, 1, inter);
+    expert.down_bias = bias_of(a.down_bias, e, num_experts, 0, 0);
+  }
+  return p;
+}
+
+GateProblem resolve_gate(const Tensor& hidden_states, const Tensor& gate_weight) {
+  GateProblem p;
+  expect_rank("hidden_states", hidden_states, 2, "[T, H]");
+  expect_rank("gate_weight", gate_weight, 2, "[H, E]");
+  p.dtype = hidden_states.dtype;
+  if (p.dtype != DType::kUnknown && !is_float(p.dtype)) {
+    fail("hidden_states must have the dtype float32, bfloat16 or float16, got ", dtype_name(p.dtype));
+  }
+  expect_dtype("gate_weight", gate_weight, DType::kFloat32, p.dtype);
+  p.num_tokens = hidden_states.shape[0];
+  p.hidden_size = hidden_states.shape[1];
+  unify(&p.hidden_size, gate_weight.shape[0]);
+  p.num_experts = gate_weight.shape[1];
+  expect_shape("gate_weight", gate_weight, {p.hidden_size, -1}, "[H, E]");
+  if (p.hidden_size == 0 || p.num_experts == 0) {
+    fail("gate_weight must have at least one row and one column, got the shape ", shape_text(gate_weight.shape));
+  }
+  if (gate_weight.data == nullptr) return p;
+  expect_contiguous("hidden_states", hidden_states, 1);
+  p.hidden_states = hidden_states.data;
+  p.hidden_states_stride = stride(hidden_states, 0);
+  p.weight = as_matrix(gate_weight, false);
+  p.weight_dtype = gate_weight.dtype;
+  return p;
+}
+
+RouteProblem resolve_route(const Tensor& logits, const Tensor& correction_bias, const RouteOptions& o) {
+  RouteProblem p;
+  expect_rank("logits", logits, 2, "[T, E]");
+  expect_dtype("logits", logits, DType::kFloat32);
+  p.num_tokens = logits.shape[0];
+  p.num_experts = logits.shape[1];
+  const int64_t num_experts = p.num_experts;
+  if (num_experts == 0) fail("logits must have at least one column (E >= 1), got the shape ", shape_text(logits.shape));
+  if (!correction_bias.shape.empty()) {
+    expect_shape("correction_bias", correction_bias, {num_experts}, "[E]");
+    expect_dtype("correction_bias", correction_bias, DType::kFloat32);
+    expect_contiguous("correction_bias", correction_bias);
+  }
+  if (o.scoring == "softmax") p.scoring = Scoring::kSoftmax;
+  else if (o.scoring == "sigmoid") p.scoring = Scoring::kSigmoid;
+  else if (o.scoring == "softmax_topk") p.scoring = Scoring::kSoftmaxTopK;
+  else fail("scoring must be one of softmax, sigmoid, softmax_topk, got '", o.scoring, "'");
+  if (o.group_score == "max") p.group_score = GroupScore::kMax;
+  else if (o.group_score == "top2_sum") p.group_score = GroupScore::kTop2Sum;
+  else fail("group_score must be one of max, top2_sum, got '", o.group_score, "'");
+
+  if (o.num_groups < 1) fail("num_groups must be at least 1, got ", o.num_groups);
+  if (known(num_experts) && num_experts % o.num_groups != 0) {
+    fail("num_groups must divide the number of experts ", num_experts, ", got ", o.num_groups);
+  }
+  if (o.topk_groups < 1 || o.topk_groups > o.num_groups) {
+    fail("topk_groups must be between 1 and num_groups = ", o.num_groups, ", got ", o.topk_groups);
+  }
+  if (o.top_k < 1) fail("top_k must be at least 1, got ", o.top_k);
+  if (known(num_experts) && o.top_k > num_experts / o.num_groups * o.topk_groups) {
+    fail("top_k must be at most ", num_experts / o.num_groups * o.topk_groups,
+         ", the number of experts in the groups that are kept, got ", o.top_k);
+  }
+  if (o.group_mask_fill != 0.0f && !(std::isinf(o.group_mask_fill) && o.group_mask_fill < 0)) {
+    fail("group_mask_fill must be 0.0 or -inf, got ", o.group_mask_fill);
+  }
+  if (!(o.renormalize_eps >= 0) || std::isinf(o.renormalize_eps)) {
+    fail("renormalize_eps must be finite and at least 0, got ", o.renormalize_eps);
+  }
+  if (!std::isfinite(o.scaling_factor)) fail("scaling_factor must be finite, got ", o.scaling_factor);
+  p.top_k = o.top_k;
+  p.num_groups = o.num_groups;
+  p.topk_groups = o.topk_groups;
+  p.group_mask_fill = o.group_mask_fill;
+  p.renormalize = o.renormalize;
+  p.renormalize_eps = o.renormalize_eps;
+  p.scaling_factor = o.scaling_factor;
+  if (logits.data == nullptr) return p;
+  expect_contiguous("logits", logits);
+  p.logits = static_cast<const float*>(logits.data);
+  p.correction_bias = static_cast<const float*>(correction_bias.data);
+  return p;
+}
+
+}  // namespace paddle_moe

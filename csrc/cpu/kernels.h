@@ -1,0 +1,100 @@
+// What one instruction set offers to the scheduler in moe.cc. The same template source, kernels.inc, is compiled once
+// per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "moe.h"
+
+namespace paddle_moe {
+namespace cpu {
+
+// How a GEMM reads its operands: in units of four bytes along the reduced dimension, each an fp32 value or a pair of
+// neighbouring bf16 values (only where the processor multiplies such pairs; VDPBF16PS takes subnormal bf16 values, below
+// 1.2e-38, for zero).
+enum class Operand { kFloat32, kBf16Pairs };
+
+constexpr int64_t kUnitBytes = 4;
+
+// Units reduced in registers before the partial sum is added to the result. A constant of the contract, not only of
+// the cache: every result is the sum, in order, of such blocks, each summed in order, whatever the tile it was computed in.
+constexpr int64_t kBlockUnits = 256;
+// Columns of each of the two blocks of a GemmTask: two cache lines of bf16, four of fp32.
+constexpr int64_t kBlockColumns = 64;
+// Rows of a GemmTask: 192 x 1 KiB of activations stay in L2 beside 128 KiB of packed weights. A multiple of all tile heights.
+constexpr int64_t kBlockRows = 192;
+// Stride of a GemmTask's result when it is scratch, and bytes of a packed weight block.
+constexpr int64_t kResultStride = 2 * kBlockColumns;
+constexpr int64_t kPackedBytes = kBlockUnits * 2 * kBlockColumns * kUnitBytes;
+
+// result[r, c] = rows[r, :] * weight[0][:, c] for the first block of columns, and the same for weight[1] at
+// result[r, second_block + c]. The results are written in whole vectors: up to kBlockColumns columns of each block
+// are overwritten.
+struct GemmTask {
+  const void* rows;
+  int64_t row_stride;  // units
+  int64_t num_rows;    // <= kBlockRows
+  int64_t depth;       // elements
+  Operand operand;
+  DType weight_dtype;
+  Matrix weight[2];    // at their first column
+  int64_t columns[2];  // <= kBlockColumns; columns[1] <= columns[0]
+  float* result;
+  int64_t result_stride;
+  int64_t second_block;
+  void* packed;        // kPackedBytes
+};
+
+// out[r, c] = activation(gate) * up, rounded to dtype and stored as an operand of the second GEMM.
+struct ActivateTask {
+  const float* gate;  // [num_rows, columns], stride kResultStride
+  const float* up;
+  int64_t num_rows, columns;
+  const void* gate_bias;  // at the first column, or null
+  const void* up_bias;
+  DType bias_dtype;
+  ActivationSpec activation;
+  DType dtype;
+  Operand operand;
+  void* out;           // at the first column
+  int64_t out_stride;  // units
+  uint32_t amax_bits;  // raised to the bits of max |value before rounding|; NaN is the largest
+};
+
+// out[t, :] = sum over k of weight[t, k] * (down[position[t, k], :] + bias of the expert), skipping position -1.
+struct CombineTask {
+  const float* down;
+  int64_t down_stride;
+  const int32_t* position;      // [num_tokens, top_k]
+  const int32_t* local_expert;  // [num_tokens, top_k]
+  const float* weight;          // [num_tokens, top_k]
+  const Expert* experts;
+  DType bias_dtype;
+  bool has_bias;
+  int64_t num_tokens, top_k, hidden_size;
+  DType dtype;
+  void* out;  // [num_tokens, hidden_size]
+};
+
+struct Kernels {
+  const char* name;
+  bool bf16_dot;  // Operand::kBf16Pairs is available
+  // Stores n elements as an operand row; a last half-filled unit is completed with zero.
+  void (*copy_row)(const void* source, DType dtype, int64_t n, Operand operand, void* row);
+  void (*gemm)(const GemmTask& task);
+  void (*activate)(ActivateTask* task);
+  void (*combine)(const CombineTask& task);
+};
+
+// The best that this processor runs, or the one that PADDLE_MOE_ISA names.
+const Kernels& kernels();
+
+#if defined(__x86_64__)
+namespace avx2 { extern const Kernels kKernels; }
+namespace avx512 { extern const Kernels kKernels; }
+namespace avx512_bf16 { extern const Kernels kKernels; }
+#endif
+namespace generic { extern const Kernels kKernels; }
+
+}  // namespace cpu
+}  // namespace paddle_moe

@@ -1,0 +1,260 @@
+// Schedules the four stages of mixture_of_experts, and the gate, over the threads.
+//
+//   sort    slots (token, k) by local expert; copy their activation rows, in that order, into the workspace
+//   gemm 1  [rows, H] x [H, 2I] per expert; activation while the result is in cache; rows of the intermediate
+//   gemm 2  [rows, I] x [I, H] per expert; fp32 rows
+//   combine each token's rows, weighted, in the order of k
+//
+// All tasks of a chunk stand in one queue, stage after stage. A task waits only for what it reads: the second GEMM of
+// an expert for the first of the same expert, not for a barrier.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "cpu/float_formats.h"
+#include "cpu/kernels.h"
+#include "cpu/threads.h"
+#include "cpu/workspace.h"
+
+namespace paddle_moe {
+namespace cpu {
+namespace {
+
+// Slots (token, k pairs) that a chunk aims at: bounds the workspace while each expert's weights, which every chunk
+// reads anew, still meet many rows.
+constexpr int64_t kSlotsPerChunk = 16384;
+constexpr int64_t kRowsPerCopyTask = 32;
+constexpr int64_t kTokensPerCombineTask = 16;
+// A thread is woken for at least this many bytes of weights; less is done before it is awake.
+constexpr int64_t kWeightBytesPerThread = 256 * 1024;
+
+float load_float(const void* data, int64_t i, DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16: return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
+    case DType::kFloat16: return f16_to_float(static_cast<const uint16_t*>(data)[i]);
+    default: return static_cast<const float*>(data)[i];
+  }
+}
+
+Operand operand_of(DType dtype) {
+  return dtype == DType::kBFloat16 && kernels().bf16_dot ? Operand::kBf16Pairs : Operand::kFloat32;
+}
+
+int64_t chunk_tokens(const Problem& p) {
+  const int64_t chosen = p.chunk_size > 0 ? p.chunk_size : std::max<int64_t>(64, kSlotsPerChunk / p.top_k);
+  return std::max<int64_t>(1, std::min(chosen, p.num_tokens));
+}
+
+struct Layout {
+  explicit Layout(const Problem& p, void* workspace, int threads)
+      : operand(operand_of(p.dtype)),
+        tokens(chunk_tokens(p)),
+        hidden_stride(operand_stride(p.hidden_size, operand)),
+        inter_stride(operand_stride(p.intermediate_size, operand)),
+        down_stride(round_up(p.hidden_size, kResultStride)) {
+    Arena arena(workspace);
+    const int64_t slots = tokens * p.top_k;
+    position = arena.take<int32_t>(slots * sizeof(int32_t));
+    local_expert = arena.take<int32_t>(slots * sizeof(int32_t));
+    weight = arena.take<float>(slots * sizeof(float));
+    slot_token = arena.take<int32_t>(slots * sizeof(int32_t));
+    hidden_rows = arena.take<char>(slots * hidden_stride * kUnitBytes);
+    inter_rows = arena.take<char>(slots * inter_stride * kUnitBytes);
+    down_rows = arena.take<float>(slots * down_stride * sizeof(float));
+    scratch = take_thread_scratch(&arena, threads);
+    bytes = arena.used();
+  }
+
+  Operand operand;
+  int64_t tokens, hidden_stride, inter_stride, down_stride;  // strides in units and floats
+  int32_t *position, *local_expert, *slot_token;
+  float* weight;
+  char *hidden_rows, *inter_rows;
+  float* down_rows;
+  std::vector<ThreadScratch> scratch;
+  size_t bytes;
+};
+
+// A block of rows and columns of one expert's GEMM.
+struct GemmBlock {
+  int32_t expert;
+  int64_t first_row, num_rows;
+  int64_t first_column, num_columns;
+};
+
+class Chunk {
+ public:
+  Chunk(const Problem& problem, Layout* layout, int64_t first_token, int64_t num_tokens, void* out, uint32_t* amax_bits)
+      : p_(problem), w_(*layout), first_token_(first_token), num_tokens_(num_tokens), out_(out), amax_(amax_bits) {
+    sort();
+    plan();
+  }
+
+  void run(int max_threads) {
+    const int64_t bytes_per_expert =
+        3 * p_.hidden_size * p_.intermediate_size * static_cast<int64_t>(dtype_size(p_.dtype));
+    const int64_t useful = 1 + active_experts_ * bytes_per_expert / kWeightBytesPerThread;
+    parallel(static_cast<int>(std::min<int64_t>({max_threads, useful, num_tasks_})), [this](int thread) { work(thread); });
+  }
+
+ private:
+  void sort() {
+    const int64_t num_experts = p_.num_experts(), slots = num_tokens_ * p_.top_k, base = first_token_ * p_.top_k;
+    begin_.assign(num_experts + 1, 0);
+    for (int64_t i = 0; i < slots; ++i) {
+      const int64_t id = p_.routing_table_dtype == DType::kInt64
+                             ? static_cast<const int64_t*>(p_.routing_table)[base + i]
+                             : static_cast<const int32_t*>(p_.routing_table)[base + i];
+      const bool local = id >= p_.first_expert && id - p_.first_expert < num_experts;
+      w_.local_expert[i] = local ? static_cast<int32_t>(id - p_.first_expert) : -1;
+      if (local) ++begin_[w_.local_expert[i] + 1];
+      w_.weight[i] = load_float(p_.router_weights, base + i, p_.router_weights_dtype);
+    }
+    for (int64_t e = 0; e < num_experts; ++e) begin_[e + 1] += begin_[e];
+    std::vector<int64_t> next(begin_.begin(), begin_.end() - 1);
+    for (int64_t i = 0; i < slots; ++i) {
+      const int32_t e = w_.local_expert[i];
+      w_.position[i] = e < 0 ? -1 : static_cast<int32_t>(next[e]++);
+      if (e >= 0) w_.slot_token[w_.position[i]] = static_cast<int32_t>(i / p_.top_k);
+    }
+  }
+
+  void plan() {
+    const int64_t num_experts = p_.num_experts();
+    num_rows_ = begin_[num_experts];
+    first_left_.reset(new std::atomic<int32_t>[num_experts]);
+    for (int64_t e = 0; e < num_experts; ++e) {
+      const int64_t rows = begin_[e + 1] - begin_[e];
+      const size_t before = first_.size();
+      if (rows > 0) {
+        ++active_experts_;
+        add_blocks(e, p_.intermediate_size, kBlockColumns, &first_);
+        add_blocks(e, p_.hidden_size, 2 * kBlockColumns, &second_);
+      }
+      first_left_[e].store(static_cast<int32_t>(first_.size() - before), std::memory_order_relaxed);
+    }
+    copy_tasks_ = divide_up(num_rows_, kRowsPerCopyTask);
+    combine_tasks_ = divide_up(num_tokens_, kTokensPerCombineTask);
+    num_tasks_ = copy_tasks_ + static_cast<int64_t>(first_.size() + second_.size()) + combine_tasks_;
+  }
+
+  void add_blocks(int64_t expert, int64_t columns, int64_t block_columns, std::vector<GemmBlock>* blocks) const {
+    for (int64_t c = 0; c < columns; c += block_columns) {
+      for (int64_t r = begin_[expert]; r < begin_[expert + 1]; r += kBlockRows) {
+        blocks->push_back({static_cast<int32_t>(expert), r, std::min(kBlockRows, begin_[expert + 1] - r), c,
+                           std::min(block_columns, columns - c)});
+      }
+    }
+  }
+
+  void work(int thread) {
+    const int64_t first_end = copy_tasks_ + static_cast<int64_t>(first_.size());
+    const int64_t second_end = first_end + static_cast<int64_t>(second_.size());
+    for (int64_t i; (i = next_task_.fetch_add(1, std::memory_order_relaxed)) < num_tasks_;) {
+      if (i < copy_tasks_) {
+        copy_rows(i);
+        copied_.fetch_add(1, std::memory_order_release);
+      } else if (i < first_end) {
+        spin_until([&] { return copied_.load(std::memory_order_acquire) == copy_tasks_; });
+        const GemmBlock& block = first_[i - copy_tasks_];
+        first_gemm(block, w_.scratch[thread]);
+        first_left_[block.expert].fetch_sub(1, std::memory_order_release);
+      } else if (i < second_end) {
+        const GemmBlock& block = second_[i - first_end];
+        spin_until([&] { return first_left_[block.expert].load(std::memory_order_acquire) == 0; });
+        second_gemm(block, w_.scratch[thread]);
+        second_done_.fetch_add(1, std::memory_order_release);
+      } else {
+        spin_until([&] { return second_done_.load(std::memory_order_acquire) == second_end - first_end; });
+        combine(i - second_end);
+      }
+    }
+  }
+
+  void copy_rows(int64_t task) {
+    const int64_t end = std::min(num_rows_, (task + 1) * kRowsPerCopyTask);
+    for (int64_t row = task * kRowsPerCopyTask; row < end; ++row) {
+      const int64_t token = first_token_ + w_.slot_token[row];
+      kernels().copy_row(advance(p_.hidden_states, token * p_.hidden_states_stride, p_.dtype), p_.dtype, p_.hidden_size,
+                         w_.operand, w_.hidden_rows + row * w_.hidden_stride * kUnitBytes);
+    }
+  }
+
+  void first_gemm(const GemmBlock& block, const ThreadScratch& scratch) {
+    const Expert& expert = p_.experts[block.expert];
+    kernels().gemm({w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes, w_.hidden_stride, block.num_rows,
+                    p_.hidden_size, w_.operand, p_.dtype,
+                    {from_column(expert.gate, block.first_column, p_.dtype),
+                     from_column(expert.up, block.first_column, p_.dtype)},
+                    {block.num_columns, block.num_columns},
+                    scratch.result, kResultStride, kBlockColumns, scratch.packed});
+    const int64_t out_bytes = w_.operand == Operand::kBf16Pairs ? 2 : kUnitBytes;
+    char* out = w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes + block.first_column * out_bytes;
+    auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p_.bias_dtype) : nullptr; };
+    ActivateTask activate{scratch.result, scratch.result + kBlockColumns, block.num_rows, block.num_columns,
+                          bias(expert.gate_bias), bias(expert.up_bias), p_.bias_dtype, p_.activation,
+                          p_.dtype, w_.operand, out, w_.inter_stride, 0};
+    kernels().activate(&activate);
+    if (amax_) raise(&amax_[block.expert], activate.amax_bits);
+  }
+
+  void second_gemm(const GemmBlock& block, const ThreadScratch& scratch) {
+    // Two blocks side by side, the first as wide as a cache line allows.
+    const int64_t half = std::min(kBlockColumns, block.num_columns);
+    const Matrix first = from_column(p_.experts[block.expert].down, block.first_column, p_.dtype);
+    kernels().gemm({w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes, w_.inter_stride, block.num_rows,
+                    p_.intermediate_size, w_.operand, p_.dtype,
+                    {first, from_column(first, half, p_.dtype)},
+                    {half, block.num_columns - half},
+                    w_.down_rows + block.first_row * w_.down_stride + block.first_column, w_.down_stride, kBlockColumns,
+                    scratch.packed});
+  }
+
+  void combine(int64_t task) {
+    const int64_t token = task * kTokensPerCombineTask, slot = token * p_.top_k;
+    char* out = static_cast<char*>(out_) +
+                (first_token_ + token) * p_.hidden_size * static_cast<int64_t>(dtype_size(p_.dtype));
+    kernels().combine({w_.down_rows, w_.down_stride, w_.position + slot, w_.local_expert + slot, w_.weight + slot,
+                       p_.experts.data(), p_.bias_dtype, p_.experts[0].down_bias != nullptr,
+                       std::min(kTokensPerCombineTask, num_tokens_ - token), p_.top_k, p_.hidden_size, p_.dtype, out});
+  }
+
+  static void raise(uint32_t* maximum, uint32_t value) {
+    uint32_t seen = __atomic_load_n(maximum, __ATOMIC_RELAXED);
+    while (seen < value && !__atomic_compare_exchange_n(maximum, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  }
+
+  const Problem& p_;
+  const Layout& w_;
+  const int64_t first_token_, num_tokens_;
+  void* const out_;
+  uint32_t* const amax_;
+
+  std::vector<int64_t> begin_;  // the rows of expert e: begin_[e] .. begin_[e + 1] - 1
+  std::vector<GemmBlock> first_, second_;
+  int64_t num_rows_ = 0, active_experts_ = 0, copy_tasks_ = 0, combine_tasks_ = 0, num_tasks_ = 0;
+
+  std::atomic<int64_t> next_task_{0}, copied_{0}, second_done_{0};
+  std::unique_ptr<std::atomic<int32_t>[]> first_left_;  // first GEMM blocks of each expert that are not finished
+};
+
+}  // namespace
+
+size_t workspace_size(const Problem& problem, int num_threads) { return Layout(problem, nullptr, num_threads).bytes; }
+
+void mixture_of_experts(const Problem& problem, int num_threads, void* workspace, void* out, float* amax) {
+  Layout layout(problem, workspace, num_threads);
+  std::vector<uint32_t> amax_bits(amax ? problem.num_experts() : 0, 0);
+  for (int64_t t = 0; t < problem.num_tokens; t += layout.tokens) {
+    Chunk chunk(problem, &layout, t, std::min(layout.tokens, problem.num_tokens - t), out,
+                amax ? amax_bits.data() : nullptr);
+    chunk.run(num_threads);
+  }
+  for (size_t e = 0; e < amax_bits.size(); ++e) amax[e] = bits_to_float(amax_bits[e]);
+}
+
+}  // namespace cpu
+}  // namespace paddle_moe

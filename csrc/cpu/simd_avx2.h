@@ -1,0 +1,49 @@
+// 256-bit vectors: AVX2, FMA and F16C.
+// Included inside the namespace of one instruction set; see kernels.h.
+
+struct Simd {
+  static constexpr int kLanes = 8;
+  static constexpr int kMaxRows = 6;        // 6 x 2 accumulators + 2 weights + 1 activation = 15 of 16 registers
+  static constexpr int kAccumulators = 12;
+  static constexpr bool kBf16Dot = false;
+  typedef float V __attribute__((vector_size(32)));
+  typedef int32_t VI __attribute__((vector_size(32)));
+
+  static V load(const void* p) { return (V)_mm256_loadu_ps(static_cast<const float*>(p)); }
+  static void store(void* p, V v) { _mm256_storeu_ps(static_cast<float*>(p), (__m256)v); }
+  static V broadcast(float x) { return (V)_mm256_set1_ps(x); }
+  static V multiply_add(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+
+  static V load_bf16(const uint16_t* p) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+  }
+  static V load_f16(const uint16_t* p) {
+    return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store_low_halves(uint16_t* p, VI v) {
+    const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+  }
+  static void store_f16(uint16_t* p, V v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static void transpose(V (&rows)[kLanes]) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+      a[i] = _mm256_unpacklo_ps((__m256)rows[i], (__m256)rows[i + 1]);
+      a[i + 1] = _mm256_unpackhi_ps((__m256)rows[i], (__m256)rows[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+      b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+      b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+      b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = (V)_mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+      rows[i + 4] = (V)_mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+  }
+};

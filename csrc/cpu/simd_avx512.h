@@ -1,0 +1,66 @@
+// 512-bit vectors: AVX-512 F, BW, VL and DQ; with PADDLE_MOE_AVX512_BF16 also its bf16 dot product.
+// Included inside the namespace of one instruction set; see kernels.h.
+
+struct Simd {
+  static constexpr int kLanes = 16;
+  static constexpr int kMaxRows = 12;       // 12 x 2 accumulators + 2 weights + activations of 32 registers
+  static constexpr int kAccumulators = 24;
+  typedef float V __attribute__((vector_size(64)));
+  typedef int32_t VI __attribute__((vector_size(64)));
+
+  static V load(const void* p) { return (V)_mm512_loadu_ps(p); }
+  static void store(void* p, V v) { _mm512_storeu_ps(p, (__m512)v); }
+  static V broadcast(float x) { return (V)_mm512_set1_ps(x); }
+  static V multiply_add(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
+  static __m512i load_halves(const uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static V load_bf16(const uint16_t* p) { return (V)_mm512_slli_epi32(load_halves(p), 16); }
+  static V load_f16(const uint16_t* p) {
+    return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store_low_halves(uint16_t* p, VI v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)v));
+  }
+  static void store_f16(uint16_t* p, V v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+#ifdef PADDLE_MOE_AVX512_BF16
+  static constexpr bool kBf16Dot = true;
+  // Lane i: (low[i], high[i]), the order in which dot_bf16 multiplies them.
+  static V pair_halves(const uint16_t* low, const uint16_t* high) {
+    return (V)_mm512_or_si512(load_halves(low), _mm512_slli_epi32(load_halves(high), 16));
+  }
+  static V dot_bf16(V a, V b, V c) {
+    return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
+  }
+#else
+  static constexpr bool kBf16Dot = false;
+#endif
+
+  static void transpose(V (&rows)[kLanes]) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+      a[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
+      a[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+      b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+      b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+      b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      a[i] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+      a[i + 4] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+      a[i + 8] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+      a[i + 12] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+      rows[i] = (V)_mm512_shuffle_f32x4(a[i], a[i + 8], 0x88);
+      rows[i + 8] = (V)_mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
+    }
+  }
+};

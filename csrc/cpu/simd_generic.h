@@ -1,0 +1,44 @@
+// 128-bit vectors in the compiler's own notation: SSE2 on x86-64, NEON on AArch64.
+// Included inside the namespace of one instruction set; see kernels.h.
+
+struct Simd {
+  static constexpr int kLanes = 4;
+  static constexpr int kMaxRows = 6;          // rows of a register tile
+  static constexpr int kAccumulators = 12;    // registers that hold one
+  static constexpr bool kBf16Dot = false;     // multiplies bf16 pairs directly
+  typedef float V __attribute__((vector_size(16)));
+  typedef int32_t VI __attribute__((vector_size(16)));
+
+  static V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+  static V broadcast(float x) { return V{x, x, x, x}; }
+  static V multiply_add(V a, V b, V c) { return a * b + c; }
+
+  static V load_bf16(const uint16_t* p) {
+    const VI bits = {p[0] << 16, p[1] << 16, p[2] << 16, p[3] << 16};
+    return (V)bits;
+  }
+  static V load_f16(const uint16_t* p) {
+    return V{f16_to_float(p[0]), f16_to_float(p[1]), f16_to_float(p[2]), f16_to_float(p[3])};
+  }
+  static void store_low_halves(uint16_t* p, VI v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint16_t>(v[i]);
+  }
+  static void store_f16(uint16_t* p, V v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = float_to_f16(v[i]);
+  }
+
+  static void transpose(V (&rows)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = i + 1; j < kLanes; ++j) {
+        const float x = rows[i][j];
+        rows[i][j] = rows[j][i];
+        rows[j][i] = x;
+      }
+    }
+  }
+};

@@ -1,0 +1,142 @@
+#include "cpu/threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+
+#include "moe.h"
+
+namespace paddle_moe {
+namespace cpu {
+namespace {
+
+// Long enough to bridge the Python code between the layers of a decoding step, short enough not to be seen in `top`.
+constexpr std::chrono::microseconds kSpinBeforeSleep{50};
+
+class Pool {
+ public:
+  void run(int num_threads, const std::function<void(int)>& body) {
+    if (num_threads <= 1 || busy_.exchange(true, std::memory_order_acquire)) {
+      body(0);
+      return;
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (num_workers_ < num_threads - 1) {
+        std::thread([this] { work(); }).detach();
+        ++num_workers_;
+      }
+      body_ = &body;
+      next_index_ = 1;
+      open_places_ = num_threads - 1;
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    body(0);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      open_places_ = 0;
+    }
+    spin_until([this] { return active_.load(std::memory_order_acquire) == 0; });
+    busy_.store(false, std::memory_order_release);
+  }
+
+ private:
+  void work() {
+    uint64_t seen = 0;
+    for (;;) {
+      const auto sleep_at = std::chrono::steady_clock::now() + kSpinBeforeSleep;
+      for (int round = 0; generation_.load(std::memory_order_acquire) == seen; ++round) {
+        if (round % 64 == 63 && std::chrono::steady_clock::now() > sleep_at) break;
+        pause_briefly(0);
+      }
+      const std::function<void(int)>* body = nullptr;
+      int index = 0;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+        seen = generation_.load(std::memory_order_relaxed);
+        if (open_places_ == 0) continue;
+        --open_places_;
+        index = next_index_++;
+        body = body_;
+        active_.fetch_add(1, std::memory_order_relaxed);
+      }
+      (*body)(index);
+      active_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::atomic<bool> busy_{false};  // a caller's body is running
+  std::mutex mutex_;               // guards the plain members below
+  std::condition_variable wake_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> active_{0};
+  const std::function<void(int)>* body_ = nullptr;
+  int num_workers_ = 0;
+  int open_places_ = 0;
+  int next_index_ = 0;
+};
+
+// Never destroyed: workers may still sleep in it while the process exits.
+alignas(Pool) unsigned char pool_storage[sizeof(Pool)];
+
+Pool& pool() {
+  static Pool* instance = [] {
+    // A forked child has none of the workers; it starts over with an empty pool.
+    pthread_atfork(nullptr, nullptr, [] { new (pool_storage) Pool(); });
+    return new (pool_storage) Pool();
+  }();
+  return *instance;
+}
+
+int positive_from_environment(const char* name) {
+  const char* text = std::getenv(name);
+  return text ? std::max(0, std::atoi(text)) : 0;
+}
+
+int default_num_threads() {
+  if (const int n = positive_from_environment("PADDLE_MOE_NUM_THREADS")) return n;
+  if (const int n = positive_from_environment("OMP_NUM_THREADS"); n > 1) return n;
+  const int local_ranks = std::max(1, positive_from_environment("PADDLE_LOCAL_SIZE"));
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / local_ranks);
+}
+
+std::atomic<int> chosen_num_threads{0};
+
+}  // namespace
+
+void pause_briefly(int round) {
+  if (round > 1000) {
+    sched_yield();
+    return;
+  }
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+void parallel(int num_threads, const std::function<void(int)>& body) { pool().run(num_threads, body); }
+
+void set_num_threads(int num_threads) { chosen_num_threads = std::max(0, num_threads); }
+
+int num_threads() {
+  const int chosen = chosen_num_threads;
+  if (chosen > 0) return chosen;
+  static const int by_default = default_num_threads();
+  return by_default;
+}
+
+}  // namespace cpu
+}  // namespace paddle_moe

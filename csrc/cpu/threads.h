@@ -1,0 +1,27 @@
+// A small persistent thread pool.
+//
+// Not OpenMP: importing Paddle sets OMP_NUM_THREADS=1, static splits stall when another process takes a core, and
+// ThreadSanitizer cannot see through libgomp.
+#pragma once
+
+#include <functional>
+
+namespace paddle_moe {
+namespace cpu {
+
+// Calls body(i) once each for some of i = 0 .. num_threads-1, always for i = 0 and on the calling thread; returns
+// when all calls have. Threads that are still asleep when the work is finished are not waited for, so body must
+// take its work from a shared counter and not rely on the number of calls. When the pool is busy with another
+// caller, or was asked for from inside itself, body(0) alone runs.
+void parallel(int num_threads, const std::function<void(int)>& body);
+
+void pause_briefly(int round);
+
+// Waits for a condition that another thread of the pool is about to make true.
+template <class Condition>
+void spin_until(const Condition& condition) {
+  for (int round = 0; !condition(); ++round) pause_briefly(round);
+}
+
+}  // namespace cpu
+}  // namespace paddle_moe

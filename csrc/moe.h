@@ -1,0 +1,181 @@
+// The one interface between the bindings and the kernels.
+//
+// A binding fills Arguments from its framework's arrays, resolve() checks them and turns them into a Problem,
+// and a back end runs the Problem. Nothing here allocates device memory or knows a framework.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+namespace paddle_moe {
+
+enum class DType {
+  kUnknown,
+  kFloat32, kBFloat16, kFloat16, kInt32, kInt64,     // these the operators compute with
+  kFloat64, kInt16, kInt8, kUInt8, kBool, kOther,    // these only have names, for error messages
+};
+
+const char* dtype_name(DType dtype);
+size_t dtype_size(DType dtype);
+
+// A strided array. While a static graph is being built sizes may be -1, the dtype kUnknown and data null:
+// such an unknown agrees with everything.
+struct Tensor {
+  const void* data = nullptr;
+  DType dtype = DType::kUnknown;
+  std::vector<int64_t> shape;
+  std::vector<int64_t> strides;  // in elements; empty: contiguous, last dimension fastest
+};
+
+// ---------------------------------------------------------------- mixture_of_experts
+
+constexpr int64_t kLastExpertPassed = std::numeric_limits<int64_t>::min();
+
+// What the caller passed, by the names the caller used. Shapes are those of the public Python function.
+struct Arguments {
+  Tensor hidden_states;                 // [T, H] fp32 | bf16 | fp16
+  Tensor routing_table;                 // [T, K] int32 | int64, global expert ids
+  Tensor router_weights;                // [T, K] fp32 or the dtype of hidden_states
+  std::vector<Tensor> gate_up_weights;  // E_l x [H, 2I], or 2*E_l x [H, I] (gates, then ups), or one [E_l, H, 2I]
+  std::vector<Tensor> down_weights;     // E_l x [I, H], or one [E_l, I, H]
+  std::vector<Tensor> gate_up_bias;     // empty, or E_l x [2I], or 2*E_l x [I], or one [E_l, 2I]
+  std::vector<Tensor> down_bias;        // empty, or E_l x [H], or one [E_l, H]
+  bool permuted_weights = false;        // every matrix is stored transposed: [2I, H] and [H, I]
+  std::string activation = "silu";
+  int64_t experts_min = 0;
+  int64_t experts_max = kLastExpertPassed;  // inclusive
+  int64_t chunk_size = 0;                   // tokens per chunk, 0: chosen by the back end
+};
+
+enum class Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kSelu, kIdentity, kSwigluOai };
+
+struct ActivationSpec {
+  Activation kind = Activation::kSilu;
+  float alpha = 1.702f;  // kSwigluOai: (up + 1) * gate * sigmoid(alpha * gate), gate and up clamped to limit
+  float limit = 7.0f;
+};
+
+// Parses "silu", ..., "swigluoai", "swigluoai(alpha, limit)". Throws std::invalid_argument.
+ActivationSpec parse_activation(const std::string& text);
+
+// Element (i, o) of a weight that maps `in` features to `out` features lies at data[i * in_stride + o * out_stride].
+// Every layout the operator accepts is a pair of strides, so no back end needs to know which one it was.
+struct Matrix {
+  const void* data = nullptr;
+  int64_t in_stride = 0;
+  int64_t out_stride = 0;
+};
+
+struct Expert {
+  Matrix gate, up;                   // [H, I]
+  Matrix down;                       // [I, H]
+  const void* gate_bias = nullptr;   // [I] or null
+  const void* up_bias = nullptr;     // [I] or null
+  const void* down_bias = nullptr;   // [H] or null
+};
+
+// A checked call. Sizes are -1 where an Arguments size was not known yet.
+struct Problem {
+  int64_t num_tokens = 0;         // T
+  int64_t hidden_size = 0;        // H
+  int64_t intermediate_size = 0;  // I, of this shard
+  int64_t top_k = 0;              // K
+  int64_t first_expert = 0;       // experts[i] has the global id first_expert + i
+  DType dtype = DType::kUnknown;  // of hidden_states, the weights and the output
+
+  const void* hidden_states = nullptr;
+  int64_t hidden_states_stride = 0;  // elements from one token to the next
+  const void* routing_table = nullptr;   // contiguous [T, K]
+  DType routing_table_dtype = DType::kUnknown;
+  const void* router_weights = nullptr;  // contiguous [T, K]
+  DType router_weights_dtype = DType::kUnknown;
+
+  std::vector<Expert> experts;           // E_l of them
+  DType bias_dtype = DType::kUnknown;    // dtype or fp32
+  ActivationSpec activation;
+  int64_t chunk_size = 0;
+
+  int64_t num_experts() const { return static_cast<int64_t>(experts.size()); }
+};
+
+// Throws std::invalid_argument whose text names the argument, what was expected and what came.
+Problem resolve(const Arguments& arguments);
+
+// ---------------------------------------------------------------- gate and route
+
+// logits[t, e] = sum over h of hidden_states[t, h] * weight[h, e], accumulated in fp32.
+struct GateProblem {
+  int64_t num_tokens = 0, hidden_size = 0, num_experts = 0;
+  const void* hidden_states = nullptr;
+  int64_t hidden_states_stride = 0;
+  DType dtype = DType::kUnknown;         // of hidden_states
+  Matrix weight;                         // [H, E]
+  DType weight_dtype = DType::kUnknown;  // fp32 or dtype
+};
+
+// hidden_states [T, H], gate_weight [H, E]. Throws std::invalid_argument.
+GateProblem resolve_gate(const Tensor& hidden_states, const Tensor& gate_weight);
+
+enum class Scoring { kSoftmax, kSigmoid, kSoftmaxTopK };
+enum class GroupScore { kMax, kTop2Sum };
+
+struct RouteOptions {
+  int64_t top_k = 1;
+  std::string scoring = "softmax";  // softmax | sigmoid | softmax_topk
+  int64_t num_groups = 1;
+  int64_t topk_groups = 1;
+  std::string group_score = "max";  // max | top2_sum
+  float group_mask_fill = 0.0f;     // 0 or -infinity: the selection score of experts in groups that lost
+  bool renormalize = true;
+  float renormalize_eps = 1e-20f;
+  float scaling_factor = 1.0f;
+};
+
+struct RouteProblem {
+  int64_t num_tokens = 0, num_experts = 0, top_k = 0;
+  const float* logits = nullptr;           // contiguous [T, E]
+  const float* correction_bias = nullptr;  // [E] or null; moves the selection, never the weights
+  Scoring scoring = Scoring::kSoftmax;
+  int64_t num_groups = 1, topk_groups = 1;
+  GroupScore group_score = GroupScore::kMax;
+  float group_mask_fill = 0.0f;
+  bool renormalize = true;
+  float renormalize_eps = 1e-20f;
+  float scaling_factor = 1.0f;
+};
+
+// logits [T, E] fp32, correction_bias [E] fp32 or a Tensor with an empty shape. Throws std::invalid_argument.
+RouteProblem resolve_route(const Tensor& logits, const Tensor& correction_bias, const RouteOptions& options);
+
+// ---------------------------------------------------------------- the CPU back end
+
+namespace cpu {
+
+// Threads to use by default: set_num_threads(); else PADDLE_MOE_NUM_THREADS; else OMP_NUM_THREADS where it is above 1
+// (importing Paddle writes the value 1 there, so a 1 says nothing about what the user wants); else this process's cores,
+// divided among the ranks that paddle.distributed.launch started on this machine.
+int num_threads();
+void set_num_threads(int num_threads);  // 0: the default again
+
+// Bytes of scratch that the call with the same arguments needs; 64-byte aligned, its contents mean nothing before or after.
+size_t workspace_size(const Problem& problem, int num_threads);
+
+// out: [T, H] of problem.dtype, contiguous. amax: [E_l] fp32, or null when it is not wanted.
+void mixture_of_experts(const Problem& problem, int num_threads, void* workspace, void* out, float* amax);
+
+// logits: [T, E] fp32.
+size_t gate_workspace_size(const GateProblem& problem, int num_threads);
+void gate(const GateProblem& problem, int num_threads, void* workspace, float* logits);
+
+// routing_table: int32 [T, K]; router_weights: fp32 [T, K].
+void route(const RouteProblem& problem, int num_threads, int32_t* routing_table, float* router_weights);
+
+// The instruction set in use: generic, avx2, avx512 or avx512_bf16. PADDLE_MOE_ISA forces one, for tests.
+const char* isa_name();
+std::vector<std::string> available_isas();  // best first
+
+}  // namespace cpu
+}  // namespace paddle_moe

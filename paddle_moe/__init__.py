@@ -1,0 +1,41 @@
+"""A fused mixture-of-experts operator for PaddlePaddle, with the layers that spread it over ranks.
+
+Names load on first use, so that ``import paddle_moe.core`` (the kernels on NumPy arrays) never imports Paddle.
+"""
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FusedMoE": "layers",
+    "MoEParams": "params",
+    "ParallelContext": "distributed",
+    "fused_gate_moe": "functional",
+    "gate": "functional",
+    "generate_moe_params": "params",
+    "generate_moe_params_static": "params",
+    "get_num_threads": "functional",
+    "get_rank_logger": "logs",
+    "init_distributed": "distributed",
+    "mixture_of_experts": "functional",
+    "rank_grid": "distributed",
+    "route": "functional",
+    "set_num_threads": "functional",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'paddle_moe' has no attribute '{name}'")
+    value = getattr(import_module(f"paddle_moe.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,77 @@
+"""The command line: `python -m paddle_moe logs | doctor | bench`.
+
+Each command imports what it needs when it runs, so that `doctor` still works where something is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Sequence
+
+USAGE_ERROR = 2  # the exit code that argparse uses too
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 good, 1 something failed, 2 wrong usage."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="python -m paddle_moe", description="Tools of the paddle_moe package.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    logs = commands.add_parser("logs", help="merge the logs of all ranks into a table and a picture")
+    logs.add_argument("directory", metavar="DIR", help="directory with the *_ep_rank_E_tp_rank_T.jsonl files")
+    logs.add_argument("--out", metavar="PICTURE.png", help="where the picture goes (default: DIR/moe_logs.png)")
+    logs.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    logs.set_defaults(run=_logs)
+
+    doctor = commands.add_parser("doctor", help="check this installation and say how to repair it")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a list")
+    doctor.set_defaults(run=_doctor)
+
+    bench = commands.add_parser("bench", help="time the operator beside what Paddle offers")
+    bench.set_defaults(run=_bench)
+    if arguments[:1] == ["bench"]:
+        from . import bench as benchmark
+
+        benchmark.add_arguments(bench)
+
+    chosen = parser.parse_args(arguments)
+    return chosen.run(chosen)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from . import logs
+    from .log_report import print_summary, save_picture
+
+    try:
+        summary = logs.summarize(logs.load_events(arguments.directory))
+    except ValueError as error:
+        print(f"paddle_moe logs: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    picture = Path(arguments.out or Path(arguments.directory) / "moe_logs.png")
+    if not arguments.json:
+        print_summary(summary)
+    try:
+        save_picture(summary, picture)
+    except (OSError, RuntimeError) as error:
+        print(f"paddle_moe logs: no picture: {error}", file=sys.stderr)
+        picture = None
+    if arguments.json:
+        print(json.dumps({**summary.to_json(), "picture": picture and str(picture)}, indent=2, allow_nan=False))
+    elif picture:
+        print(f"Picture  {picture}")
+    return 1 if picture is None else 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import main as doctor
+
+    return doctor(as_json=arguments.json)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from . import bench
+
+    return bench.main(arguments) or 0

@@ -1,0 +1,65 @@
+"""Tables for people: rich in a terminal when it is installed, aligned plain text everywhere else."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Sequence
+
+
+def rich_console() -> Any | None:
+    """A rich Console, or None when stdout is no terminal or rich is not installed."""
+    if not sys.stdout.isatty():
+        return None
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console()
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints rows under columns; numbers and everything else are shown by str()."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
+    console = rich_console()
+    if console is not None:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for column, right in zip(columns, numeric):
+            table.add_column(column, justify="right" if right else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+        return
+    widths = [max([len(column), *(len(row[i]) for row in cells)]) for i, column in enumerate(columns)]
+    print(title)
+    for row in [list(columns), ["-" * width for width in widths], *cells]:
+        aligned = (c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric))
+        print("  " + "  ".join(aligned).rstrip())
+    print()
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.replace(",", "").split(" ")[0])
+    except ValueError:
+        return text == "-"
+    return True
+
+
+_STATUS_STYLES = {"ok": "green", "info": "cyan", "warning": "yellow", "failure": "bold red"}
+
+
+def print_status(status: str, name: str, detail: str, advice: str = "") -> None:
+    """One line of a check list, and what to do in a second line. status: ok, info, warning or failure."""
+    console = rich_console()
+    lines = [(f"{status:<8}", f"{name:<20} {detail}")] + ([(" " * 8, f"-> {advice}")] if advice else [])
+    for label, text in lines:
+        if console is None:
+            print(f"{label} {text}", flush=True)
+        else:
+            from rich.text import Text
+
+            console.print(Text(f"{label} ", _STATUS_STYLES[status]) + Text(text), soft_wrap=True)

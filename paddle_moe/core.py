@@ -1,0 +1,264 @@
+"""The kernels without Paddle: the same operators on NumPy arrays and on any CPU array with ``__dlpack__``.
+
+Arguments and errors are those of the functions of the same name in :mod:`paddle_moe`. NumPy has no bfloat16, so a
+``uint16`` array means bfloat16 bits; an array of ``ml_dtypes.bfloat16`` is understood too. Results are NumPy arrays
+(``float32``, ``float16``, or the bfloat16 kind that ``hidden_states`` came in). Nothing is copied: weights may have any
+strides, ``hidden_states`` and biases must be contiguous in their last dimension, the routing altogether. Read-only
+NumPy arrays are welcome.
+
+Two keyword arguments exist only here. ``out`` receives the result instead of a new array. ``workspace`` is the
+scratch memory, a ``uint8`` array of at least :func:`workspace_size` bytes, instead of a new one on each call.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+try:
+    from paddle_moe import _core
+except ImportError as error:
+    raise RuntimeError(
+        f"the compiled module paddle_moe._core cannot be imported ({error}); build it with "
+        "`pip install --no-build-isolation .`, or inside a clone with `python setup.py build_ext --inplace`"
+    ) from error
+
+from paddle_moe._options import array_list, experts_options, flag, integer, optional_array_list, route_options
+
+__all__ = [
+    "available_isas",
+    "fused_gate_moe",
+    "gate",
+    "gate_workspace_size",
+    "isa_name",
+    "mixture_of_experts",
+    "num_threads",
+    "route",
+    "set_num_threads",
+    "workspace_size",
+]
+
+Array = Any  # a NumPy array, or anything with __dlpack__ that lies on the CPU
+
+
+def _experts(
+    hidden_states,
+    routing_table,
+    router_weights,
+    gate_up_weights,
+    down_weights,
+    gate_up_bias=None,
+    down_bias=None,
+    *,
+    permuted_weights=False,
+    activation="silu",
+    experts_min=0,
+    experts_max=None,
+    measurement_mode=False,
+    chunk_size=0,
+) -> _core.Experts:
+    return _core.Experts(
+        hidden_states,
+        routing_table,
+        router_weights,
+        array_list("gate_up_weights", gate_up_weights),
+        array_list("down_weights", down_weights),
+        optional_array_list("gate_up_bias", gate_up_bias),
+        optional_array_list("down_bias", down_bias),
+        *experts_options(permuted_weights, activation, experts_min, experts_max, chunk_size, measurement_mode),
+    )
+
+
+def mixture_of_experts(
+    hidden_states: Array,
+    routing_table: Array,
+    router_weights: Array,
+    gate_up_weights: Array | list[Array],
+    down_weights: Array | list[Array],
+    gate_up_bias: Array | list[Array] | None = None,
+    down_bias: Array | list[Array] | None = None,
+    *,
+    permuted_weights: bool = False,
+    activation: str = "silu",
+    experts_min: int = 0,
+    experts_max: int | None = None,
+    measurement_mode: bool = False,
+    chunk_size: int = 0,
+    out: Array | None = None,
+    workspace: Array | None = None,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """See :func:`paddle_moe.mixture_of_experts`.
+
+    Args:
+        out: [T, H], contiguous, of the dtype of ``hidden_states``; returned in place of a new array.
+        workspace: uint8, at least ``workspace_size(...)`` bytes; its contents do not matter.
+    """
+    call = _experts(
+        hidden_states,
+        routing_table,
+        router_weights,
+        gate_up_weights,
+        down_weights,
+        gate_up_bias,
+        down_bias,
+        permuted_weights=permuted_weights,
+        activation=activation,
+        experts_min=experts_min,
+        experts_max=experts_max,
+        measurement_mode=measurement_mode,
+        chunk_size=chunk_size,
+    )
+    return call.run(out, workspace)
+
+
+def workspace_size(*args, **kwargs) -> int:
+    """Bytes of ``workspace`` that :func:`mixture_of_experts` needs for these arguments (all but ``out`` and
+    ``workspace``)."""
+    return _experts(*args, **kwargs).workspace_size()
+
+
+def gate(
+    hidden_states: Array, gate_weight: Array, *, out: Array | None = None, workspace: Array | None = None
+) -> np.ndarray:
+    """See :func:`paddle_moe.gate`.
+
+    Args:
+        out: float32 [T, E], contiguous.
+        workspace: uint8, at least ``gate_workspace_size(hidden_states, gate_weight)`` bytes.
+    """
+    return _core.Gate(hidden_states, gate_weight).run(out, workspace)
+
+
+def gate_workspace_size(hidden_states: Array, gate_weight: Array) -> int:
+    """Bytes of ``workspace`` that :func:`gate` needs for these arguments."""
+    return _core.Gate(hidden_states, gate_weight).workspace_size()
+
+
+def route(
+    logits: Array,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    correction_bias: Array | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+    group_mask_fill: float = 0.0,
+    renormalize: bool = True,
+    renormalize_eps: float = 1e-20,
+    scaling_factor: float = 1.0,
+    out: tuple[Array, Array] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """See :func:`paddle_moe.route`. It needs no workspace.
+
+    Args:
+        out: (int32 [T, K], float32 [T, K]), both contiguous.
+    """
+    if out is None:
+        out = (None, None)
+    elif not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise ValueError(f"out must be a pair (routing_table, router_weights), got {type(out).__name__}")
+    options = route_options(
+        top_k,
+        scoring,
+        num_groups,
+        topk_groups,
+        group_score,
+        group_mask_fill,
+        renormalize,
+        renormalize_eps,
+        scaling_factor,
+    )
+    return _core.Route(logits, correction_bias, *options).run(*out)
+
+
+def fused_gate_moe(
+    hidden_states: Array,
+    gate_weight: Array,
+    gate_up_weights: Array | list[Array],
+    down_weights: Array | list[Array],
+    top_k: int,
+    gate_up_bias: Array | list[Array] | None = None,
+    down_bias: Array | list[Array] | None = None,
+    *,
+    scoring: str = "softmax",
+    correction_bias: Array | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+    group_mask_fill: float = 0.0,
+    renormalize: bool = True,
+    renormalize_eps: float = 1e-20,
+    scaling_factor: float = 1.0,
+    permuted_weights: bool = False,
+    activation: str = "silu",
+    experts_min: int = 0,
+    experts_max: int | None = None,
+    measurement_mode: bool = False,
+    chunk_size: int = 0,
+    return_routing: bool = False,
+    out: Array | None = None,
+    workspace: Array | None = None,
+) -> np.ndarray | tuple[np.ndarray, ...]:
+    """See :func:`paddle_moe.fused_gate_moe`.
+
+    Args:
+        out: [T, H], contiguous, of the dtype of ``hidden_states``.
+        workspace: uint8, at least as large as both :func:`gate` and :func:`mixture_of_experts` need.
+    """
+    logits = gate(hidden_states, gate_weight, workspace=workspace)
+    routing = route(
+        logits,
+        top_k,
+        scoring=scoring,
+        correction_bias=correction_bias,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        group_score=group_score,
+        group_mask_fill=group_mask_fill,
+        renormalize=renormalize,
+        renormalize_eps=renormalize_eps,
+        scaling_factor=scaling_factor,
+    )
+    result = mixture_of_experts(
+        hidden_states,
+        *routing,
+        gate_up_weights,
+        down_weights,
+        gate_up_bias,
+        down_bias,
+        permuted_weights=permuted_weights,
+        activation=activation,
+        experts_min=experts_min,
+        experts_max=experts_max,
+        measurement_mode=measurement_mode,
+        chunk_size=chunk_size,
+        out=out,
+        workspace=workspace,
+    )
+    if not flag("return_routing", return_routing):
+        return result
+    return (*result, *routing) if measurement_mode else (result, *routing)
+
+
+def set_num_threads(n: int) -> None:
+    """Sets how many threads the functions of this module use; 0 restores the default."""
+    n = integer("n", n)
+    if not 0 <= n < 2**31:
+        raise ValueError(f"n must be at least 0 (0: the default), got {n}")
+    _core.set_num_threads(n)
+
+
+def num_threads() -> int:
+    """How many threads the functions of this module use."""
+    return _core.num_threads()
+
+
+def isa_name() -> str:
+    """The instruction set the kernels run with. ``PADDLE_MOE_ISA`` forces one of :func:`available_isas`."""
+    return _core.isa_name()
+
+
+def available_isas() -> list[str]:
+    """The instruction sets this processor can run the kernels with."""
+    return _core.available_isas()

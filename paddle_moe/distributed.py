@@ -1,0 +1,474 @@
+"""Expert parallel (EP) and tensor parallel (TP) groups that never hang and never give a wrong sum.
+
+The ranks form a grid of ep_size rows and tp_size columns, ep_rank = rank // tp_size, tp_rank = rank % tp_size. With
+ep_size = tp_size = 2:
+
+    rank   ep_rank   tp_rank   tp_group: same ep_rank   ep_group: same tp_rank
+    0      0         0         [0, 1]                   [0, 2]
+    1      0         1         [0, 1]                   [1, 3]
+    2      1         0         [2, 3]                   [0, 2]
+    3      1         1         [2, 3]                   [1, 3]
+
+Start the ranks with `python -m paddle.distributed.launch`. When a rank dies, fails or does not arrive, all of them end and
+say which one it was: see watchdog.py.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import hashlib
+import multiprocessing.util
+import os
+import socket
+import struct
+import sys
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+from paddle.base import core
+from paddle.distributed import collective
+from paddle.distributed.communication.group import Group, _add_new_group
+
+from paddle_moe.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from paddle_moe.logs import RankLogger
+
+DEFAULT_TIMEOUT_SECONDS = 300.0
+
+_REDUCIBLE_DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "uint8", "int32", "int64")
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+_GET_INTERFACE_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
+
+
+# ---------------------------------------------------------------- the grid
+
+
+@dataclass(frozen=True)
+class GridRank:
+    """The place of one rank in the grid, and the global ranks of its groups."""
+
+    rank: int
+    ep_rank: int
+    tp_rank: int
+    ep_group: tuple[int, ...]  # same tp_rank: together they hold all experts
+    tp_group: tuple[int, ...]  # same ep_rank: together they hold the whole intermediate dimension
+
+
+def rank_grid(world_size: int, ep_size: int, tp_size: int) -> list[GridRank]:
+    """The grid as data, one entry per rank.
+
+    Raises:
+        ValueError: a size is less than 1, or ep_size * tp_size is not world_size.
+    """
+    for name, value in (("world_size", world_size), ("ep_size", ep_size), ("tp_size", tp_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if ep_size * tp_size != world_size:
+        raise ValueError(
+            f"ep_size * tp_size must be the number of ranks, got ep_size={ep_size}, tp_size={tp_size}"
+            f" (product {ep_size * tp_size}) and world_size={world_size}; change the sizes, or start"
+            f" {ep_size * tp_size} ranks"
+        )
+    return [
+        GridRank(
+            rank=rank,
+            ep_rank=rank // tp_size,
+            tp_rank=rank % tp_size,
+            ep_group=tuple(range(rank % tp_size, world_size, tp_size)),
+            tp_group=tuple(range(rank - rank % tp_size, rank - rank % tp_size + tp_size)),
+        )
+        for rank in range(world_size)
+    ]
+
+
+# ---------------------------------------------------------------- the context of a rank
+
+
+class ParallelContext:
+    """The place of this rank in the grid, and its groups. Made by `init_distributed` or `from_groups`.
+
+    As a context manager it leaves the job at the end of the block, and reports an exception that ends the block.
+
+    Attributes:
+        rank, world_size: of paddle.distributed.
+        ep_rank, ep_size, ep_group: position in and size of the group of ranks that hold the other experts.
+        tp_rank, tp_size, tp_group: position in and size of the group of ranks that hold the other slices of I.
+        grid_group: all ranks of the grid; None if there is no such group, then "grid" means EP followed by TP.
+
+    The groups are paddle.distributed groups and work with its functions. Those of size 1 need no communication.
+    """
+
+    def __init__(
+        self,
+        ep_group: Group,
+        tp_group: Group,
+        grid_group: Group | None = None,
+        watchdog: Watchdog | None = None,
+    ):
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.ep_group, self.tp_group, self.grid_group = ep_group, tp_group, grid_group
+        self.ep_rank, self.ep_size = _position(ep_group, self.rank), ep_group.nranks
+        self.tp_rank, self.tp_size = _position(tp_group, self.rank), tp_group.nranks
+        self._watchdog = watchdog
+        self._grid = self._self_test()
+
+    @classmethod
+    def from_groups(
+        cls, ep_group: Group, tp_group: Group, grid_group: Group | None = None
+    ) -> ParallelContext:
+        """A context on groups that exist already, for example those of fleet's hybrid topology.
+
+        All ranks of the groups call this at the same time; the groups pass the same self-test as those of
+        `init_distributed`, but nothing watches the ranks.
+
+        Raises:
+            ValueError: this rank is not in a group.
+            RuntimeError: a group does not sum over its ranks, or the groups form no grid.
+        """
+        return cls(ep_group, tp_group, grid_group)
+
+    def all_reduce(
+        self, tensor: paddle.Tensor, group: str | Group, op: str = "sum", *, fp32: bool = False
+    ) -> paddle.Tensor:
+        """Reduces `tensor` over a group, in place, and returns it. No gradient flows through it.
+
+        Gloo gives up when a rank is more than 30 seconds late, whatever timeout_seconds says: call `barrier` first
+        where the ranks may have drifted apart that far. On NCCL the time limit covers the launch only.
+
+        Args:
+            tensor: any shape; float16, bfloat16, float32, float64, int8, uint8, int32 or int64. On gloo float16 is
+                always summed in fp32, because its own sum over more than two ranks is wrong.
+            group: "ep", "tp", "grid", or one of the groups of this context.
+            op: "sum" or "max".
+            fp32: sum float16 and bfloat16 in fp32 and round once at the end.
+
+        Raises:
+            ValueError: another dtype, op or group.
+        """
+        dtype = str(tensor.dtype).rpartition(".")[2]
+        if dtype not in _REDUCIBLE_DTYPES:
+            raise ValueError(
+                f"tensor: expected one of the dtypes {', '.join(_REDUCIBLE_DTYPES)}, got {dtype}"
+            )
+        if op not in _OPS:
+            raise ValueError(f"op: expected 'sum' or 'max', got {op!r}")
+        slot = self._slot(group)
+        if slot == "grid" and self.grid_group is None:
+            self.all_reduce(tensor, "ep", op, fp32=fp32)
+            return self.all_reduce(tensor, "tp", op, fp32=fp32)
+        group = self._groups()[slot]
+        if group.nranks == 1 or tensor.size == 0:  # gloo refuses an empty tensor
+            return tensor
+        widen = dtype == "float16" and group.backend == "GLOO" or fp32 and dtype in ("float16", "bfloat16")
+        with paddle.no_grad(), self._waiting(slot, "all_reduce"):
+            reduced = tensor.astype("float32") if widen else tensor
+            dist.all_reduce(reduced, op=_OPS[op], group=group)
+            if widen:
+                paddle.assign(reduced.astype(tensor.dtype), output=tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Waits for all ranks of the grid, up to the timeout_seconds of `init_distributed`."""
+        if self._watchdog is not None:
+            self._watchdog.exchange(None, "barrier")
+        else:
+            self.all_reduce(paddle.zeros([1], "int32"), "grid")
+
+    def check_same_routing(
+        self, routing_table: paddle.Tensor, router_weights: paddle.Tensor | None = None
+    ) -> None:
+        """Checks that all ranks route their replicated tokens alike; ranks that disagree would corrupt every sum.
+
+        Compares a hash of shapes, dtypes and bits, which costs a copy to the host: for debugging.
+
+        Args:
+            routing_table: [T, K], router_weights: [T, K], any dtype.
+
+        Raises:
+            RuntimeError: on every rank, naming the ranks that differ from the majority.
+        """
+        hashes = [_hash(routing_table), 0 if router_weights is None else _hash(router_weights)]
+        everyone = self._gather(hashes)
+        for index, name in enumerate(("routing_table", "router_weights")):
+            values = everyone[:, :, index]
+            usual = collections.Counter(values.ravel().tolist()).most_common(1)[0][0]
+            if (values != usual).any():
+                other, same = self._grid[values != usual].tolist(), self._grid[values == usual].tolist()
+                raise RuntimeError(
+                    f"{name} differs between ranks that hold the same tokens: ranks {sorted(other)} disagree with ranks"
+                    f" {sorted(same)}; route on one rank and broadcast, or make the router deterministic"
+                )
+
+    def log_failures_to(self, logger: RankLogger) -> None:
+        """Has the watchdog add the reason to the log files of this rank when it ends the rank."""
+        if self._watchdog is not None:
+            self._watchdog.log_to(str(logger.log_path), str(logger.events_path), self.ep_rank, self.tp_rank)
+
+    def shutdown(self) -> None:
+        """Leaves the job: what happens to this rank from now on does not end the others. Also done at exit."""
+        if self._watchdog is not None:
+            self._watchdog.leave()
+            self._watchdog = None
+
+    def __enter__(self) -> ParallelContext:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and self._watchdog is not None:
+            self._watchdog.fail(error)
+        self.shutdown()
+
+    def _groups(self) -> dict[str, Group | None]:
+        return {"ep": self.ep_group, "tp": self.tp_group, "grid": self.grid_group}
+
+    def _slot(self, group: str | Group) -> str:
+        for slot, own in self._groups().items():
+            if group is own or group == slot:
+                return slot
+        raise ValueError(f"group: expected 'ep', 'tp', 'grid' or a group of this context, got {group!r}")
+
+    def _waiting(self, slot: str, what: str) -> contextlib.AbstractContextManager[None]:
+        if self._watchdog is None:
+            return contextlib.nullcontext()
+        return self._watchdog.waiting(slot, f"{what} of the {slot} group {list(self._groups()[slot].ranks)}")
+
+    def _gather(self, values: list[int]) -> np.ndarray:
+        """The values of every rank of the grid: [ep_size, tp_size, len(values)] int64."""
+        everyone = np.zeros([self.ep_size, self.tp_size, len(values)], np.int64)
+        everyone[self.ep_rank, self.tp_rank] = values
+        return self.all_reduce(paddle.to_tensor(everyone), "grid").numpy()
+
+    def _self_test(self) -> np.ndarray:
+        """Proves that every group sums exactly its ranks, once each; returns the global rank at each place of the grid.
+
+        Each rank adds its id + 1 at its own place of a vector of zeros, so a missing, foreign or doubled rank shows.
+        """
+        for slot, group in self._groups().items():
+            if group is None or group.nranks == 1:
+                continue
+            ids = np.zeros(group.nranks, np.int64)
+            ids[group.ranks.index(self.rank)] = self.rank + 1
+            total = self.all_reduce(paddle.to_tensor(ids), slot).numpy() - 1
+            if total.tolist() != list(group.ranks):
+                raise RuntimeError(
+                    f"the {slot} group of rank {self.rank} should sum over the ranks {list(group.ranks)}, but a test sum"
+                    f" of their ids came from {total.tolist()}"
+                )
+        grid = self._gather([self.rank + 1])[:, :, 0] - 1
+        if len(set(grid.ravel().tolist())) != grid.size or (grid < 0).any():
+            raise RuntimeError(
+                f"the EP and TP groups of rank {self.rank} form no grid: gathering the rank ids over EP and then TP gave"
+                f" {grid.tolist()}; each TP group must meet each EP group in one rank"
+            )
+        return grid
+
+
+def _position(group: Group, rank: int) -> int:
+    if rank not in group.ranks:
+        raise ValueError(f"group: expected one that contains rank {rank}, got the ranks {list(group.ranks)}")
+    return list(group.ranks).index(rank)
+
+
+def _hash(tensor: paddle.Tensor) -> int:
+    array = tensor.numpy()
+    digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+# ---------------------------------------------------------------- starting
+
+
+def init_distributed(
+    ep_size: int = 1, tp_size: int = 1, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+) -> ParallelContext:
+    """Starts paddle.distributed unless it runs already, and builds and tests the groups of this rank.
+
+    Every rank calls it, with the same arguments. With one rank no launcher is needed.
+
+    The reliable construction differs by backend. On gloo each group gets a store of its own, because Paddle's gloo groups
+    share keys in the common store. On NCCL every rank creates every group in the same order, with a collective after
+    each; that path has not yet run on a machine with several GPUs.
+
+    Args:
+        ep_size: number of expert shards.
+        tp_size: number of slices of the intermediate dimension.
+        timeout_seconds: how long a rank waits for the others here, in `barrier` and in `all_reduce`.
+
+    Raises:
+        ValueError: ep_size * tp_size is not the number of ranks, or the ranks were given different sizes; the text
+            names the ranks and their values, on every rank.
+        RuntimeError: a rank does not come within timeout_seconds, or a group fails its self-test.
+    """
+    if timeout_seconds <= 0:
+        raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
+    rank = int(os.environ.get("PADDLE_TRAINER_ID", "0"))
+    world_size = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+    if world_size == 1:
+        rank_grid(1, ep_size, tp_size)
+        return ParallelContext(*(Group(0, 0, [0]) for _ in range(3)))
+
+    watchdog = Watchdog(rank, timeout_seconds)
+    _report_the_end(watchdog)
+    host, port = _rendezvous(watchdog, rank)
+    hosts = watchdog.join(host, port, {"ep_size": ep_size, "tp_size": tp_size, "world_size": world_size})
+    grid = rank_grid(world_size, ep_size, tp_size)
+    own = grid[rank]
+    watchdog.set_groups({"grid": list(range(world_size)), "ep": own.ep_group, "tp": own.tp_group})
+    if len(set(hosts)) > 1:
+        _let_gloo_use_the_route_to(host, port)
+    with watchdog.waiting("grid", "paddle.distributed.init_parallel_env"):
+        grid_group = dist.init_parallel_env()
+
+    rank_lists = [
+        list(ranks) for ranks in sorted({one.ep_group for one in grid} | {one.tp_group for one in grid})
+    ]
+    build = _build_gloo_groups if grid_group.backend == "GLOO" else _build_groups
+    groups = build(rank_lists, grid_group, watchdog, [address or host for address in hosts])
+    context = ParallelContext(groups[own.ep_group], groups[own.tp_group], grid_group, watchdog)
+    watchdog.exchange(None, "init_distributed")
+    return context
+
+
+def _report_the_end(watchdog: Watchdog) -> None:
+    """Tells the other ranks how this process ends: by an exception, or well."""
+    previous_hook = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        watchdog.fail(error)
+        previous_hook(kind, error, traceback)
+
+    def finish() -> None:
+        error = sys.exc_info()[1]  # where multiprocessing runs this, the exception that ends the process
+        if isinstance(error, SystemExit):
+            error = error.__context__ if error.code else None
+        if error is not None:
+            watchdog.fail(error)
+        watchdog.leave()
+
+    sys.excepthook = excepthook
+    multiprocessing.util.Finalize(
+        None, finish, exitpriority=0
+    )  # unlike atexit it also runs in the children of spawn
+
+
+def _rendezvous(watchdog: Watchdog, rank: int) -> tuple[str, int]:
+    """The address where the watchdogs meet: that of Paddle's own store, the one address that all ranks know.
+
+    The port is free again when Paddle's store needs it. If that store runs already, rank 0 takes another port.
+    """
+    endpoint = os.environ.get("PADDLE_MASTER") or os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")[0]
+    host, _, port_text = endpoint.rpartition(":")
+    if not host or not port_text.isdigit():
+        raise RuntimeError(
+            f"PADDLE_TRAINERS_NUM={os.environ['PADDLE_TRAINERS_NUM']}, so PADDLE_MASTER or PADDLE_TRAINER_ENDPOINTS must"
+            f" give the address of rank 0 as host:port, got {endpoint!r}; start with python -m paddle.distributed.launch"
+        )
+    running = dist.is_initialized()
+    port = 0 if running else int(port_text)
+    if rank == 0:
+        port = watchdog.listen(port)
+    if running:
+        shared_port = paddle.to_tensor([port], "int64")
+        dist.broadcast(shared_port, src=0)
+        port = shared_port.item()
+    return host, port
+
+
+def _let_gloo_use_the_route_to(host: str, port: int) -> None:
+    """Gloo listens where the host's own name points, often the loopback interface, unless it is told another one."""
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                request = struct.pack("256s", name.encode())
+                if (
+                    socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _GET_INTERFACE_ADDRESS, request)[20:24])
+                    == address
+                ):
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+# ---------------------------------------------------------------- building groups
+
+
+def _build_gloo_groups(
+    rank_lists: list[list[int]], grid_group: Group, watchdog: Watchdog, hosts: list[str]
+) -> dict[tuple[int, ...], Group]:
+    """The groups of this rank, by their global ranks.
+
+    Paddle connects a gloo group through the keys "0", "1", ... of its store, so two groups on one store read each other's
+    addresses. Here the first rank of each group opens a store that serves this group alone.
+    """
+    rank = grid_group.rank
+    own_stores = {}
+    for index, ranks in enumerate(rank_lists):
+        if rank == ranks[0] and 1 < len(ranks) < grid_group.nranks:
+            own_stores[index] = _open_store(hosts[rank])
+    ports_of = watchdog.exchange({index: port for index, (_, port) in own_stores.items()}, "building groups")
+
+    groups = {}
+    for index, ranks in enumerate(rank_lists):
+        group_id = collective._new_ring_id()  # on every rank, so that a group has the same id everywhere
+        if rank not in ranks:
+            continue
+        if len(ranks) == grid_group.nranks:
+            groups[tuple(ranks)] = grid_group
+            continue
+        process_group = None
+        if len(ranks) > 1:
+            with watchdog.waiting("grid", f"building the group {ranks}"):
+                if index in own_stores:
+                    store = own_stores[index][0]
+                else:
+                    store = core.TCPStore(hosts[ranks[0]], ports_of[ranks[0]][str(index)], False, 0)
+                process_group = core.ProcessGroupGloo.create(store, ranks.index(rank), len(ranks), group_id)
+        groups[tuple(ranks)] = _register(ranks, rank, group_id, process_group)
+    return groups
+
+
+def _open_store(host: str) -> tuple[Any, int]:
+    """Opens a store on a free port and returns both. Paddle aborts the process when the port is taken meanwhile."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("", 0))
+        port = reserved.getsockname()[1]
+        return core.TCPStore(host, port, True, 0), port
+
+
+def _register(ranks: list[int], rank: int, group_id: int, process_group: Any) -> Group:
+    name = f"{collective._default_group_name}{group_id}"
+    group = Group(ranks.index(rank), group_id, ranks, pg=process_group, name=name)
+    collective._set_group_map(group_id, group)
+    collective._set_group_map_by_name(name, group)
+    if process_group is not None:
+        collective._set_group_map_backend(group, "gloo")
+    _add_new_group(group)
+    return group
+
+
+def _build_groups(
+    rank_lists: list[list[int]], grid_group: Group, watchdog: Watchdog, hosts: list[str]
+) -> dict[tuple[int, ...], Group]:
+    groups = {}
+    for ranks in rank_lists:
+        if len(ranks) == grid_group.nranks:
+            groups[tuple(ranks)] = grid_group
+            continue
+        with watchdog.waiting("grid", f"building the group {ranks}"):
+            group = dist.new_group(ranks)
+            dist.all_reduce(paddle.ones([1], "int32"), group=grid_group)
+        if grid_group.rank in ranks:
+            groups[tuple(ranks)] = group
+    return groups

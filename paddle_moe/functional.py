@@ -1,0 +1,404 @@
+"""The operators as Python functions: mixture_of_experts, gate, route and fused_gate_moe.
+
+Reading order: these functions -> csrc/bindings/paddle_ops.cc -> csrc/moe.h -> csrc/arguments.cc and csrc/cpu/.
+They work on eager tensors, while a static graph is built, and under ``paddle.jit.to_static``.
+"""
+from __future__ import annotations
+
+import ctypes
+import re
+from importlib.util import find_spec
+from typing import Any, Callable, NoReturn, Sequence, Union
+
+import paddle
+from paddle import _C_ops
+from paddle.base.layer_helper import LayerHelper
+from paddle.framework import in_dynamic_mode, in_dynamic_or_pir_mode
+from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
+
+from paddle_moe import _core
+from paddle_moe._options import array_list, experts_options, flag, integer, optional_array_list, route_options
+
+try:
+    from paddle.jit.marker import unified
+except ImportError:  # Paddle < 3.1
+    from paddle.jit import not_to_static as unified
+
+__all__ = ["fused_gate_moe", "gate", "get_num_threads", "mixture_of_experts", "route", "set_num_threads"]
+
+Tensor = paddle.Tensor
+Weights = Union[Tensor, Sequence[Tensor]]
+
+def _load_library() -> ctypes.CDLL:
+    build_hint = (
+        "build it against this Paddle with `pip install --no-build-isolation .`, or inside a clone with "
+        "`python setup.py build_ext --inplace`"
+    )
+    spec = find_spec("paddle_moe._ops")
+    if spec is None:
+        raise RuntimeError(f"the compiled operators of paddle_moe are missing; {build_hint}")
+    try:
+        load_op_meta_info_and_register_op(spec.origin)
+        return ctypes.CDLL(spec.origin)
+    except Exception as error:
+        raise RuntimeError(
+            f"the compiled operators of paddle_moe ({spec.origin}) cannot be loaded into Paddle "
+            f"{paddle.__version__}: {error}; {build_hint}"
+        ) from error
+
+
+_library = _load_library()
+
+
+class _Operator:
+    """One of the custom operators of paddle_ops.cc, called in whichever mode Paddle is.
+
+    Inputs are named as there, with a suffix ``@VECTOR`` for a list and ``@OPTIONAL`` for one that may be None.
+    ``check`` takes the same arguments, tensors replaced by their specifications, and raises what the operator would:
+    Paddle ends the process when shape inference throws while a program is being built.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: tuple[str, ...],
+        attributes: tuple[str, ...],
+        outputs: tuple[str, ...],
+        check: Callable[..., Any],
+    ):
+        self.name, self.inputs, self.attributes, self.outputs = name, inputs, attributes, outputs
+        self.check = check
+
+    def __call__(self, *arguments) -> list[Tensor]:
+        if not in_dynamic_mode():
+            return self._append_to_program(arguments)
+        try:
+            outputs = _C_ops._run_custom_op(self.name, *arguments)
+        except Exception as error:
+            self._check_types(arguments)
+            _raise_plainly(error)
+        if not paddle.is_grad_enabled():
+            for output in outputs:  # a custom operator's outputs do not notice no_grad() by themselves
+                output.stop_gradient = True
+        return outputs
+
+    def _append_to_program(self, arguments) -> list[Tensor]:
+        self._check_types(arguments)
+        self.check(*map(_specification, arguments))
+        if in_dynamic_or_pir_mode():
+            return _C_ops._run_custom_op(self.name, *arguments)
+        helper = LayerHelper(self.name)
+        inputs = {name: value for name, value in zip(self.inputs, arguments) if value is not None}
+        outputs = {name: helper.create_variable(dtype="float32") for name in self.outputs}
+        attributes = dict(zip(self.attributes, arguments[len(self.inputs) :]))
+        helper.append_op(type=self.name, inputs=inputs, outputs=outputs, attrs=attributes)
+        return list(outputs.values())
+
+    def _check_types(self, arguments) -> None:
+        for spec, value in zip(self.inputs, arguments):
+            name, *kinds = spec.split("@")
+            if value is None and "OPTIONAL" in kinds:
+                continue
+            items = value if "VECTOR" in kinds and isinstance(value, list) else [value]
+            for index, item in enumerate(items):
+                if not isinstance(item, _TENSOR_TYPES):
+                    entry = f"{name}[{index}]" if len(items) > 1 else name
+                    raise ValueError(f"{entry} must be a paddle.Tensor, got {type(item).__name__}") from None
+
+
+_TENSOR_TYPES = (Tensor, paddle.static.Variable, paddle.pir.Value)
+
+
+def _specification(argument: Any) -> Any:
+    if isinstance(argument, list):
+        return [_specification(item) for item in argument]
+    if isinstance(argument, _TENSOR_TYPES):
+        return _core.Spec(str(argument.dtype).rpartition(".")[2], list(argument.shape))
+    return argument
+
+
+def _raise_plainly(error: Exception) -> NoReturn:
+    """Raises `error` again; if it comes from paddle_ops.cc, with the text alone that was written there."""
+    found = re.search(r"(?:\(\w+\)|\w+Error:) (.*) \(at [^()]*paddle_ops\.cc:\d+\)", str(error), re.DOTALL)
+    if found is None:
+        raise error
+    raise type(error)(found.group(1)) from None
+
+
+_experts = _Operator(
+    "paddle_moe_experts",
+    (
+        "hidden_states",
+        "routing_table",
+        "router_weights",
+        "gate_up_weights@VECTOR",
+        "down_weights@VECTOR",
+        "gate_up_bias@VECTOR@OPTIONAL",
+        "down_bias@VECTOR@OPTIONAL",
+    ),
+    ("permuted_weights", "activation", "experts_min", "experts_max", "chunk_size", "measurement_mode"),
+    ("out", "amax"),
+    _core.Experts,
+)
+_gate = _Operator("paddle_moe_gate", ("hidden_states", "gate_weight"), (), ("logits",), _core.Gate)
+_route = _Operator(
+    "paddle_moe_route",
+    ("logits", "correction_bias@OPTIONAL"),
+    (
+        "top_k",
+        "scoring",
+        "num_groups",
+        "topk_groups",
+        "group_score",
+        "group_mask_fill",
+        "renormalize",
+        "renormalize_eps",
+        "scaling_factor",
+    ),
+    ("routing_table", "router_weights"),
+    _core.Route,
+)
+
+
+@unified
+def mixture_of_experts(
+    hidden_states: Tensor,
+    routing_table: Tensor,
+    router_weights: Tensor,
+    gate_up_weights: Weights,
+    down_weights: Weights,
+    gate_up_bias: Weights | None = None,
+    down_bias: Weights | None = None,
+    *,
+    permuted_weights: bool = False,
+    activation: str = "silu",
+    experts_min: int = 0,
+    experts_max: int | None = None,
+    measurement_mode: bool = False,
+    chunk_size: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Sends every token through its experts and sums what comes back, weighted by the router.
+
+    .. math::
+        out_t = \sum_k w_{tk} \, \big(act(x_t G_e + g_e) \odot (x_t U_e + u_e)\big) D_e + d_e, \quad
+        e = routing\_table_{tk}
+
+    over the experts e in [experts_min, experts_max]; a slot whose id lies outside (such as -1) adds exactly zero and
+    costs nothing, so ``out`` is this shard's part of the sum. The gated feed-forward network is that of Shazeer, "GLU
+    Variants Improve Transformer" (2020), the sparse layer that of Shazeer et al., "Outrageously Large Neural
+    Networks" (2017).
+
+    Products accumulate in float32, the intermediate is rounded to the dtype of ``hidden_states``, and the sum over k
+    runs in float32 in the order of k: equal inputs give equal bits, whatever else is in the batch.
+
+    T tokens, hidden size H, intermediate size I, K experts per token, E_l local experts.
+
+    Args:
+        hidden_states: [T, H], float32, bfloat16 or float16.
+        routing_table: [T, K], int32 or int64, global expert ids. An id that appears twice in a row counts twice.
+        router_weights: [T, K], float32 or the dtype of ``hidden_states``.
+        gate_up_weights: E_l tensors [H, 2I] (gate columns first, then up), or 2*E_l tensors [H, I] (all gates, then
+            all ups), or one stacked tensor [E_l, H, 2I]; dtype of ``hidden_states``.
+        down_weights: E_l tensors [I, H], or one stacked tensor [E_l, I, H]; dtype of ``hidden_states``.
+        gate_up_bias: E_l tensors [2I], or 2*E_l tensors [I], or one stacked tensor [E_l, 2I]; float32 or the dtype of
+            ``hidden_states``.
+        down_bias: E_l tensors [H], or one stacked tensor [E_l, H]; dtype of ``gate_up_bias``.
+        permuted_weights: every weight matrix is stored transposed ([2I, H] and [H, I]), as PyTorch and Hugging Face
+            do. Prefer this to passing ``weight.T``, which Paddle copies on each call.
+        activation: silu, gelu (erf), gelu_tanh, relu, relu2 (relu squared), selu, identity, swigluoai or
+            swigluoai(alpha, limit): (up + 1) * gate * sigmoid(alpha * gate) with gate clamped to at most ``limit`` and
+            up to [-limit, limit]; alpha = 1.702 and limit = 7.0 unless given.
+        experts_min: global id of the first expert that was passed.
+        experts_max: global id of the last one, inclusive; None: experts_min + E_l - 1.
+        measurement_mode: also return amax.
+        chunk_size: tokens per internal chunk, 0: chosen. It bounds the scratch memory and never changes the result.
+
+    Returns:
+        out [T, H] of the dtype of ``hidden_states``; in measurement mode (out, amax), where amax [E_l] float32 is the
+        largest absolute intermediate of each expert before rounding, 0 where it got no token.
+
+    Raises:
+        ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range.
+        NotImplementedError: from ``backward()``: there are no gradients yet.
+    """
+    options = experts_options(
+        permuted_weights, activation, experts_min, experts_max, chunk_size, measurement_mode
+    )
+    out, amax = _experts(
+        hidden_states,
+        routing_table,
+        router_weights,
+        array_list("gate_up_weights", gate_up_weights),
+        array_list("down_weights", down_weights),
+        optional_array_list("gate_up_bias", gate_up_bias),
+        optional_array_list("down_bias", down_bias),
+        *options,
+    )
+    return (out, amax) if measurement_mode else out
+
+
+@unified
+def gate(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
+    """Computes router logits, hidden_states @ gate_weight, accumulated in float32.
+
+    Args:
+        hidden_states: [T, H], float32, bfloat16 or float16.
+        gate_weight: [H, E], float32 or the dtype of ``hidden_states``.
+
+    Returns:
+        logits [T, E], float32.
+
+    Raises:
+        ValueError: an argument has a wrong type, rank, shape, dtype or device.
+        NotImplementedError: from ``backward()``: there are no gradients yet.
+    """
+    return _gate(hidden_states, gate_weight)[0]
+
+
+@unified
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    correction_bias: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+    group_mask_fill: float = 0.0,
+    renormalize: bool = True,
+    renormalize_eps: float = 1e-20,
+    scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Chooses the experts of every token and their weights.
+
+    A row whose scores contain a NaN gets the ids -1 and the weights 0. Ties go to the lowest id. Grouped selection
+    and the correction bias are those of DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 2.1.2.
+
+    Args:
+        logits: [T, E], float32.
+        top_k: K, experts per token; at most the experts of the groups that are kept.
+        scoring: softmax (over all E), sigmoid, or softmax_topk (softmax over the K chosen logits).
+        correction_bias: [E] float32, added to the scores for the selection only, never to the weights.
+        num_groups: the experts form this many groups of equal size, and only the ``topk_groups`` best are kept.
+        topk_groups: see ``num_groups``.
+        group_score: what ranks a group: max, or top2_sum (the sum of its two best experts).
+        group_mask_fill: the selection score of experts in the other groups, 0.0 or -inf.
+        renormalize: divide the weights of a token by their sum + ``renormalize_eps`` (softmax and sigmoid;
+            softmax_topk already sums to one).
+        renormalize_eps: see ``renormalize``.
+        scaling_factor: the last factor of every weight.
+
+    Returns:
+        routing_table int32 [T, K], the best expert first, and router_weights float32 [T, K].
+
+    Raises:
+        ValueError: an argument has a wrong type, rank, shape, dtype, device or range.
+        NotImplementedError: from ``backward()``: there are no gradients yet.
+    """
+    options = route_options(
+        top_k,
+        scoring,
+        num_groups,
+        topk_groups,
+        group_score,
+        group_mask_fill,
+        renormalize,
+        renormalize_eps,
+        scaling_factor,
+    )
+    routing_table, router_weights = _route(logits, correction_bias, *options)
+    return routing_table, router_weights
+
+
+@unified
+def fused_gate_moe(
+    hidden_states: Tensor,
+    gate_weight: Tensor,
+    gate_up_weights: Weights,
+    down_weights: Weights,
+    top_k: int,
+    gate_up_bias: Weights | None = None,
+    down_bias: Weights | None = None,
+    *,
+    scoring: str = "softmax",
+    correction_bias: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+    group_mask_fill: float = 0.0,
+    renormalize: bool = True,
+    renormalize_eps: float = 1e-20,
+    scaling_factor: float = 1.0,
+    permuted_weights: bool = False,
+    activation: str = "silu",
+    experts_min: int = 0,
+    experts_max: int | None = None,
+    measurement_mode: bool = False,
+    chunk_size: int = 0,
+    return_routing: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """The whole layer in one call: :func:`gate`, :func:`route` and :func:`mixture_of_experts`.
+
+    Args:
+        gate_weight: [H, E], float32 or the dtype of ``hidden_states``; E counts the experts of all shards.
+        return_routing: also return the routing, for example to replay it.
+        Every other argument is documented at the function of that name above.
+
+    Returns:
+        out [T, H]; then amax [E_l] in measurement mode; then routing_table [T, K] int32 and router_weights [T, K]
+        float32 with ``return_routing``. Only out: the tensor itself, else a tuple.
+
+    Raises:
+        ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range.
+        NotImplementedError: from ``backward()``: there are no gradients yet.
+    """
+    routing = route(
+        gate(hidden_states, gate_weight),
+        top_k,
+        scoring=scoring,
+        correction_bias=correction_bias,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        group_score=group_score,
+        group_mask_fill=group_mask_fill,
+        renormalize=renormalize,
+        renormalize_eps=renormalize_eps,
+        scaling_factor=scaling_factor,
+    )
+    result = mixture_of_experts(
+        hidden_states,
+        *routing,
+        gate_up_weights,
+        down_weights,
+        gate_up_bias,
+        down_bias,
+        permuted_weights=permuted_weights,
+        activation=activation,
+        experts_min=experts_min,
+        experts_max=experts_max,
+        measurement_mode=measurement_mode,
+        chunk_size=chunk_size,
+    )
+    if not flag("return_routing", return_routing):
+        return result
+    return (*result, *routing) if measurement_mode else (result, *routing)
+
+
+def set_num_threads(n: int) -> None:
+    """Sets how many threads the CPU kernels of this process use; 0 restores the default.
+
+    It does not depend on OMP_NUM_THREADS, which importing Paddle sets to 1.
+
+    Raises:
+        ValueError: ``n`` is not an integer or negative.
+    """
+    n = integer("n", n)
+    if not 0 <= n < 2**31:
+        raise ValueError(f"n must be at least 0 (0: the default), got {n}")
+    _library.paddle_moe_set_num_threads(n)
+
+
+def get_num_threads() -> int:
+    """How many threads the CPU kernels of this process use."""
+    return _library.paddle_moe_num_threads()

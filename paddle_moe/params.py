@@ -1,0 +1,319 @@
+"""Expert weights: deterministic values from a seed, and the shard of them that one rank holds.
+
+Everything here is a pure function of its arguments. A rank holds a contiguous range of experts (expert
+parallelism, EP) and, of each of them, a contiguous slice of the intermediate dimension I (tensor
+parallelism, TP): the gate and up columns and the matching down rows. Summing the partial outputs of all
+ranks gives the dense layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import paddle
+
+_HIDDEN_STATES, _GATE, _ROUTING, _EXPERT = range(4)  # what a random stream is for; part of its key
+
+
+# ---------------------------------------------------------------- shards
+
+
+def _check_size(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def shard_range(total: int, rank: int, size: int) -> tuple[int, int]:
+    """The half-open range [start, stop) of `total` items that `rank` of `size` ranks holds.
+
+    The ranges are contiguous and in rank order, cover every item once and differ in length by at most
+    one, the longer ones first. With more ranks than items the last ranks get an empty range.
+
+    Raises:
+        ValueError: total is negative, size is less than 1, or rank is not in [0, size).
+    """
+    if total < 0:
+        raise ValueError(f"total must be at least 0, got {total}")
+    _check_size("size", size)
+    if not 0 <= rank < size:
+        raise ValueError(f"rank must be between 0 and size - 1 = {size - 1}, got {rank}")
+    quotient, remainder = divmod(total, size)
+    start = rank * quotient + min(rank, remainder)
+    return start, start + quotient + (rank < remainder)
+
+
+def slice_intermediate(array: Any, tp_rank: int, tp_size: int, *, axis: int, halves: int = 1) -> Any:
+    """The slice of the intermediate dimension I that `tp_rank` of `tp_size` ranks holds.
+
+    Args:
+        array: NumPy array or Paddle tensor whose dimension `axis` holds I (halves = 1), or I gate columns
+            followed by I up columns (halves = 2), each of which is cut on its own.
+        axis: negative index of that dimension. -1 for weights [H, I] and biases, -2 for [I, H].
+
+    Raises:
+        ValueError: the dimension is not a multiple of `halves`, or the ranks do not fit (see shard_range).
+    """
+    shape = list(array.shape)
+    if shape[axis] % halves:
+        raise ValueError(
+            f"array must hold gate and up halves of one size in dimension {axis}, got the shape {shape}"
+        )
+    start, stop = shard_range(shape[axis] // halves, tp_rank, tp_size)
+    before, after = shape[:axis], shape[len(shape) + axis + 1 :]
+    split = array.reshape([*before, halves, shape[axis] // halves, *after])
+    kept = split[(Ellipsis, slice(start, stop), *[slice(None)] * len(after))]
+    return kept.reshape([*before, halves * (stop - start), *after])
+
+
+@dataclass
+class ExpertShard:
+    """The expert weights of one rank, in the form (list or stacked) in which the dense ones came.
+
+    experts_min and experts_max are inclusive global ids; a rank without experts has experts_max =
+    experts_min - 1. down_bias is None on every tp_rank but 0, so that the sum over the TP group adds it
+    once.
+    """
+
+    gate_up_weights: Any
+    down_weights: Any
+    gate_up_bias: Any
+    down_bias: Any
+    experts_min: int
+    experts_max: int
+
+
+def shard_experts(
+    gate_up_weights: Any,
+    down_weights: Any,
+    gate_up_bias: Any = None,
+    down_bias: Any = None,
+    *,
+    permuted_weights: bool = False,
+    ep_rank: int = 0,
+    ep_size: int = 1,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+) -> ExpertShard:
+    """Cuts the shard of (ep_rank, tp_rank) out of dense expert weights.
+
+    Args:
+        gate_up_weights: list of E arrays [H, 2I] (gate columns, then up), of 2*E arrays [H, I] (all
+            gates, then all ups), or one stacked array [E, H, 2I]. NumPy arrays or Paddle tensors.
+        down_weights: list of E arrays [I, H], or one stacked array [E, I, H].
+        gate_up_bias: None, list of E arrays [2I], or one stacked array [E, 2I].
+        down_bias: None, list of E arrays [H], or one stacked array [E, H].
+        permuted_weights: the last two dimensions of every weight are swapped.
+
+    Raises:
+        ValueError: a list has the wrong length, a fused dimension is odd, or the ranks do not fit.
+    """
+    num_experts = len(down_weights)
+    experts = slice(*shard_range(num_experts, ep_rank, ep_size))
+    inputs_axis, outputs_axis = (-1, -2) if permuted_weights else (-2, -1)
+
+    def cut(name: str, weights: Any, axis: int, halves: int) -> Any:
+        if not isinstance(weights, (list, tuple)):
+            if len(weights) != num_experts:
+                raise ValueError(
+                    f"{name} must hold {num_experts} experts like down_weights, got {len(weights)}"
+                )
+            return slice_intermediate(weights[experts], tp_rank, tp_size, axis=axis, halves=halves)
+        if halves == 2 and len(weights) == 2 * num_experts:
+            kept, halves = [*weights[:num_experts][experts], *weights[num_experts:][experts]], 1
+        elif len(weights) == num_experts:
+            kept = weights[experts]
+        else:
+            raise ValueError(f"{name} must hold {num_experts} arrays, one per expert, got {len(weights)}")
+        return [slice_intermediate(weight, tp_rank, tp_size, axis=axis, halves=halves) for weight in kept]
+
+    return ExpertShard(
+        gate_up_weights=cut("gate_up_weights", gate_up_weights, outputs_axis, 2),
+        down_weights=cut("down_weights", down_weights, inputs_axis, 1),
+        gate_up_bias=None if gate_up_bias is None else cut("gate_up_bias", gate_up_bias, -1, 2),
+        down_bias=None if down_bias is None or tp_rank > 0 else down_bias[experts],
+        experts_min=experts.start,
+        experts_max=experts.stop - 1,
+    )
+
+
+# ---------------------------------------------------------------- values from a seed
+
+
+def _uniform(key: tuple[int, ...], shape: tuple[int, ...], variance: float) -> np.ndarray:
+    """fp32 values of mean 0 and the given variance, the same for a key everywhere.
+
+    The raw bits of a NumPy bit generator are stable across versions and platforms; its distributions are not.
+    """
+    bits = np.random.Philox(np.random.SeedSequence(key)).random_raw(math.ceil(math.prod(shape) / 2))
+    unit = (bits.view(np.uint32)[: math.prod(shape)] >> 8).astype(np.float32) * np.float32(2.0**-24)
+    return ((2 * unit - 1) * np.float32(math.sqrt(3 * variance))).reshape(shape)
+
+
+def random_gate_weight(seed: int, hidden_dim: int, num_experts: int) -> np.ndarray:
+    """Router weight [H, E] fp32 whose logits have variance 1 for inputs of variance 1."""
+    return _uniform((seed, _GATE), (hidden_dim, num_experts), 1 / hidden_dim)
+
+
+def random_expert(seed: int, expert: int, hidden_dim: int, ffn_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (gate_up [H, 2I], down [I, H]) fp32 of the expert with the global id `expert`.
+
+    An expert's values depend on nothing but the arguments, so a rank draws its own experts only. Variance
+    1 / fan-in keeps outputs of order 1 for inputs of variance 1.
+    """
+    gate_up = _uniform((seed, _EXPERT, expert, 0), (hidden_dim, 2 * ffn_dim), 1 / hidden_dim)
+    return gate_up, _uniform((seed, _EXPERT, expert, 1), (ffn_dim, hidden_dim), 1 / ffn_dim)
+
+
+def _random_routing(
+    seed: int, num_tokens: int, top_k: int, num_experts: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [T, K] int32, distinct in a row, and renormalised softmax weights [T, K] fp32."""
+    logits = _uniform((seed, _ROUTING), (num_tokens, num_experts), 1.0).astype(np.float64)
+    ids = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
+    scores = np.exp(np.take_along_axis(logits, ids, axis=1))
+    return ids.astype(np.int32), (scores / scores.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+@dataclass
+class MoEParams:
+    """What one call of mixture_of_experts takes, as Paddle tensors.
+
+    Attributes:
+        hidden_states: [T, H].
+        router_weights: [T, K] fp32, each row sums to one.
+        routing_table: [T, K] int32 global expert ids, distinct in a row.
+        gate_up_weights: E_l tensors [H, 2I] (fused), or 2*E_l tensors [H, I] (all gates, then all ups).
+        down_weights: E_l tensors [I, H]. Every weight is transposed when permuted_weights was asked for.
+        experts_min, experts_max: inclusive global ids; experts_max = experts_min - 1 on a rank without
+            experts, where the lists are empty and the contribution is zero.
+    """
+
+    hidden_states: paddle.Tensor
+    router_weights: paddle.Tensor
+    routing_table: paddle.Tensor
+    gate_up_weights: list[paddle.Tensor]
+    down_weights: list[paddle.Tensor]
+    experts_min: int
+    experts_max: int
+
+
+def generate_moe_params(
+    num_tokens: int,
+    hidden_dim: int,
+    ffn_dim: int,
+    top_k: int,
+    num_experts: int,
+    permuted_weights: bool = False,
+    dtype: str = "float32",
+    fused_weights: bool = True,
+    seed: int = 2024,
+) -> MoEParams:
+    """Inputs and dense weights of a mixture-of-experts layer, the same for a seed on every rank and platform.
+
+    Args:
+        num_tokens: T, at least 0.
+        hidden_dim: H. ffn_dim: I. num_experts: E. All at least 1.
+        top_k: K, between 1 and E.
+        permuted_weights: store weights as [2I, H] and [H, I].
+        dtype: "float32", "bfloat16" or "float16" of hidden_states and the weights (drawn in fp32, then
+            rounded).
+        fused_weights: one [H, 2I] tensor per expert instead of [H, I] gates and [H, I] ups.
+        seed: at least 0.
+
+    Raises:
+        ValueError: a size, top_k, dtype or seed is out of its range.
+    """
+    import paddle
+
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
+    for name, value in (("hidden_dim", hidden_dim), ("ffn_dim", ffn_dim), ("num_experts", num_experts)):
+        _check_size(name, value)
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must be between 1 and num_experts = {num_experts}, got {top_k}")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+
+    def tensor(values: np.ndarray) -> paddle.Tensor:
+        return paddle.to_tensor(np.ascontiguousarray(values.T if permuted_weights else values)).astype(dtype)
+
+    gates, ups, gate_ups, downs = [], [], [], []
+    for expert in range(num_experts):
+        gate_up, down = random_expert(seed, expert, hidden_dim, ffn_dim)
+        if fused_weights:
+            gate_ups.append(tensor(gate_up))
+        else:
+            gates.append(tensor(gate_up[:, :ffn_dim]))
+            ups.append(tensor(gate_up[:, ffn_dim:]))
+        downs.append(tensor(down))
+    routing_table, router_weights = _random_routing(seed, num_tokens, top_k, num_experts)
+    hidden_states = _uniform((seed, _HIDDEN_STATES), (num_tokens, hidden_dim), 1.0)
+    return MoEParams(
+        hidden_states=paddle.to_tensor(hidden_states).astype(dtype),
+        router_weights=paddle.to_tensor(router_weights),
+        routing_table=paddle.to_tensor(routing_table),
+        gate_up_weights=gate_ups if fused_weights else gates + ups,
+        down_weights=downs,
+        experts_min=0,
+        experts_max=num_experts - 1,
+    )
+
+
+def generate_moe_params_static(
+    num_tokens: int,
+    hidden_dim: int,
+    ffn_dim: int,
+    top_k: int,
+    num_experts: int,
+    permuted_weights: bool = False,
+    dtype: str = "float32",
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    ep_rank: int = 0,
+    ep_size: int = 1,
+    fused_weights: bool = True,
+    seed: int = 2024,
+) -> tuple[MoEParams, MoEParams]:
+    """(dense, local): generate_moe_params, and the part of it that rank (ep_rank, tp_rank) holds.
+
+    Both share hidden_states, router_weights and routing_table: tokens are replicated on every rank. Any
+    ep_size and tp_size works, whether or not it divides num_experts and ffn_dim.
+
+    Raises:
+        ValueError: as generate_moe_params, or a rank is not in [0, size), or tp_size > ffn_dim.
+    """
+    for name, rank, size in (("ep", ep_rank, ep_size), ("tp", tp_rank, tp_size)):
+        _check_size(f"{name}_size", size)
+        if not 0 <= rank < size:
+            raise ValueError(f"{name}_rank must be between 0 and {name}_size - 1 = {size - 1}, got {rank}")
+    dense = generate_moe_params(
+        num_tokens, hidden_dim, ffn_dim, top_k, num_experts, permuted_weights, dtype, fused_weights, seed
+    )
+    if tp_size > ffn_dim:
+        raise ValueError(f"tp_size must be at most ffn_dim = {ffn_dim}, got {tp_size}")
+    shard = shard_experts(
+        dense.gate_up_weights,
+        dense.down_weights,
+        permuted_weights=permuted_weights,
+        ep_rank=ep_rank,
+        ep_size=ep_size,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+    )
+    local = MoEParams(
+        dense.hidden_states,
+        dense.router_weights,
+        dense.routing_table,
+        shard.gate_up_weights,
+        shard.down_weights,
+        shard.experts_min,
+        shard.experts_max,
+    )
+    return dense, local

@@ -1,0 +1,664 @@
+"""Watches the ranks of a job: when one dies, fails or does not arrive, all of them end and say which one it was.
+
+Every rank starts this file as a child process that uses the standard library only. A thread would not do: Paddle holds
+Python's global lock while its store waits for other ranks, and a rank that hangs may hold it for ever.
+
+    rank's process                         its child                                 child of rank 0
+    Watchdog  -- a pair of sockets -->     _Child  -- TCP, to the master address --> _Coordinator
+              -- shared counters ---->
+
+A connection that closes without a goodbye is a dead rank, so a rank that is merely slow is never taken for a dead one.
+Collectives cost no message: a rank counts them in shared memory, which its child reads a few times a second.
+Messages are JSON objects, one per line. Nothing here imports Paddle.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import mmap
+import os
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, Iterator
+
+SLOTS = ("grid", "ep", "tp")  # one counter of collectives for each group of a rank
+_SLOT = struct.Struct("=QQd80s")  # entered, left, time.monotonic() of the last entry, what it is
+
+_TICK_SECONDS = 0.25
+_GATHER_SECONDS = (
+    0.3  # how long causes are gathered, so that a death is named before the errors that it caused
+)
+_SAME_MOMENT_SECONDS = (
+    0.05  # deaths further apart are consequences: a launcher ends the ranks when one has died
+)
+_STRAGGLER_SECONDS = 2.0  # how long a refused job waits for the ranks that it has not heard of yet
+_GRACE_SECONDS = 5.0  # for the last words of a process that is ending anyway
+
+
+# ---------------------------------------------------------------- in the rank's process
+
+
+class Watchdog:
+    """A rank's handle on its child process.
+
+    Args:
+        rank: of this process, 0 or more.
+        timeout_seconds: how long this rank waits for the others, in `join`, `exchange` and `waiting`.
+    """
+
+    def __init__(self, rank: int, timeout_seconds: float):
+        self._counters = {slot: 0 for slot in SLOTS}
+        with tempfile.TemporaryFile() as file:
+            file.truncate(_SLOT.size * len(SLOTS))
+            self._shared = mmap.mmap(file.fileno(), 0)
+            ours, theirs = socket.socketpair()
+            options = {
+                "rank": rank,
+                "timeout": timeout_seconds,
+                "parent": os.getpid(),
+                "socket": theirs.fileno(),
+                "shared": file.fileno(),
+            }
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", os.path.abspath(__file__), json.dumps(options)],
+                pass_fds=(theirs.fileno(), file.fileno()),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # it must outlive a Ctrl-C long enough to say why the others end
+            )
+            theirs.close()
+        self._channel = _Channel(ours)
+
+    def listen(self, port: int) -> int:
+        """Rank 0 only: makes the child the coordinator, on `port` or, for 0, any free one. Returns the port.
+
+        Raises:
+            RuntimeError: the port is taken.
+        """
+        return self._ask("port", type="listen", port=port)
+
+    def join(self, host: str, port: int, config: dict[str, Any]) -> list[str]:
+        """Waits until all config["world_size"] ranks have joined with the same config.
+
+        Returns the address of every rank's host as seen from rank 0; "" for rank 0's own host.
+
+        Raises:
+            ValueError: the ranks have different configs; the text names the ranks and their values.
+            RuntimeError: rank 0 cannot be reached, or a rank does not join within timeout_seconds.
+        """
+        return self._ask("hosts", type="join", host=host, port=port, config=config)
+
+    def exchange(self, value: Any, what: str) -> list[Any]:
+        """Waits for every rank and returns the values of all, by rank. `what` names the place for error messages."""
+        return self._ask("values", type="exchange", value=value, what=what)
+
+    def set_groups(self, groups: dict[str, list[int]]) -> None:
+        """The global ranks in the groups of this rank, by slot."""
+        self._channel.send(type="groups", groups=groups)
+
+    def log_to(self, log_path: str, events_path: str, ep_rank: int, tp_rank: int) -> None:
+        """Has the reason of an end also appended to the two log files of this rank."""
+        self._channel.send(type="log", log=log_path, events=events_path, ep_rank=ep_rank, tp_rank=tp_rank)
+
+    @contextlib.contextmanager
+    def waiting(self, slot: str, what: str) -> Iterator[None]:
+        """Around a call that returns only when all ranks of a group make it: all end if it exceeds timeout_seconds."""
+        offset = SLOTS.index(slot) * _SLOT.size
+        self._counters[slot] += 1
+        count = self._counters[slot]
+        _SLOT.pack_into(self._shared, offset, count, count - 1, time.monotonic(), what.encode()[:80])
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            # The transport gave up, most likely because of another rank: the coordinator finds out which,
+            # and the child then ends this process.
+            self._channel.send(type="broken", error=_first_line(error))
+            self._channel.wait_for_end(2 * _GRACE_SECONDS)
+            raise
+        _SLOT.pack_into(self._shared, offset, count, count, time.monotonic(), b"")
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the other ranks that this one ends with `error`."""
+        self._channel.send(type="failed", error=f"{type(error).__name__}: {_first_line(error)}")
+
+    def leave(self) -> None:
+        """Tells the other ranks that this one has finished; what happens to it from now on does not concern them."""
+        self._channel.send(type="leave")
+        self._channel.wait_for_end(_GRACE_SECONDS)
+
+    def _ask(self, answer: str, **message: Any) -> Any:
+        self._channel.send(**message)
+        reply = self._channel.wait()
+        if reply is None:
+            raise RuntimeError("the watchdog process of this rank has ended; was it killed?")
+        if "error" in reply:
+            raise (ValueError if reply["type"] == "mismatch" else RuntimeError)(reply["error"])
+        return reply[answer]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
+    return lines[0][:500] if lines else ""
+
+
+class _Channel:
+    """JSON objects, one per line, over a stream socket."""
+
+    def __init__(self, connection: socket.socket):
+        self.socket = connection
+        self._received = b""
+
+    def send(self, **message: Any) -> None:
+        with contextlib.suppress(OSError):  # a closed connection is noticed, and reported, where it is read
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """The complete messages that one read brings; None at the end of the stream, or if it is no JSON."""
+        try:
+            data = self.socket.recv(1 << 16)
+            *lines, self._received = (self._received + data).split(b"\n")
+            return [json.loads(line) for line in lines] if data else None
+        except (OSError, ValueError):
+            return None
+
+    def wait(self) -> dict[str, Any] | None:
+        messages: list[dict[str, Any]] | None = []
+        while messages == []:
+            messages = self.receive()
+        return messages[0] if messages else None
+
+    def wait_for_end(self, seconds: float) -> None:
+        self.socket.settimeout(seconds)
+        while self.receive() is not None:
+            pass
+        self.socket.settimeout(None)
+
+
+# ---------------------------------------------------------------- in the child process
+
+
+class _Child:
+    """Speaks for one rank: tells the coordinator what happens here, and ends the rank when the coordinator says so."""
+
+    def __init__(self, options: dict[str, Any]):
+        self.rank = options["rank"]
+        self.timeout = options["timeout"]
+        self.parent = options["parent"]
+        self.selector = selectors.DefaultSelector()
+        self.shared = mmap.mmap(options["shared"], 0)
+        self.rank_channel = _Channel(socket.socket(fileno=options["socket"]))
+        self.selector.register(self.rank_channel.socket, selectors.EVENT_READ, self.on_rank_readable)
+        self.coordinator: _Coordinator | None = None
+        self.coordinator_channel: _Channel | None = None
+        self.join: dict[str, Any] | None = None  # the pending request, until a connection stands
+        self.join_deadline = 0.0
+        self.groups = {slot: [self.rank] for slot in SLOTS}
+        self.departed: set[int] = set()
+        self.reported: set[tuple[str, int]] = set()
+        self.log: dict[str, Any] | None = None
+        self.failed = False
+        self.parent_gone_since: float | None = None
+        self.done = False
+
+    def run(self) -> None:
+        while not self.done or (self.coordinator is not None and not self.coordinator.finished()):
+            for key, _ in self.selector.select(_TICK_SECONDS):
+                if key.fileobj.fileno() >= 0:  # not closed by the call before
+                    key.data()
+            if not self.done:
+                self.tick()
+            if self.coordinator is not None:
+                self.coordinator.tick()
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        if self.parent_gone_since is not None:
+            if now - self.parent_gone_since > _GRACE_SECONDS:
+                self.done = True
+            return
+        if os.getppid() != self.parent:  # a forked child of the rank may keep our socket open
+            self.on_parent_gone()
+        elif self.join is not None:
+            self.connect(now)
+        elif self.coordinator_channel is not None:
+            for slot, wait in self.waits().items():
+                limit = _STRAGGLER_SECONDS if self.departed.intersection(wait["ranks"]) else self.timeout
+                if wait["seconds"] > limit and (slot, wait["count"]) not in self.reported:
+                    self.reported.add((slot, wait["count"]))
+                    self.coordinator_channel.send(type="stuck", error="")
+
+    def slots(self) -> dict[str, tuple[int, int, float, bytes]]:
+        return {slot: _SLOT.unpack_from(self.shared, index * _SLOT.size) for index, slot in enumerate(SLOTS)}
+
+    def counts(self) -> dict[str, int]:
+        return {slot: entered for slot, (entered, _, _, _) in self.slots().items()}
+
+    def waits(self) -> dict[str, dict[str, Any]]:
+        """The collectives that this rank is in, by slot: at most one, unless user code uses threads."""
+        return {
+            slot: {
+                "ranks": self.groups[slot],
+                "count": entered,
+                "seconds": time.monotonic() - since,
+                "what": what.rstrip(b"\0").decode(errors="replace"),
+            }
+            for slot, (entered, left, since, what) in self.slots().items()
+            if entered > left
+        }
+
+    # what the rank says
+
+    def on_rank_readable(self) -> None:
+        messages = self.rank_channel.receive()
+        if messages is None:
+            self.on_parent_gone()
+            return
+        for message in messages:
+            getattr(self, "on_" + message["type"])(message)
+
+    def on_listen(self, message: dict[str, Any]) -> None:
+        try:
+            self.coordinator = _Coordinator(self.selector, message["port"], self.timeout)
+        except OSError as error:
+            text = f"rank 0 cannot listen on port {message['port']} of its host: {error}; start the job on another port"
+            self.rank_channel.send(type="refused", error=text)
+        else:
+            self.rank_channel.send(type="listening", port=self.coordinator.port)
+
+    def on_join(self, message: dict[str, Any]) -> None:
+        self.join, self.join_deadline = message, time.monotonic() + self.timeout
+
+    def connect(self, now: float) -> None:
+        host, port = self.join["host"], self.join["port"]
+        try:
+            connection = socket.create_connection((host, port), timeout=1.0)
+        except OSError as error:
+            if now > self.join_deadline:
+                text = (
+                    f"rank {self.rank} got no answer from rank 0 at {host}:{port} within {self.timeout:g} s ({error});"
+                    " is rank 0 running, and does this host reach that address?"
+                )
+                self.join = None
+                self.rank_channel.send(type="refused", error=text)
+            return
+        connection.settimeout(_GRACE_SECONDS)
+        _detect_lost_host(connection)
+        self.coordinator_channel = _Channel(connection)
+        self.selector.register(connection, selectors.EVENT_READ, self.on_coordinator_readable)
+        self.coordinator_channel.send(
+            type="join",
+            rank=self.rank,
+            config=self.join["config"],
+            pid=self.parent,
+            host=socket.gethostname(),
+        )
+        self.join = None
+
+    def on_exchange(self, message: dict[str, Any]) -> None:
+        self.coordinator_channel.send(**message)
+
+    def on_groups(self, message: dict[str, Any]) -> None:
+        self.groups = message["groups"]
+
+    def on_log(self, message: dict[str, Any]) -> None:
+        self.log = message
+
+    def on_broken(self, message: dict[str, Any]) -> None:
+        self.coordinator_channel.send(type="stuck", error=message["error"])
+
+    def on_failed(self, message: dict[str, Any]) -> None:
+        self.failed = True
+        if self.coordinator_channel is not None:
+            self.coordinator_channel.send(**message)
+
+    def on_leave(self, message: dict[str, Any]) -> None:
+        if self.coordinator_channel is not None:
+            self.coordinator_channel.send(type="leave", counts=self.counts())
+            self.close(self.coordinator_channel)
+            self.coordinator_channel = None
+        self.close(self.rank_channel)
+        self.done = True
+
+    def on_parent_gone(self) -> None:
+        self.close(self.rank_channel)
+        if self.coordinator_channel is None:
+            self.done = True
+        elif self.parent_gone_since is None:
+            self.parent_gone_since = time.monotonic()
+            self.coordinator_channel.send(type="died")
+
+    # what the coordinator says
+
+    def on_coordinator_readable(self) -> None:
+        messages = self.coordinator_channel.receive()
+        if messages is None:
+            self.end_rank("lost the connection to rank 0, or to its host")
+            return
+        for message in messages:
+            if message["type"] == "end":
+                self.end_rank(message["reason"])
+                return
+            if message["type"] == "departed":
+                self.departed.add(message["rank"])
+            elif message["type"] == "state?":
+                self.coordinator_channel.send(type="state", counts=self.counts(), waits=self.waits())
+            else:
+                self.rank_channel.send(**message)
+                if "error" in message:
+                    self.close(self.coordinator_channel)
+                    self.coordinator_channel = None
+                    return
+
+    def end_rank(self, reason: str) -> None:
+        self.close(self.coordinator_channel)
+        self.done = True
+        text = f"rank {self.rank} ends: {reason}"
+        with contextlib.suppress(OSError):  # a full disk must not keep the rank alive
+            os.write(2, f"\npaddle_moe: {text}\n".encode())
+            self.write_log(text)
+        if self.failed:  # it is printing its own error
+            self.wait_for_parent(_GRACE_SECONDS)
+        if os.getppid() == self.parent:
+            os.kill(self.parent, signal.SIGKILL)
+
+    def wait_for_parent(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while os.getppid() == self.parent and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def write_log(self, text: str) -> None:
+        if self.log is None:
+            return
+        now, ep_rank, tp_rank = time.time(), self.log["ep_rank"], self.log["tp_rank"]
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) + f",{int(now * 1000) % 1000:03d}"
+        event = {"time": now, "ep_rank": ep_rank, "tp_rank": tp_rank, "event": "error", "message": text}
+        for path, line in (
+            (self.log["log"], f"{stamp} [ERROR] ep_rank {ep_rank} tp_rank {tp_rank}: {text}"),
+            (self.log["events"], json.dumps(event)),
+        ):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def close(self, channel: _Channel) -> None:
+        if channel.socket.fileno() >= 0:
+            self.selector.unregister(channel.socket)
+            channel.socket.close()
+
+
+class _Member:
+    """What the coordinator knows about one rank."""
+
+    def __init__(self, channel: _Channel, message: dict[str, Any], host: str):
+        self.channel = channel
+        self.rank = message["rank"]
+        self.config = message["config"]
+        self.name = f"rank {self.rank} (pid {message['pid']} on {message['host']})"
+        self.host = host
+        self.active = True
+        self.error: str | None = None
+        self.counts: dict[str, int] = {}  # of the collectives entered so far; known once asked for
+        self.waits: dict[str, dict[str, Any]] = {}
+
+
+class _Coordinator:
+    """Lets all ranks in together or none, and turns what they report into one reason for all."""
+
+    def __init__(self, selector: selectors.BaseSelector, port: int, timeout: float):
+        self.selector = selector
+        self.timeout = timeout
+        self.listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(("", port))
+        self.listener.listen(1024)
+        self.port = self.listener.getsockname()[1]
+        selector.register(self.listener, selectors.EVENT_READ, self.on_connect)
+        self.open_channels: set[_Channel] = set()
+        self.joined: list[_Member] = []
+        self.accepted = False
+        self.refusal: str | None = None
+        self.refuse_at = time.monotonic() + timeout
+        self.values: dict[int, Any] = {}
+        self.exchange_what = ""
+        self.exchange_deadline = 0.0
+        self.causes: list[tuple[int, str]] = []  # (priority, text), lower is nearer the root
+        self.first_death: float | None = None
+        self.stuck: tuple[_Member, str] | None = None
+        self.end_at: float | None = None
+        self.ended_at: float | None = None
+
+    def finished(self) -> bool:
+        now = time.monotonic()
+        if self.ended_at is not None:
+            return not self.open_channels or now > self.ended_at + _GRACE_SECONDS
+        return not self.open_channels and (self.accepted or self.refusal is not None)
+
+    # joining
+
+    def on_connect(self) -> None:
+        connection, address = self.listener.accept()
+        connection.settimeout(_GRACE_SECONDS)
+        _detect_lost_host(connection)
+        channel = _Channel(connection)
+        self.open_channels.add(channel)
+        host = "" if address[0].startswith("127.") else address[0]
+        self.selector.register(
+            connection, selectors.EVENT_READ, lambda: self.on_stranger_readable(channel, host)
+        )
+
+    def on_stranger_readable(self, channel: _Channel, host: str) -> None:
+        messages = channel.receive()
+        if messages is None or any(message.get("type") != "join" for message in messages):
+            self.close(channel)
+        elif messages:
+            member = _Member(channel, messages[0], host)
+            self.selector.modify(
+                channel.socket, selectors.EVENT_READ, lambda: self.on_member_readable(member)
+            )
+            self.joined.append(member)
+            self.consider_joined(member)
+
+    def consider_joined(self, member: _Member) -> None:
+        world_size = max(one.config["world_size"] for one in self.joined)
+        if self.refusal is not None:
+            member.channel.send(type="mismatch", error=self.describe_configs())
+        elif len(self.configs()) > 1 or len({one.rank for one in self.joined}) < len(self.joined):
+            self.refuse_at = time.monotonic() + (_STRAGGLER_SECONDS if len(self.joined) < world_size else 0.0)
+        elif len(self.joined) == world_size:
+            self.accept()
+
+    def accept(self) -> None:
+        # Paddle's own store listens on this port next.
+        self.selector.unregister(self.listener)
+        self.listener.close()
+        self.accepted = True
+        self.joined.sort(key=lambda member: member.rank)
+        for member in self.joined:
+            member.channel.send(type="joined", hosts=[one.host for one in self.joined])
+
+    def configs(self) -> dict[str, list[int]]:
+        ranks_of: dict[str, list[int]] = collections.defaultdict(list)
+        for member in self.joined:
+            ranks_of[", ".join(f"{name}={value}" for name, value in member.config.items())].append(
+                member.rank
+            )
+        return ranks_of
+
+    def describe_configs(self) -> str:
+        values = "; ".join(f"{text} on {_ranks(ranks)}" for text, ranks in self.configs().items())
+        twice = sorted(
+            rank for rank, n in collections.Counter(one.rank for one in self.joined).items() if n > 1
+        )
+        return (
+            f"the ranks of this job do not agree: {values}"
+            + (f"; {_ranks(twice)} came more than once" if twice else "")
+            + "; start every rank with the same sizes"
+        )
+
+    def refuse(self) -> None:
+        world_size = max((one.config["world_size"] for one in self.joined), default=0)
+        missing = sorted(set(range(world_size)) - {one.rank for one in self.joined})
+        if len(self.configs()) > 1 or not missing:
+            kind, self.refusal = "mismatch", self.describe_configs()
+        else:
+            kind = "absent"
+            self.refusal = (
+                f"{_ranks(missing)} of {world_size} did not call init_distributed within {self.timeout:g} s"
+            )
+        for member in self.joined:
+            member.channel.send(type=kind, error=self.refusal)
+
+    # after joining
+
+    def on_member_readable(self, member: _Member) -> None:
+        messages = member.channel.receive()
+        if messages is None:
+            self.on_died(member, {})
+            self.close(member.channel)
+            return
+        for message in messages:
+            getattr(self, "on_" + message["type"])(member, message)
+
+    def on_exchange(self, member: _Member, message: dict[str, Any]) -> None:
+        if not self.values:
+            self.exchange_what, self.exchange_deadline = message["what"], time.monotonic() + self.timeout
+        self.values[member.rank] = message["value"]
+        self.consider_exchange()
+
+    def consider_exchange(self) -> None:
+        if len(self.values) == len(self.joined):
+            values = [self.values[rank] for rank in range(len(self.joined))]
+            self.values = {}
+            for member in self.joined:
+                member.channel.send(type="values", values=values)
+        elif self.values and any(not one.active and one.rank not in self.values for one in self.joined):
+            self.exchange_deadline = time.monotonic()  # it will not come any more
+
+    def on_failed(self, member: _Member, message: dict[str, Any]) -> None:
+        member.error = message["error"]
+        self.add_cause(1, f"rank {member.rank} failed: {message['error']}")
+
+    def on_died(self, member: _Member, message: dict[str, Any]) -> None:
+        if not self.accepted and self.refusal is None:
+            self.joined.remove(member)
+        elif member.active and member.error is None and self.accepted:
+            now = time.monotonic()
+            self.first_death = self.first_death or now
+            if now - self.first_death < _SAME_MOMENT_SECONDS:
+                self.add_cause(0, f"{member.name} died")
+        member.active = False
+
+    def on_leave(self, member: _Member, message: dict[str, Any]) -> None:
+        member.active, member.counts = False, message["counts"]
+        for other in self.joined:
+            if other.active:
+                other.channel.send(type="departed", rank=member.rank)
+        self.consider_exchange()
+
+    def on_stuck(self, member: _Member, message: dict[str, Any]) -> None:
+        if self.stuck is None:
+            self.find_stuck(member, message["error"])
+
+    def find_stuck(self, member: _Member, error: str) -> None:
+        """Asks all ranks where they are; `end_all` uses the answers unless a cause turns up meanwhile."""
+        self.stuck = member, error
+        for other in self.joined:
+            if other.active:
+                other.channel.send(type="state?")
+        self.end_at = self.end_at or time.monotonic() + 2 * _GATHER_SECONDS
+
+    def on_state(self, member: _Member, message: dict[str, Any]) -> None:
+        member.counts, member.waits = message["counts"], message["waits"]
+
+    def add_cause(self, priority: int, text: str) -> None:
+        now = time.monotonic()
+        if not self.causes:
+            self.end_at = min(self.end_at or float("inf"), now + _GATHER_SECONDS)
+        if now <= self.end_at:
+            self.causes.append((priority, text))
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        if not self.accepted:
+            if self.refusal is None and now > self.refuse_at:
+                self.refuse()
+            return
+        if self.values and now > self.exchange_deadline and self.stuck is None:
+            self.find_stuck(self.joined[min(self.values)], "")
+        if self.end_at is not None and now > self.end_at and self.ended_at is None:
+            self.end_all(now)
+
+    def end_all(self, now: float) -> None:
+        if self.causes:
+            reason = "; ".join(text for _, text in sorted(self.causes, key=lambda cause: cause[0]))
+        else:
+            reason = self.describe_stuck(*self.stuck)
+        for channel in list(self.open_channels):
+            channel.send(type="end", reason=reason)
+        self.ended_at = now
+
+    def describe_stuck(self, member: _Member, error: str) -> str:
+        """Follows the chain of ranks that wait for each other to one that waits for a rank that does not wait."""
+        seen = set()
+        while True:
+            seen.add(member.rank)
+            where, absent = self.where_waiting(member)
+            guilty = [other for other in absent if not self.where_waiting(other)[0]]
+            waiting = [other for other in absent if other.rank not in seen]
+            if guilty or not waiting:
+                break
+            member, error = waiting[0], ""
+        text = f"rank {member.rank} waited {where}" + (f" until it failed ({error})" if error else "")
+        if guilty:
+            gone = [other.rank for other in guilty if not other.active]
+            running = [other.rank for other in guilty if other.active]
+            parts = [f"{_ranks(gone)} left the job without arriving there"] if gone else []
+            return f"{text}; " + " and ".join(parts + ([f"{_ranks(running)} did not arrive there"] if running else []))
+        if absent:
+            places = [(one.rank, self.where_waiting(one)[0]) for one in self.joined]
+            return "the ranks wait for each other: " + "; ".join(f"rank {r} {where}" for r, where in places if where)
+        return f"{text}; all its ranks arrived, but the transport between them did not finish"
+
+    def where_waiting(self, member: _Member) -> tuple[str, list[_Member]]:
+        """Where a rank waits, "" if it does not, and which ranks have not arrived there."""
+        if member.rank in self.values:
+            absent = [other for other in self.joined if other.rank not in self.values]
+            return f"in {self.exchange_what}", absent
+        for slot, wait in member.waits.items():
+            others = [self.joined[rank] for rank in wait["ranks"]]
+            absent = [other for other in others if other.counts.get(slot, 0) < wait["count"]]
+            return f"{wait['seconds']:.0f} s in {wait['what']}", absent
+        return "", []
+
+    def close(self, channel: _Channel) -> None:
+        self.open_channels.discard(channel)
+        self.selector.unregister(channel.socket)
+        channel.socket.close()
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {sorted(ranks)}"
+
+
+def _detect_lost_host(connection: socket.socket) -> None:
+    """Has the kernel close the connection when the other host has been silent for about 25 seconds."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", 10),
+        ("TCP_KEEPINTVL", 5),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 25000),
+    ):
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+if __name__ == "__main__":
+    _Child(json.loads(sys.argv[1])).run()

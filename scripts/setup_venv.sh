@@ -1,0 +1,77 @@
+# Sourced by demo.sh and test.sh. Afterwards $repository is the clone and $venv a virtual environment in which
+# paddle_moe, as it is in the clone, is installed together with all it needs. Steps that are done already are skipped.
+#
+#   PADDLE_MOE_VENV   where the environment is made (default: .venv in the clone)
+#   PYTHON            the Python it is made from (default: python3)
+set -euo pipefail
+
+# Another environment must not leak into this one.
+unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_ROOT
+export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${PADDLE_MOE_VENV:-$repository/.venv}
+case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
+
+step() { printf '== %s\n' "$*"; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+make_venv() {
+  local python=${PYTHON:-python3}
+  command -v "$python" >/dev/null || fail "no '$python' found: install Python 3.9 or newer, or set PYTHON to one"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
+    fail "$("$python" --version) is too old: set PYTHON to Python 3.9 or newer"
+  if "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    if [ -n "${PYTHON:-}" ]; then
+      local version='import sys; print(*sys.version_info[:2])'
+      [ "$("$python" -c "$version")" = "$("$venv/bin/python" -c "$version")" ] ||
+        fail "$venv was made from another Python than $python: remove it, or set PADDLE_MOE_VENV to another place"
+    fi
+    return
+  fi
+  if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
+    fail "$venv is no virtual environment: set PADDLE_MOE_VENV to a new directory"
+  fi
+  step "making the virtual environment $venv from $("$python" --version)"
+  if "$python" -c 'import ensurepip' 2>/dev/null; then
+    "$python" -m venv --clear "$venv"
+  else  # Debian packages ensurepip apart; the pip outside can fill the new environment
+    "$python" -m venv --clear --without-pip "$venv"
+    "$python" -m pip --python "$venv/bin/python" install --quiet pip ||
+      fail "cannot put pip into $venv: install the package python3-venv (Debian, Ubuntu), or set PYTHON to another Python"
+  fi
+}
+
+# once STAMP KEY WHAT COMMAND...: runs COMMAND unless it succeeded in this environment for the same KEY.
+once() {
+  local stamp=$venv/.paddle_moe_$1 key=$2 what=$3
+  shift 3
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
+    step "$what"
+    rm -f "$stamp"
+    "$@"
+    printf '%s\n' "$key" >"$stamp"
+  fi
+}
+
+pip_install() { "$venv/bin/python" -m pip install --quiet "$@"; }
+
+install_package() {
+  command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler found: install g++ (Debian, Ubuntu: apt-get install g++)"
+  "$venv/bin/python" -c 'import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
+    fail "Python.h not found: install Python's headers (Debian, Ubuntu: apt-get install python3-dev)"
+  # Of the right name and version is not enough: pip must replace what is installed even if only the sources changed.
+  pip_install --no-build-isolation --no-deps --force-reinstall "$repository"
+}
+
+requirements=("paddlepaddle>=2.6.2,<3.4" "setuptools>=61" wheel "pybind11>=2.11" numpy matplotlib rich
+  pytest pytest-timeout hypothesis "cmake>=3.18")
+
+make_venv
+once requirements "${requirements[*]}" "installing Paddle and the tools (about 250 MB the first time)" \
+  pip_install "${requirements[@]}"
+sources=$(cd "$repository" &&
+  find csrc paddle_moe setup.py pyproject.toml -type f ! -name '*.so' ! -name '*.pyc' -print0 |
+  LC_ALL=C sort -z | xargs -0 cksum | cksum)
+once sources "$sources" "compiling and installing paddle_moe (some minutes the first time)" install_package

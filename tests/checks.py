@@ -1,0 +1,318 @@
+"""Cases, callers and comparisons that the kernel tests share.
+
+A case is a dict with the arguments of an operator as NumPy arrays (bfloat16 as uint16 bits), so that the same
+case goes to `paddle_moe.core`, to the Paddle op and to `paddle_moe.reference`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from paddle_moe import reference
+from paddle_moe.reference import to_float64, to_storage
+
+DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS = (*reference.ACTIVATIONS, "swigluoai", "swigluoai(1.5, 2.5)")
+LAYOUTS = ("list", "separate", "stacked")
+WEIGHTS = ("gate_up_weights", "down_weights", "gate_up_bias", "down_bias")
+
+# Relative L2 against the double precision result rounded to the dtype of the output. Half precision is held
+# far below the 5e-3 that it may lose end to end: the reference rounds where the kernel rounds, so all that is
+# left are the few values that fp32 pushes over a rounding boundary. This makes a factor of 0.999 visible.
+TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-4, "float16": 1e-4}
+UNIT = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}  # distance of 1 to the next number
+
+
+def dtype_of(array: np.ndarray) -> str:
+    return "bfloat16" if array.dtype == np.uint16 else str(array.dtype)
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+def relative_l2(actual: np.ndarray, expected: np.ndarray) -> float:
+    """|actual - expected| / |expected|, both float64."""
+    size = np.linalg.norm(expected)
+    return np.linalg.norm(actual - expected) / (size if size > 0 else 1.0)
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, slack: float = 1.0) -> None:
+    """actual, as stored by a kernel, is the float64 array expected up to rounding. slack widens it.
+
+    NaN and inf must sit in the same places. One value may have rounded the other way, however few there are.
+    A row must not hide behind many right ones: each is held to two units in the last place, or 8e-6 in fp32,
+    of its own length or of a tenth of the average row where it is shorter.
+    """
+    dtype = dtype_of(actual)
+    rounded = to_float64(to_storage(expected, dtype))
+    actual = to_float64(actual)
+    assert actual.shape == rounded.shape, f"shape {actual.shape}, expected {rounded.shape}"
+    finite = np.isfinite(rounded)
+    np.testing.assert_array_equal(actual[~finite], rounded[~finite])
+    assert np.isfinite(actual[finite]).all(), "NaN or inf where the reference is finite"
+    actual, rounded = np.where(finite, actual, 0.0), np.where(finite, rounded, 0.0)
+    error = relative_l2(actual, rounded)
+    tolerance = slack * (TOLERANCE[dtype] + UNIT[dtype] / np.sqrt(max(actual.size, 1)))
+    assert error <= tolerance, f"relative L2 error {error:.2e} is above {tolerance:.1e}"
+    if rounded.ndim == 2 and rounded.size:
+        size = np.linalg.norm(rounded, axis=1)
+        size = np.maximum(size, 0.1 * np.sqrt(np.mean(size**2)))
+        errors = np.linalg.norm(actual - rounded, axis=1) / np.where(size > 0, size, 1.0)
+        worst = int(np.argmax(errors))
+        tolerance = slack * max(2 * UNIT[dtype], 8e-6)
+        assert errors[worst] <= tolerance, f"row {worst}: error {errors[worst]:.2e} above {tolerance:.1e}"
+
+
+def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Same dtype, shape and bits: -0.0 is not 0.0, and NaN equals itself."""
+    actual, expected = np.ascontiguousarray(actual), np.ascontiguousarray(expected)
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    bits = f"u{actual.dtype.itemsize}"
+    np.testing.assert_array_equal(actual.view(bits), expected.view(bits))
+
+
+def assert_exact(actual: np.ndarray, expected: np.ndarray) -> None:
+    """actual holds exactly the float64 array expected, rounded once to the dtype of actual."""
+    np.testing.assert_array_equal(to_float64(actual), to_float64(to_storage(expected, dtype_of(actual))))
+
+
+# ---------------------------------------------------------------- cases
+
+
+def arrange(dense: dict, layout: str = "list", permuted: bool = False) -> dict:
+    """The weights and biases of a dense case in one of the layouts that the operator accepts.
+
+    dense holds gate, up [E, H, I], down [E, I, H] and, when there are biases, gate_bias, up_bias [E, I] and
+    down_bias [E, H].
+    """
+
+    def stored(matrices):
+        return np.ascontiguousarray(np.swapaxes(matrices, 1, 2)) if permuted else matrices
+
+    def listed(array):
+        return array if layout == "stacked" else list(array)
+
+    def gate_up(gate, up, axis):
+        if layout == "separate":
+            return list(gate) + list(up)
+        return listed(np.concatenate([gate, up], axis=axis))
+
+    arguments = {
+        "gate_up_weights": gate_up(stored(dense["gate"]), stored(dense["up"]), 1 if permuted else 2),
+        "down_weights": listed(stored(dense["down"])),
+        "permuted_weights": permuted,
+    }
+    if "gate_bias" in dense:
+        arguments["gate_up_bias"] = gate_up(dense["gate_bias"], dense["up_bias"], 1)
+        arguments["down_bias"] = listed(dense["down_bias"])
+    return arguments
+
+
+def random_dense(rng, num_experts, hidden, inter, dtype="float32", bias=False, bias_dtype=None) -> dict:
+    """Random weights that keep activations near 1."""
+
+    def normal(*shape, scale, dtype=dtype):
+        return to_storage(rng.standard_normal(shape) * scale, dtype)
+
+    dense = {
+        "gate": normal(num_experts, hidden, inter, scale=1.5 / np.sqrt(hidden)),
+        "up": normal(num_experts, hidden, inter, scale=1 / np.sqrt(hidden)),
+        "down": normal(num_experts, inter, hidden, scale=1 / np.sqrt(inter)),
+    }
+    if bias:
+        dense["gate_bias"] = normal(num_experts, inter, scale=0.5, dtype=bias_dtype or dtype)
+        dense["up_bias"] = normal(num_experts, inter, scale=0.5, dtype=bias_dtype or dtype)
+        dense["down_bias"] = normal(num_experts, hidden, scale=0.5, dtype=bias_dtype or dtype)
+    return dense
+
+
+def random_routing(rng, num_tokens, top_k, num_experts, dtype="int32") -> np.ndarray:
+    """[T, K] ids, distinct in a row."""
+    return np.argsort(rng.random((num_tokens, num_experts)), axis=1)[:, :top_k].astype(dtype)
+
+
+def random_tokens(rng, num_tokens, hidden, top_k, num_experts, dtype="float32") -> dict:
+    """hidden_states and a normalised routing over distinct experts."""
+    weights = rng.random((num_tokens, top_k)) + 0.1
+    return {
+        "hidden_states": to_storage(rng.standard_normal((num_tokens, hidden)), dtype),
+        "routing_table": random_routing(rng, num_tokens, top_k, num_experts),
+        "router_weights": (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32),
+    }
+
+
+def random_case(
+    num_tokens=7,
+    hidden=32,
+    inter=24,
+    num_experts=5,
+    top_k=2,
+    dtype="float32",
+    *,
+    layout="list",
+    permuted=False,
+    bias=False,
+    bias_dtype=None,
+    seed=0,
+    **options,
+) -> dict:
+    rng = np.random.default_rng(seed)
+    dense = random_dense(rng, num_experts, hidden, inter, dtype, bias, bias_dtype)
+    tokens = random_tokens(rng, num_tokens, hidden, top_k, num_experts, dtype)
+    return {**tokens, **arrange(dense, layout, permuted), **options}
+
+
+def integer_dense(rng, num_experts, hidden, inter, dtype="float32", bias=False) -> dict:
+    """Weights in {-1, 0, 1}: see integer_case."""
+
+    def integers(*shape, low=-1, high=1):
+        return to_storage(rng.integers(low, high, shape, endpoint=True), dtype)
+
+    dense = {
+        "gate": integers(num_experts, hidden, inter),
+        "up": integers(num_experts, hidden, inter),
+        "down": integers(num_experts, inter, hidden),
+    }
+    if bias:
+        dense["gate_bias"] = integers(num_experts, inter, low=-3, high=3)
+        dense["up_bias"] = integers(num_experts, inter, low=-3, high=3)
+        dense["down_bias"] = integers(num_experts, hidden, low=-3, high=3)
+    return dense
+
+
+def integer_case(
+    num_tokens=7,
+    hidden=24,
+    inter=20,
+    num_experts=5,
+    top_k=2,
+    dtype="float32",
+    *,
+    layout="list",
+    permuted=False,
+    bias=False,
+    seed=0,
+    **options,
+) -> dict:
+    """Small integers whose sums fit 24 bits in any order, so a right kernel has no rounding error at all.
+
+    Sizes up to 24 and |x|, |w| <= 1 bound gate and up by 27, relu2(gate) * up by 27^3, the down sum by
+    24 * 27^3 + 3, and the combine (5 experts, weights up to 2, in steps of a half) by 2^24 halves.
+    """
+    assert max(hidden, inter) <= 24 and top_k <= 5
+    rng = np.random.default_rng(seed)
+    return {
+        "hidden_states": to_storage(rng.integers(-1, 1, (num_tokens, hidden), endpoint=True), dtype),
+        "routing_table": random_routing(rng, num_tokens, top_k, num_experts),
+        "router_weights": rng.choice(np.float32([-1, 0, 0.5, 1, 2]), (num_tokens, top_k)),
+        **arrange(integer_dense(rng, num_experts, hidden, inter, dtype, bias), layout, permuted),
+        **options,
+    }
+
+
+# ---------------------------------------------------------------- callers
+
+
+def expected_moe(case: dict, *, round_intermediate: bool = True):
+    """The reference with the intermediate rounded like the kernel's."""
+    case = {name: value for name, value in case.items() if name != "chunk_size"}
+    dtype = dtype_of(case["hidden_states"]) if round_intermediate else None
+    return reference.mixture_of_experts(**case, round_intermediate=dtype)
+
+
+class Core:
+    """`paddle_moe.core`, with every buffer it may use poisoned with NaN and fenced."""
+
+    name = "core"
+    FENCE = 64  # bytes on either side of a buffer that nothing may touch
+
+    def __init__(self):
+        self._fenced = []
+
+    def _buffer(self, num_bytes: int, poison: int) -> np.ndarray:
+        whole = np.full(num_bytes + 2 * self.FENCE, poison, np.uint8)
+        self._fenced.append((whole, poison))
+        return whole[self.FENCE : self.FENCE + num_bytes]
+
+    def _array(self, shape, dtype, poison: int = 0xFF) -> np.ndarray:
+        dtype = np.dtype(dtype)
+        return self._buffer(int(np.prod(shape)) * dtype.itemsize, poison).view(dtype).reshape(shape)
+
+    def _check_fences(self) -> None:
+        for whole, poison in self._fenced:
+            fence = np.concatenate([whole[: self.FENCE], whole[-self.FENCE :]])
+            assert (fence == poison).all(), "bytes beside a buffer were overwritten"
+        self._fenced = []
+
+    def mixture_of_experts(self, *, poison: int = 0xFF, **case):
+        from paddle_moe import core
+
+        out = self._array(case["hidden_states"].shape, case["hidden_states"].dtype, poison)
+        workspace = self._buffer(core.workspace_size(**case), poison)
+        result = core.mixture_of_experts(**case, out=out, workspace=workspace)
+        first = result[0] if case.get("measurement_mode") else result
+        assert np.shares_memory(first, out) or out.size == 0, "out= was not used"
+        self._check_fences()
+        return result
+
+    def route(self, logits, top_k, **options):
+        from paddle_moe import core
+
+        shape = (len(logits), top_k)
+        result = core.route(
+            logits, top_k, **options, out=(self._array(shape, "int32"), self._array(shape, "float32"))
+        )
+        self._check_fences()
+        return result
+
+    def gate(self, hidden_states, gate_weight):
+        from paddle_moe import core
+
+        out = self._array((len(hidden_states), gate_weight.shape[1]), "float32")
+        workspace = self._buffer(core.gate_workspace_size(hidden_states, gate_weight), 0xFF)
+        result = core.gate(hidden_states, gate_weight, out=out, workspace=workspace)
+        self._check_fences()
+        return result
+
+    def fused_gate_moe(self, **case):
+        from paddle_moe import core
+
+        out = self._array(case["hidden_states"].shape, case["hidden_states"].dtype)
+        result = core.fused_gate_moe(**case, out=out)
+        self._check_fences()
+        return result
+
+
+class Paddle:
+    """The Paddle operators, NumPy in and out."""
+
+    name = "paddle"
+
+    def _call(self, name, *args, **kwargs):
+        import paddle
+
+        import paddle_moe
+
+        def to_paddle(value):
+            if isinstance(value, np.ndarray):
+                return paddle.to_tensor(value, place=paddle.CPUPlace())  # uint16 becomes bfloat16
+            if isinstance(value, list):
+                return [to_paddle(entry) for entry in value]
+            return value
+
+        result = getattr(paddle_moe, name)(
+            *[to_paddle(value) for value in args], **{key: to_paddle(value) for key, value in kwargs.items()}
+        )
+        return tuple(t.numpy() for t in result) if isinstance(result, (tuple, list)) else result.numpy()
+
+    def mixture_of_experts(self, **case):
+        return self._call("mixture_of_experts", **case)
+
+    def route(self, logits, top_k, **options):
+        return self._call("route", logits, top_k, **options)
+
+    def gate(self, hidden_states, gate_weight):
+        return self._call("gate", hidden_states, gate_weight)
+
+    def fused_gate_moe(self, **case):
+        return self._call("fused_gate_moe", **case)

@@ -1,0 +1,70 @@
+"""The EP x TP grid: as data for any size, and as groups of real processes."""
+
+from __future__ import annotations
+
+import paddle
+import pytest
+from launcher import WORKERS, launch
+
+from paddle_moe.distributed import init_distributed, rank_grid
+
+
+def test_grid_of_two_by_two():
+    assert [(one.rank, one.ep_rank, one.tp_rank, one.tp_group, one.ep_group) for one in rank_grid(4, 2, 2)] == [
+        (0, 0, 0, (0, 1), (0, 2)),
+        (1, 0, 1, (0, 1), (1, 3)),
+        (2, 1, 0, (2, 3), (0, 2)),
+        (3, 1, 1, (2, 3), (1, 3)),
+    ]
+
+
+def test_pure_ep_and_pure_tp():
+    """Groups built the wrong way round are right for 2 x 2 by luck, and wrong here."""
+    for one in rank_grid(4, 4, 1):
+        assert one.ep_group == (0, 1, 2, 3) and one.tp_group == (one.rank,)
+    for one in rank_grid(4, 1, 4):
+        assert one.tp_group == (0, 1, 2, 3) and one.ep_group == (one.rank,)
+
+
+@pytest.mark.parametrize("ep_size", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 8])
+def test_groups_follow_from_the_places(ep_size, tp_size):
+    grid = rank_grid(ep_size * tp_size, ep_size, tp_size)
+    assert sorted((one.ep_rank, one.tp_rank) for one in grid) == [
+        (ep_rank, tp_rank) for ep_rank in range(ep_size) for tp_rank in range(tp_size)
+    ]
+    for one in grid:
+        assert grid[one.rank] is one
+        assert one.ep_group == tuple(other.rank for other in grid if other.tp_rank == one.tp_rank)
+        assert one.tp_group == tuple(other.rank for other in grid if other.ep_rank == one.ep_rank)
+        assert [grid[rank].ep_rank for rank in one.ep_group] == list(range(ep_size))
+        assert [grid[rank].tp_rank for rank in one.tp_group] == list(range(tp_size))
+
+
+def test_sizes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"ep_size=3, tp_size=2 \(product 6\) and world_size=4"):
+        rank_grid(4, 3, 2)
+    for sizes in ((0, 1, 1), (1, 0, 1), (1, 1, -1)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            rank_grid(*sizes)
+
+
+def test_one_rank_needs_no_launcher():
+    with init_distributed() as context:
+        assert (context.ep_rank, context.ep_size, context.tp_rank, context.tp_size) == (0, 1, 0, 1)
+        assert (context.rank, context.world_size) == (0, 1)
+        tensor = paddle.ones([2])
+        assert context.all_reduce(tensor, "ep") is context.all_reduce(tensor, "grid", "max") is tensor
+        context.barrier()
+        context.check_same_routing(paddle.zeros([2, 1], "int32"))
+    with pytest.raises(ValueError, match="ep_size=2, tp_size=1"):
+        init_distributed(2)
+    with pytest.raises(ValueError, match="timeout_seconds must be positive, got 0"):
+        init_distributed(timeout_seconds=0)
+
+
+@pytest.mark.parametrize(("ep_size", "tp_size"), [(4, 1), (1, 4), (2, 2), (4, 2)])
+def test_groups_of_real_ranks(ep_size, tp_size, tmp_path):
+    job = launch(tmp_path, WORKERS / "groups.py", ep_size, tp_size, ranks=ep_size * tp_size)
+    assert job.returncode == 0, str(job)
+    assert all("all checks passed" in log for log in job.logs) and len(job.logs) == ep_size * tp_size, str(job)

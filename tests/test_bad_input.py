@@ -1,0 +1,403 @@
+"""Every misuse gives a ValueError whose whole text names the argument, what was expected and what came."""
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import paddle
+import pytest
+
+import paddle_moe
+from paddle_moe import core
+
+T, H, I, K, E = 3, 8, 6, 2, 4
+
+
+def zeros(*shape, dtype="float32"):
+    return np.zeros(shape, dtype)
+
+
+def experts_arguments():
+    return {
+        "hidden_states": zeros(T, H),
+        "routing_table": zeros(T, K, dtype="int32"),
+        "router_weights": zeros(T, K),
+        "gate_up_weights": zeros(E, H, 2 * I),
+        "down_weights": zeros(E, I, H),
+        "gate_up_bias": zeros(E, 2 * I),
+        "down_bias": zeros(E, H),
+    }
+
+
+def gate_arguments():
+    return {"hidden_states": zeros(T, H), "gate_weight": zeros(H, E)}
+
+
+def route_arguments():
+    return {"logits": zeros(T, E), "top_k": K}
+
+
+def fused_arguments():
+    return {
+        "hidden_states": zeros(T, H),
+        "gate_weight": zeros(H, E),
+        "gate_up_weights": zeros(E, H, 2 * I),
+        "down_weights": zeros(E, I, H),
+        "top_k": K,
+    }
+
+
+ARGUMENTS = {
+    "mixture_of_experts": experts_arguments,
+    "gate": gate_arguments,
+    "route": route_arguments,
+    "fused_gate_moe": fused_arguments,
+}
+
+ACTIVATIONS = (
+    "activation must be one of silu, gelu, gelu_tanh, relu, relu2, selu, identity, swigluoai, "
+    "swigluoai(alpha, limit), got "
+)
+
+# (function, arguments that replace good ones, the error)
+MISUSES = [
+    # rank
+    ("mixture_of_experts", {"hidden_states": zeros(H)},
+     "hidden_states must have 2 dimensions [T, H], got the shape [8]"),
+    ("mixture_of_experts", {"routing_table": zeros(T, dtype="int32")},
+     "routing_table must have 2 dimensions [T, K], got the shape [3]"),
+    ("mixture_of_experts", {"router_weights": zeros(T, K, 1)},
+     "router_weights must have 2 dimensions [T, K], got the shape [3, 2, 1]"),
+    ("mixture_of_experts", {"down_weights": [zeros(1, I, H)] * E},
+     "down_weights[0] must have 2 dimensions [I, H], got the shape [1, 6, 8]"),
+    ("mixture_of_experts", {"gate_up_weights": [zeros(1, H, 2 * I)] * E},
+     "gate_up_weights[0] must have the shape [H, 2I] = [8, 12], got [1, 8, 12]"),
+    ("gate", {"hidden_states": zeros(H)}, "hidden_states must have 2 dimensions [T, H], got the shape [8]"),
+    ("gate", {"gate_weight": zeros(H)}, "gate_weight must have 2 dimensions [H, E], got the shape [8]"),
+    ("route", {"logits": zeros(E)}, "logits must have 2 dimensions [T, E], got the shape [4]"),
+    # shape
+    ("mixture_of_experts", {"routing_table": zeros(T + 1, K, dtype="int32")},
+     "routing_table must have the shape [T, K] = [3, 2], got [4, 2]"),
+    ("mixture_of_experts", {"router_weights": zeros(T, K + 1)},
+     "router_weights must have the shape [T, K] = [3, 2], got [3, 3]"),
+    ("mixture_of_experts", {"routing_table": zeros(T, 0, dtype="int32"), "router_weights": zeros(T, 0)},
+     "routing_table must have at least one column (K >= 1), got the shape [3, 0]"),
+    ("mixture_of_experts", {"gate_up_weights": zeros(E, H + 1, 2 * I)},
+     "gate_up_weights must have the shape [E_l, H, 2I] = [4, 8, 12], got [4, 9, 12]"),
+    ("mixture_of_experts", {"gate_up_weights": [zeros(H, 2 * I)] * 3 + [zeros(H, 2 * I + 1)]},
+     "gate_up_weights[3] must have the shape [H, 2I] = [8, 12], got [8, 13]"),
+    ("mixture_of_experts", {"gate_up_weights": [zeros(H, I)] * 7 + [zeros(H, I - 1)]},
+     "gate_up_weights[7] must have the shape [H, I] = [8, 6], got [8, 5]"),
+    ("mixture_of_experts", {"permuted_weights": True},
+     "gate_up_weights must have the shape [E_l, 2I, H] = [4, 16, 8], got [4, 8, 12]"),
+    ("mixture_of_experts", {"down_weights": zeros(E, I, H + 1)},
+     "down_weights must have the shape [E_l, I, H] = [4, 6, 8], got [4, 6, 9]"),
+    ("mixture_of_experts", {"gate_up_bias": zeros(E, I)},
+     "gate_up_bias must have the shape [E_l, 2I] = [4, 12], got [4, 6]"),
+    ("mixture_of_experts", {"down_bias": [zeros(H)] * 3 + [zeros(H + 1)]},
+     "down_bias[3] must have the shape [H] = [8], got [9]"),
+    ("mixture_of_experts", {"hidden_states": zeros(T, 0)},
+     "hidden_states must have at least one column (H >= 1), got the shape [3, 0]"),
+    ("mixture_of_experts", {"down_weights": zeros(E, 0, H)},
+     "down_weights must have an intermediate dimension I >= 1, got the shape [4, 0, 8]"),
+    ("gate", {"gate_weight": zeros(H + 1, E)}, "gate_weight must have the shape [H, E] = [8, ?], got [9, 4]"),
+    ("gate", {"gate_weight": zeros(H, 0)},
+     "gate_weight must have at least one row and one column, got the shape [8, 0]"),
+    ("route", {"logits": zeros(T, 0)}, "logits must have at least one column (E >= 1), got the shape [3, 0]"),
+    ("route", {"correction_bias": zeros(E + 1)}, "correction_bias must have the shape [E] = [4], got [5]"),
+    # dtype
+    ("mixture_of_experts", {"hidden_states": zeros(T, H, dtype="float64")},
+     "hidden_states must have the dtype float32, bfloat16 or float16, got float64"),
+    ("mixture_of_experts", {"hidden_states": zeros(T, H, dtype="int32")},
+     "hidden_states must have the dtype float32, bfloat16 or float16, got int32"),
+    ("mixture_of_experts", {"routing_table": zeros(T, K)},
+     "routing_table must have the dtype int32 or int64, got float32"),
+    ("mixture_of_experts", {"routing_table": zeros(T, K, dtype="int16")},
+     "routing_table must have the dtype int32 or int64, got int16"),
+    ("mixture_of_experts", {"router_weights": zeros(T, K, dtype="float16")},
+     "router_weights must have the dtype float32, got float16"),
+    ("mixture_of_experts", {"gate_up_weights": [zeros(H, 2 * I)] * 3 + [zeros(H, 2 * I, dtype="float16")]},
+     "gate_up_weights[3] must have the dtype float32, got float16"),
+    ("mixture_of_experts", {"down_weights": zeros(E, I, H, dtype="int8")},
+     "down_weights must have the dtype float32, got int8"),
+    ("mixture_of_experts", {"gate_up_bias": zeros(E, 2 * I, dtype="float16")},
+     "gate_up_bias must have the dtype float32, got float16"),
+    ("mixture_of_experts", {"hidden_states": zeros(T, H, dtype="float16"),
+                            "gate_up_weights": zeros(E, H, 2 * I, dtype="float16"),
+                            "down_weights": zeros(E, I, H, dtype="float16"),
+                            "down_bias": zeros(E, H, dtype="float16")},
+     "down_bias must have the dtype float32, got float16"),
+    ("gate", {"hidden_states": zeros(T, H, dtype="bool")},
+     "hidden_states must have the dtype float32, bfloat16 or float16, got bool"),
+    ("gate", {"gate_weight": zeros(H, E, dtype="float16")},
+     "gate_weight must have the dtype float32, got float16"),
+    ("route", {"logits": zeros(T, E, dtype="float16")}, "logits must have the dtype float32, got float16"),
+    ("route", {"correction_bias": zeros(E, dtype="float64")},
+     "correction_bias must have the dtype float32, got float64"),
+    # lists
+    ("mixture_of_experts", {"gate_up_weights": []},
+     "gate_up_weights must hold at least one tensor, got an empty list"),
+    ("mixture_of_experts", {"down_weights": ()}, "down_weights must hold at least one tensor, got an empty list"),
+    ("mixture_of_experts", {"gate_up_bias": []}, "gate_up_bias must hold at least one tensor, got an empty list"),
+    ("mixture_of_experts", {"gate_up_weights": [zeros(H, 2 * I)] * 3},
+     "gate_up_weights must hold one tensor per expert (4, gate and up side by side), two (8, all gates, then all "
+     "ups), or one stacked tensor; down_weights holds 4 experts, got 3 tensors"),
+    ("mixture_of_experts", {"gate_up_weights": zeros(E + 1, H, 2 * I)},
+     "gate_up_weights must hold as many experts as down_weights (4), got the stacked shape [5, 8, 12]"),
+    ("mixture_of_experts", {"down_weights": zeros(0, I, H)},
+     "down_weights must hold at least one expert, got the shape [0, 6, 8]"),
+    ("mixture_of_experts", {"gate_up_bias": [zeros(2 * I)] * 3},
+     "gate_up_bias must hold one tensor per expert (4) or one stacked tensor, got 3 tensors"),
+    ("mixture_of_experts", {"down_bias": [zeros(H)] * 5},
+     "down_bias must hold one tensor per expert (4) or one stacked tensor, got 5 tensors"),
+    # range
+    ("mixture_of_experts", {"experts_min": -1}, "experts_min must be at least 0, got -1"),
+    ("mixture_of_experts", {"experts_max": E},
+     "experts_max must be experts_min + 4 - 1 = 3 (the range is inclusive and 4 experts were passed), got "
+     "experts_min=0, experts_max=4"),
+    ("mixture_of_experts", {"experts_min": 8, "experts_max": 10},
+     "experts_max must be experts_min + 4 - 1 = 11 (the range is inclusive and 4 experts were passed), got "
+     "experts_min=8, experts_max=10"),
+    ("mixture_of_experts", {"experts_min": 2**70}, f"experts_min must fit into 64 bits, got {2**70}"),
+    ("mixture_of_experts", {"chunk_size": -1}, "chunk_size must be at least 0 (0: chosen), got -1"),
+    ("route", {"top_k": 0}, "top_k must be at least 1, got 0"),
+    ("route", {"top_k": -2}, "top_k must be at least 1, got -2"),
+    ("route", {"top_k": E + 1},
+     "top_k must be at most 4, the number of experts in the groups that are kept, got 5"),
+    ("route", {"top_k": 3, "num_groups": 2},
+     "top_k must be at most 2, the number of experts in the groups that are kept, got 3"),
+    ("route", {"num_groups": 0}, "num_groups must be at least 1, got 0"),
+    ("route", {"num_groups": 3}, "num_groups must divide the number of experts 4, got 3"),
+    ("route", {"num_groups": 2, "topk_groups": 3},
+     "topk_groups must be between 1 and num_groups = 2, got 3"),
+    ("route", {"topk_groups": 0}, "topk_groups must be between 1 and num_groups = 1, got 0"),
+    ("route", {"group_mask_fill": 0.5}, "group_mask_fill must be 0.0 or -inf, got 0.5"),
+    ("route", {"renormalize_eps": -1.0}, "renormalize_eps must be finite and at least 0, got -1"),
+    ("route", {"renormalize_eps": float("nan")}, "renormalize_eps must be finite and at least 0, got nan"),
+    ("route", {"scaling_factor": float("inf")}, "scaling_factor must be finite, got inf"),
+    # names
+    ("mixture_of_experts", {"activation": "swish"}, ACTIVATIONS + "'swish'"),
+    ("mixture_of_experts", {"activation": ""}, ACTIVATIONS + "''"),
+    ("mixture_of_experts", {"activation": "swigluoai(1.7)"}, ACTIVATIONS + "'swigluoai(1.7)'"),
+    ("mixture_of_experts", {"activation": "swigluoai(1.7, 0)"},
+     "activation must have a finite alpha and a positive limit, got 'swigluoai(1.7, 0)'"),
+    ("route", {"scoring": "relu"}, "scoring must be one of softmax, sigmoid, softmax_topk, got 'relu'"),
+    ("route", {"group_score": "mean"}, "group_score must be one of max, top2_sum, got 'mean'"),
+    # Python types of options
+    ("mixture_of_experts", {"permuted_weights": "yes"}, "permuted_weights must be True or False, got 'yes'"),
+    ("mixture_of_experts", {"measurement_mode": None}, "measurement_mode must be True or False, got None"),
+    ("mixture_of_experts", {"activation": None}, "activation must be a string, got None"),
+    ("mixture_of_experts", {"experts_min": 0.0}, "experts_min must be an integer, got 0.0"),
+    ("mixture_of_experts", {"experts_max": "3"}, "experts_max must be an integer, got '3'"),
+    ("mixture_of_experts", {"chunk_size": None}, "chunk_size must be an integer, got None"),
+    ("route", {"top_k": 2.0}, "top_k must be an integer, got 2.0"),
+    ("route", {"renormalize": 1}, "renormalize must be True or False, got 1"),
+    ("route", {"scaling_factor": "2"}, "scaling_factor must be a number, got '2'"),
+    # the same checks behind the fused call
+    ("fused_gate_moe", {"top_k": E + 1},
+     "top_k must be at most 4, the number of experts in the groups that are kept, got 5"),
+    ("fused_gate_moe", {"gate_weight": zeros(H + 1, E)},
+     "gate_weight must have the shape [H, E] = [8, ?], got [9, 4]"),
+    ("fused_gate_moe", {"activation": "swish"}, ACTIVATIONS + "'swish'"),
+    ("fused_gate_moe", {"return_routing": 1}, "return_routing must be True or False, got 1"),
+]  # fmt: skip
+
+
+def to_paddle(value):
+    if isinstance(value, np.ndarray):
+        return paddle.to_tensor(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_paddle(item) for item in value)
+    return value
+
+
+@pytest.fixture(params=["paddle", "core"])
+def call(request):
+    def through_paddle(function, arguments):
+        return getattr(paddle_moe, function)(**{name: to_paddle(value) for name, value in arguments.items()})
+
+    def through_core(function, arguments):
+        return getattr(core, function)(**arguments)
+
+    return through_paddle if request.param == "paddle" else through_core
+
+
+def exactly(text):
+    return f"^{re.escape(text)}$"
+
+
+@pytest.mark.parametrize("function", ARGUMENTS)
+def test_the_arguments_that_the_misuses_start_from_are_good(call, function):
+    call(function, ARGUMENTS[function]())
+
+
+@pytest.mark.parametrize(
+    ("function", "bad", "message"), MISUSES, ids=[f"{m[0]}-{'-'.join(m[1])}-{i}" for i, m in enumerate(MISUSES)]
+)
+def test_misuse_is_named(call, function, bad, message):
+    with pytest.raises(ValueError, match=exactly(message)):
+        call(function, {**ARGUMENTS[function](), **bad})
+
+
+NOT_TENSORS = [
+    ("mixture_of_experts", "hidden_states", None, "hidden_states {0}, got NoneType"),
+    ("mixture_of_experts", "routing_table", [[0, 1]] * T, "routing_table {0}, got list"),
+    ("mixture_of_experts", "router_weights", 1.0, "router_weights {0}, got float"),
+    ("mixture_of_experts", "gate_up_weights", None, "gate_up_weights {0}, got NoneType"),
+    ("mixture_of_experts", "gate_up_weights", [zeros(H, 2 * I)] * 3 + [None], "gate_up_weights[3] {0}, got NoneType"),
+    ("mixture_of_experts", "down_weights", {"a": 1}, "down_weights {0}, got dict"),
+    ("mixture_of_experts", "down_weights", ["a", "b", "c", "d"], "down_weights[0] {0}, got str"),
+    ("mixture_of_experts", "down_bias", 3, "down_bias {0}, got int"),
+    ("gate", "gate_weight", None, "gate_weight {0}, got NoneType"),
+    ("route", "logits", "logits", "logits {0}, got str"),
+    ("route", "correction_bias", 0.0, "correction_bias {0}, got float"),
+    ("fused_gate_moe", "hidden_states", None, "hidden_states {0}, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("function", "name", "value", "message"), NOT_TENSORS)
+def test_what_is_no_tensor_is_named(function, name, value, message):
+    arguments = ARGUMENTS[function]()
+    with pytest.raises(ValueError, match=exactly(message.format("must be a NumPy array or have __dlpack__"))):
+        getattr(core, function)(**{**arguments, name: value})
+    arguments = {**{key: to_paddle(item) for key, item in arguments.items()}, name: to_paddle(value)}
+    with pytest.raises(ValueError, match=exactly(message.format("must be a paddle.Tensor"))):
+        getattr(paddle_moe, function)(**arguments)
+
+
+def test_a_numpy_array_is_no_paddle_tensor():
+    with pytest.raises(ValueError, match=exactly("gate_weight must be a paddle.Tensor, got ndarray")):
+        paddle_moe.gate(paddle.zeros([T, H]), zeros(H, E))
+
+
+@pytest.mark.skipif(not paddle.is_compiled_with_cuda(), reason="this Paddle has no second device to mix with the CPU")
+def test_tensors_on_different_devices_are_named():
+    with pytest.raises(ValueError, match="gate_weight must be on the device of the first argument"):
+        paddle_moe.gate(paddle.zeros([T, H]).cpu(), paddle.zeros([H, E]).cuda())
+
+
+def test_paddle_misuse_reads_the_same_when_paddle_reports_cpp_stacks():
+    level = paddle.get_flags("FLAGS_call_stack_level")
+    paddle.set_flags({"FLAGS_call_stack_level": 2})
+    try:
+        with pytest.raises(ValueError, match=exactly("top_k must be at least 1, got 0")):
+            paddle_moe.route(paddle.zeros([T, E]), 0)
+    finally:
+        paddle.set_flags(level)
+
+
+@pytest.mark.parametrize(
+    ("function", "output", "wanted"),
+    [
+        (lambda x: paddle_moe.mixture_of_experts(x, *ROUTING(), *WEIGHTS()), 0, "hidden_states"),
+        (lambda x: paddle_moe.gate(x, paddle.zeros([H, E])), 0, "gate"),
+        (lambda x: paddle_moe.route(x[:, :E], K), 1, "route"),
+    ],
+    ids=["mixture_of_experts", "gate", "route"],
+)
+def test_backward_raises_instead_of_giving_no_gradient(function, output, wanted):
+    x = paddle.ones([T, H])
+    x.stop_gradient = False
+    result = function(x)
+    result = result[output] if isinstance(result, tuple) else result
+    assert not result.stop_gradient
+    with pytest.raises(NotImplementedError, match="paddle_moe has no backward yet"):
+        result.sum().backward()
+    with paddle.no_grad():
+        result = function(x)
+    result = result[output] if isinstance(result, tuple) else result
+    assert result.stop_gradient
+
+
+def ROUTING():
+    return paddle.zeros([T, K], "int32"), paddle.ones([T, K])
+
+
+def WEIGHTS():
+    return paddle.ones([E, H, 2 * I]), paddle.ones([E, I, H])
+
+
+@pytest.mark.parametrize("name", ["router_weights", "gate_up_weights", "down_weights", "gate_up_bias", "down_bias"])
+def test_backward_raises_whichever_input_needs_a_gradient(name):
+    arguments = {key: to_paddle(value) for key, value in experts_arguments().items()}
+    arguments[name].stop_gradient = False
+    out = paddle_moe.mixture_of_experts(**arguments)
+    with pytest.raises(NotImplementedError, match="paddle_moe has no backward yet"):
+        out.sum().backward()
+
+
+# ---------------------------------------------------------------- what only paddle_moe.core takes
+
+OUTPUTS = [
+    ({"out": zeros(T, H + 1)}, "out must have the shape [3, 8], got [3, 9]"),
+    ({"out": zeros(T, H, dtype="float16")}, "out must have the dtype float32, got float16"),
+    ({"out": zeros(H, T).T}, "out must be contiguous, got the strides [1, 3]"),
+    ({"out": [0]}, "out must be a NumPy array or have __dlpack__, got list"),
+    ({"workspace": zeros(8, dtype="uint8")}, "workspace must be a writable, contiguous uint8 array with at least "),
+    ({"workspace": zeros(2**20)}, "workspace must be a writable, contiguous uint8 array with at least "),
+    ({"workspace": zeros(2**20, 2, dtype="uint8")[:, 0]}, "workspace must be a writable, contiguous uint8 array"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), OUTPUTS)
+def test_bad_output_and_workspace_are_named(bad, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        core.mixture_of_experts(**experts_arguments(), **bad)
+
+
+def test_read_only_output_is_named():
+    out = zeros(T, E)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match=exactly("out must be writable, got a read-only array")):
+        core.gate(**gate_arguments(), out=out)
+
+
+def test_bad_output_pair_is_named():
+    with pytest.raises(ValueError, match=exactly("out must be a pair (routing_table, router_weights), got ndarray")):
+        core.route(zeros(T, E), K, out=zeros(T, K))
+    with pytest.raises(ValueError, match=exactly("out[0] must have the dtype int32, got float32")):
+        core.route(zeros(T, E), K, out=(zeros(T, K), zeros(T, K)))
+
+
+def test_an_array_on_another_device_is_named():
+    class OnGpu:
+        def __dlpack_device__(self):
+            return (2, 0)
+
+        def __dlpack__(self):
+            raise AssertionError("the device has to be looked at first")
+
+    with pytest.raises(ValueError, match=exactly("gate_weight must be on the CPU, got the DLPack device type 2")):
+        core.gate(zeros(T, H), OnGpu())
+
+
+def test_an_array_that_refuses_to_be_exported_is_named():
+    class Refuses:
+        def __dlpack_device__(self):
+            return (1, 0)
+
+        def __dlpack__(self):
+            raise BufferError("it needs a gradient")
+
+    with pytest.raises(ValueError, match="^gate_weight cannot be read through DLPack: BufferError: it needs a gradient"):
+        core.gate(zeros(T, H), Refuses())
+
+
+def test_strides_that_a_kernel_cannot_read_are_named():
+    with pytest.raises(ValueError, match="^hidden_states must be contiguous in its last dimension, got the shape"):
+        core.gate(zeros(H, T).T, zeros(H, E))
+    with pytest.raises(ValueError, match="^routing_table must be contiguous, got the shape"):
+        arguments = experts_arguments()
+        arguments["routing_table"] = zeros(K, T, dtype="int32").T
+        core.mixture_of_experts(**arguments)
+
+
+@pytest.mark.parametrize("module", [paddle_moe, core], ids=["paddle", "core"])
+@pytest.mark.parametrize(("n", "message"), [
+    (-1, "n must be at least 0 (0: the default), got -1"),
+    (2**31, f"n must be at least 0 (0: the default), got {2**31}"),
+    (1.5, "n must be an integer, got 1.5"),
+])  # fmt: skip
+def test_bad_thread_counts_are_named(module, n, message):
+    with pytest.raises(ValueError, match=exactly(message)):
+        module.set_num_threads(n)

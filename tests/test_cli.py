@@ -1,0 +1,170 @@
+"""The command line, run as users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import paddle_moe
+from paddle_moe.logs import get_rank_logger
+
+PACKAGE = Path(paddle_moe.__file__).parent
+
+
+def run_command(directory, *arguments, package_parent=PACKAGE.parent, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "paddle_moe", *map(str, arguments)],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(package_parent), **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def doctor(directory, **options):
+    """(exit code, {name of a check: the check}) of `doctor --json`."""
+    done = run_command(directory, "doctor", "--json", **options)
+    report = json.loads(done.stdout)
+    assert report["failures"] == sum(check["status"] == "failure" for check in report["checks"])
+    assert done.stderr == ""
+    return done.returncode, {check["name"]: check for check in report["checks"]}
+
+
+@pytest.fixture
+def log_directory(tmp_path):
+    directory = tmp_path / "job"
+    for ep_rank in range(2):
+        for tp_rank in range(2):
+            logger = get_rank_logger(ep_rank, tp_rank, log_dir=directory)
+            logger.event(
+                "moe_call",
+                layer="moe",
+                num_tokens=10,
+                tokens_per_expert=[6 * ep_rank + 1, 3],
+                experts_min=2 * ep_rank,
+                kernel_ms=2.0,
+                collective_ms=1.0,
+            )
+            if (ep_rank, tp_rank) == (1, 0):
+                logger.error("overflow in expert 3")
+            logger.close()
+    return directory
+
+
+# ---------------------------------------------------------------- logs
+
+
+def test_logs_prints_tables_and_writes_a_picture(log_directory, tmp_path):
+    done = run_command(tmp_path, "logs", log_directory)
+    assert done.returncode == 0, done.stderr
+    assert "Error  ep_rank 1 tp_rank 0: overflow in expert 3" in done.stdout
+    assert "#2: 7" in done.stdout and "2.00" in done.stdout  # busiest expert, imbalance 7 / 3.5
+    assert "\x1b" not in done.stdout  # no terminal, no colours
+    assert (log_directory / "moe_logs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_logs_as_json(log_directory, tmp_path):
+    done = run_command(tmp_path, "logs", log_directory, "--json", "--out", "p.png")
+    summary = json.loads(done.stdout)
+    assert done.returncode == 0 and done.stderr == ""
+    assert summary["layers"][0]["tokens_per_expert"] == {"0": 1, "1": 3, "2": 7, "3": 3}
+    assert len(summary["ranks"]) == 4 and summary["picture"] == "p.png"
+    assert (tmp_path / "p.png").exists() and not (log_directory / "moe_logs.png").exists()
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_logs_of_a_directory_without_logs(name, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = run_command(tmp_path, "logs", name)
+    assert done.returncode == 2 and done.stdout == ""
+    assert name in done.stderr and "Traceback" not in done.stderr
+
+
+def test_logs_says_why_there_is_no_picture(log_directory, tmp_path):
+    done = run_command(tmp_path, "logs", log_directory, "--out", "no/such/directory/p.png")
+    assert done.returncode == 1
+    assert "overflow in expert 3" in done.stdout  # the tables come all the same
+    assert "no picture" in done.stderr and "no/such/directory" in done.stderr
+
+
+# ---------------------------------------------------------------- the parser
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["logs"]])
+def test_wrong_usage(arguments, tmp_path):
+    done = run_command(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert "usage: python -m paddle_moe" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_is_quick(tmp_path):
+    code = (
+        "import sys\nfrom paddle_moe.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as end:\n    print(end.code)\n"
+        "print([name for name in ('paddle', 'numpy', 'matplotlib', 'rich') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.endswith("0\n[]\n"), done.stdout + done.stderr
+    assert "doctor" in done.stdout and "bench" in done.stdout
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def test_doctor_of_a_good_installation(tmp_path):
+    code, checks = doctor(tmp_path)
+    assert code == 0, checks
+    for name in ("Python", "Operator in Paddle", "Core without Paddle", "gloo groups"):
+        assert checks[name]["status"] == "ok", checks[name]
+    assert checks["Instruction set"]["detail"].split()[0] in checks["Instruction set"]["detail"].split("available: ")[1]
+
+
+@pytest.fixture
+def copy_without_modules(tmp_path):
+    copy = tmp_path / "copy" / "paddle_moe"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return copy
+
+
+def test_doctor_without_compiled_modules(copy_without_modules, tmp_path):
+    done = run_command(tmp_path, "doctor", package_parent=copy_without_modules.parent)
+    assert done.returncode == 1 and done.stderr == ""
+    assert "failure  Operator in Paddle   no compiled _ops module" in done.stdout
+    assert "failure  Core without Paddle  no compiled _core module" in done.stdout
+    assert "-> in a clone of paddle_moe run `pip install --no-build-isolation .`" in done.stdout
+    assert done.stdout.endswith("2 failed\n")
+
+
+def test_doctor_with_damaged_modules(copy_without_modules, tmp_path):
+    for module in PACKAGE.glob("*.so"):
+        (copy_without_modules / module.name).write_bytes(b"\x7fELF, but no more")
+    code, checks = doctor(tmp_path, package_parent=copy_without_modules.parent)
+    assert code == 1
+    for name in ("Operator in Paddle", "Core without Paddle"):
+        assert checks[name]["status"] == "failure" and "pip install" in checks[name]["advice"], checks[name]
+    assert checks["gloo groups"]["status"] == "info"
+
+
+def test_doctor_names_a_wrong_isa(tmp_path):
+    code, checks = doctor(tmp_path, PADDLE_MOE_ISA="abacus")
+    assert code == 1
+    assert "'abacus'" in checks["Core without Paddle"]["detail"]
+    assert "PADDLE_MOE_ISA" in checks["Core without Paddle"]["advice"]
+
+
+def test_doctor_reports_groups_that_cannot_form(tmp_path):
+    code, checks = doctor(tmp_path, GLOO_SOCKET_IFNAME="nosuch0")
+    assert code == 1
+    assert checks["gloo groups"]["status"] == "failure"
+    assert "nosuch0" in checks["gloo groups"]["detail"] and "GLOO_SOCKET_IFNAME" in checks["gloo groups"]["advice"]

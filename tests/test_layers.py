@@ -1,0 +1,327 @@
+"""FusedMoE in one process: against the double-precision reference, and shards of grids against the whole."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+import pytest
+from checks import assert_close, relative_l2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_cases import (
+    EVERYTHING,
+    EXPERTS,
+    HIDDEN,
+    INTER,
+    SHARED,
+    TOKENS,
+    TOP_K,
+    dense_weights,
+    expected_output,
+    tokens,
+)
+
+from paddle_moe.layers import FusedMoE
+from paddle_moe.logs import get_rank_logger
+from paddle_moe.reference import to_float64
+
+
+class Shard(NamedTuple):
+    """A position in a grid without processes: enough to build a layer and to ask for its partial output."""
+
+    ep_rank: int
+    ep_size: int
+    tp_rank: int
+    tp_size: int
+
+
+def grid(ep_size: int, tp_size: int) -> list[Shard]:
+    return [Shard(e, ep_size, t, tp_size) for e in range(ep_size) for t in range(tp_size)]
+
+
+# ---------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("parts", [{}, dict(bias=True), dict(shared=True), EVERYTHING])
+def test_against_the_reference(dtype, parts):
+    weights, x = dense_weights(dtype, **parts), tokens(dtype)
+    layer = FusedMoE.from_dense(**weights, top_k=TOP_K)
+    expected, _ = expected_output(x, weights)
+    output = layer(paddle.to_tensor(x)).numpy()
+    # Routed and shared part are each rounded once before they are added.
+    assert_close(output, expected, None if dtype == "float32" or "shared" not in parts else 5e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(renormalize=False),
+        dict(scoring="sigmoid", scaling_factor=2.5),
+        dict(scoring="softmax_topk"),
+        dict(num_groups=5, topk_groups=3, group_mask_fill=float("-inf")),
+        dict(activation="swigluoai(1.5, 2.5)"),
+        dict(activation="relu2", chunk_size=4),
+    ],
+)
+def test_options_reach_the_operators(options):
+    weights, x = dense_weights(correction=True), tokens()
+    layer = FusedMoE.from_dense(**weights, top_k=TOP_K, **options)
+    expected, _ = expected_output(x, weights, **{k: v for k, v in options.items() if k != "chunk_size"})
+    assert_close(layer(paddle.to_tensor(x)).numpy(), expected)
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (3, 4), (2, 1, 3), (0,), (2, 0)])
+def test_leading_dimensions(leading):
+    weights = dense_weights(shared=True)
+    layer = FusedMoE.from_dense(**weights, top_k=TOP_K)
+    x = np.random.default_rng(3).standard_normal((*leading, HIDDEN)).astype(np.float32)
+    output, ids, router_weights = layer(paddle.to_tensor(x), return_routing=True)
+    assert output.shape == [*leading, HIDDEN]
+    assert ids.shape == router_weights.shape == [int(np.prod(leading)), TOP_K]
+    expected, routing = expected_output(x.reshape(-1, HIDDEN), weights)
+    np.testing.assert_array_equal(ids.numpy(), routing[0])
+    assert_close(output.numpy().reshape(-1, HIDDEN), expected)
+
+
+def test_replay_of_a_routing():
+    weights, x = dense_weights(**EVERYTHING), paddle.to_tensor(tokens(num_tokens=12)).reshape([3, 4, HIDDEN])
+    layer = FusedMoE.from_dense(**weights, top_k=TOP_K)
+    output, ids, router_weights = layer(x, return_routing=True)
+    for shape in ([12, TOP_K], [3, 4, TOP_K]):
+        again = layer(x, ids.reshape(shape), router_weights.reshape(shape))
+        np.testing.assert_array_equal(again.numpy(), output.numpy())
+    other_ids = paddle.to_tensor(np.random.default_rng(0).integers(0, EXPERTS, (12, 3)))  # another K, int64
+    other_weights = paddle.rand([12, 3])
+    expected, _ = expected_output(
+        tokens(num_tokens=12), weights, routing=(other_ids.numpy(), other_weights.numpy())
+    )
+    assert_close(layer(x, other_ids, other_weights).numpy().reshape(12, HIDDEN), expected)
+
+
+def test_state_dict_round_trip(tmp_path):
+    x = paddle.to_tensor(tokens())
+    layer = FusedMoE.from_dense(**dense_weights(**EVERYTHING), top_k=TOP_K)
+    state = layer.state_dict()
+    assert set(state) == {
+        "gate_weight",
+        "gate_up_weight",
+        "down_weight",
+        "gate_up_bias",
+        "down_bias",
+        "correction_bias",
+        "shared_gate_up_weight",
+        "shared_down_weight",
+        "shared_gate_weight",
+    }
+    paddle.save(state, str(tmp_path / "layer.pdparams"))
+    other = FusedMoE(
+        HIDDEN,
+        INTER,
+        EXPERTS,
+        TOP_K,
+        gate_up_bias=True,
+        down_bias=True,
+        correction_bias=True,
+        shared_intermediate_size=SHARED,
+        shared_gate=True,
+        seed=None,
+    )
+    assert not other(x).numpy().any()
+    missing, unexpected = other.set_state_dict(paddle.load(str(tmp_path / "layer.pdparams")))
+    assert not missing and not unexpected
+    np.testing.assert_array_equal(other(x).numpy(), layer(x).numpy())
+
+
+def test_correction_bias_is_not_trained():
+    layer = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, correction_bias=True)
+    assert layer.correction_bias.stop_gradient
+    assert {name for name, _ in layer.named_parameters()} == {"gate_weight", "gate_up_weight", "down_weight"}
+
+
+@pytest.mark.parametrize("shape", [[-1, HIDDEN], [-1, -1, HIDDEN]])
+def test_to_static(shape, tmp_path):
+    layer = FusedMoE.from_dense(**dense_weights(**EVERYTHING), top_k=TOP_K)
+    layer.eval()
+    x = paddle.to_tensor(tokens(num_tokens=6)).reshape([6, HIDDEN] if len(shape) == 2 else [2, 3, HIDDEN])
+    expected = layer(x).numpy()
+    static = paddle.jit.to_static(
+        layer, input_spec=[paddle.static.InputSpec(shape, "float32")], full_graph=True
+    )
+    np.testing.assert_array_equal(static(x).numpy(), expected)
+    paddle.jit.save(static, str(tmp_path / "layer"))
+    np.testing.assert_array_equal(paddle.jit.load(str(tmp_path / "layer"))(x).numpy(), expected)
+
+
+def test_events(tmp_path):
+    logger = get_rank_logger(0, 0, log_dir=tmp_path, prefix="layers")
+    weights, x = dense_weights(), tokens()
+    layer = FusedMoE.from_dense(**weights, top_k=TOP_K, logger=logger)
+    _, ids, _ = layer(paddle.to_tensor(x), return_routing=True)
+    events = [json.loads(line) for line in logger.events_path.read_text().splitlines()]
+    (call,) = [event for event in events if event["event"] == "moe_call"]
+    assert call["tokens_per_expert"] == np.bincount(ids.numpy().ravel(), minlength=EXPERTS).tolist()
+    assert (call["num_tokens"], call["experts_min"]) == (TOKENS, 0)
+    assert call["kernel_ms"] > 0 and call["collective_ms"] >= 0 and call["layer"]
+    layer.logger = None
+    layer(paddle.to_tensor(x))
+    assert len(logger.events_path.read_text().splitlines()) == len(events)
+
+
+def test_repr_names_the_shard():
+    text = repr(FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, parallel=Shard(1, 2, 0, 3), dtype="bfloat16"))
+    for part in ("num_experts=5 (here 3..4)", "intermediate_size=10 (here 0..3)", "ep 1 of 2", "bfloat16"):
+        assert part in text
+
+
+# ---------------------------------------------------------------- shards
+
+
+def sum_of_shards(weights, x, ep_size, tp_size, **options):
+    """The partial outputs of all ranks of a grid, added in float64; every rank routes for itself."""
+    total = np.zeros((len(x), HIDDEN))
+    for shard in grid(ep_size, tp_size):
+        layer = FusedMoE.from_dense(**weights, top_k=TOP_K, parallel=shard, **options)
+        tensor = paddle.to_tensor(x)
+        total += to_float64(layer.partial_output(tensor, *layer.route(tensor)).numpy())
+    return total
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "tp_size"), [(1, 1), (2, 2), (4, 1), (1, 4), (3, 2), (2, 3), (5, 1), (7, 1), (1, 10), (4, 3)]
+)
+def test_shards_add_up_to_the_dense_layer(ep_size, tp_size):
+    weights, x = dense_weights(**EVERYTHING), tokens()
+    expected, _ = expected_output(x, weights)
+    assert relative_l2(sum_of_shards(weights, x, ep_size, tp_size), expected) < 1e-6
+
+
+@settings(max_examples=25)
+@given(
+    ep_size=st.integers(1, 7),
+    tp_size=st.integers(1, INTER),
+    bias=st.booleans(),
+    shared=st.booleans(),
+    num_tokens=st.integers(0, 5),
+    seed=st.integers(0, 99),
+)
+def test_shards_of_any_grid(ep_size, tp_size, bias, shared, num_tokens, seed):
+    weights, x = dense_weights(bias=bias, shared=shared, seed=seed), tokens(num_tokens=num_tokens, seed=seed)
+    expected, _ = expected_output(x, weights)
+    assert relative_l2(sum_of_shards(weights, x, ep_size, tp_size), expected) < 1e-6
+
+
+@pytest.mark.parametrize("fp32_reduce", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_shards(dtype, fp32_reduce):
+    weights, x = dense_weights(dtype, **EVERYTHING), tokens(dtype)
+    expected, _ = expected_output(x, weights)
+    total = sum_of_shards(weights, x, 2, 2, fp32_reduce=fp32_reduce)
+    assert relative_l2(total, expected) < 5e-3
+    partial = FusedMoE.from_dense(**weights, top_k=TOP_K, parallel=Shard(0, 2, 0, 2), fp32_reduce=fp32_reduce)
+    tensor = paddle.to_tensor(x)
+    wanted = paddle.float32 if fp32_reduce else getattr(paddle, dtype)
+    assert partial.partial_output(tensor, *partial.route(tensor)).dtype == wanted
+
+
+def test_shared_expert_is_spread_over_the_whole_grid():
+    shards = [
+        FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, parallel=shard, shared_intermediate_size=SHARED)
+        for shard in grid(2, 3)
+    ]
+    assert [layer.shared_down_weight.shape[1] for layer in shards] == [2, 2, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("shard", grid(3, 2) + [Shard(6, 7, 0, 1)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_drawn_weights_are_the_slices_of_the_dense_layer(shard, dtype):
+    options = dict(shared_intermediate_size=SHARED, shared_gate=True, dtype=dtype, seed=5)
+    dense = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, **options)
+    drawn = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, parallel=shard, **options)
+    cut = FusedMoE.from_dense(
+        dense.gate_weight,
+        dense.gate_up_weight,
+        dense.down_weight,
+        TOP_K,
+        shared_gate_up=dense.shared_gate_up_weight[0],
+        shared_down=dense.shared_down_weight[0],
+        shared_gate=dense.shared_gate_weight,
+        parallel=shard,
+    )
+    assert set(drawn.state_dict()) == set(cut.state_dict())
+    for name, value in drawn.state_dict().items():
+        assert value.dtype == getattr(dense, name).dtype
+        np.testing.assert_array_equal(value.numpy(), cut.state_dict()[name].numpy(), err_msg=name)
+
+
+def test_seeds_differ():
+    first, second = (FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, seed=seed) for seed in (0, 1))
+    for name, value in first.state_dict().items():
+        assert (value.numpy() != second.state_dict()[name].numpy()).any()
+
+
+def test_state_dict_of_a_rank_without_experts():
+    options = dict(parallel=Shard(6, 7, 0, 1))
+    layer = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, **options)
+    assert layer.gate_up_weight.shape == [0, HIDDEN, 2 * INTER]
+    other = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, **options)
+    missing, unexpected = other.set_state_dict(layer.state_dict())
+    assert not missing and not unexpected
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(hidden_size=0), "hidden_size must be at least 1, got 0"),
+        (dict(intermediate_size=-1), "intermediate_size must be at least 1, got -1"),
+        (dict(num_experts=0), "num_experts must be at least 1, got 0"),
+        (dict(top_k=6), "top_k must be between 1 and num_experts = 5, got 6"),
+        (dict(reduce="three"), "reduce must be 'two' or 'one', got 'three'"),
+        (dict(shared_intermediate_size=-1), "shared_intermediate_size must be at least 0"),
+        (dict(shared_gate=True), "shared_gate=True needs a shared expert"),
+        (dict(dtype="float64"), "dtype must be 'float32', 'bfloat16' or 'float16', got 'float64'"),
+        (dict(gate_dtype="float16"), "gate_dtype must be 'float32' or dtype = 'float32', got 'float16'"),
+        (dict(parallel=Shard(0, 1, 0, 11)), "intermediate_size must be at least tp_size = 11, got 10"),
+    ],
+)
+def test_constructor_errors(changed, message):
+    sizes = dict(hidden_size=HIDDEN, intermediate_size=INTER, num_experts=EXPERTS, top_k=TOP_K)
+    with pytest.raises(ValueError, match=message):
+        FusedMoE(**{**sizes, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(gate_weight=np.zeros((3, EXPERTS))), r"gate_weight must have the shape \[12, 5\], got"),
+        (dict(gate_up=np.zeros((HIDDEN, 4))), r"gate_up must have the shape \[E, H, 2I\], got \[12, 4\]"),
+        (dict(gate_up=np.zeros((EXPERTS, HIDDEN, 3))), "gate_up must have an even last dimension"),
+        (dict(down=np.zeros((EXPERTS, HIDDEN, INTER))), r"down must have the shape \[5, 10, 12\]"),
+        (dict(down_bias=np.zeros(HIDDEN)), r"down_bias must have the shape \[5, 12\], got \[12\]"),
+        (dict(shared_down=np.zeros((SHARED, HIDDEN))), "got None for shared_gate_up"),
+        (dict(shared_gate=np.zeros((HIDDEN, 1))), "shared_gate=True needs a shared expert"),
+        (dict(gate_up=np.zeros((EXPERTS, HIDDEN, 2 * INTER))), "dtype must be .* got 'float64'"),
+    ],
+)
+def test_from_dense_errors(changed, message):
+    with pytest.raises(ValueError, match=message):
+        FusedMoE.from_dense(**{**dense_weights(), **changed}, top_k=TOP_K)
+
+
+def test_forward_errors():
+    layer = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K)
+    x, ids = paddle.to_tensor(tokens()), paddle.zeros([TOKENS, TOP_K], dtype="int32")
+    with pytest.raises(ValueError, match="got None for router_weights"):
+        layer(x, ids)
+    with pytest.raises(ValueError, match=r"hidden_states must have the shape \[\.\.\., H\] with H = 12"):
+        layer(x[:, :5])
+    with pytest.raises(ValueError, match="routing_table"):
+        layer(x, ids[:3], paddle.zeros([3, TOP_K]))
+    with pytest.raises(ValueError, match="chunk_size must be at least 0"):
+        FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, chunk_size=-1)(x)
