@@ -2,6 +2,7 @@
 
 Both link one static library with the checker and the kernels, which is compiled once. Metadata is in pyproject.toml.
 """
+
 from __future__ import annotations
 
 import os

@@ -29,9 +29,17 @@ std::string shape_text(const std::vector<int64_t>& shape) {
   return text.str();
 }
 
-// Names one entry of a list argument: "down_weights[3]".
-std::string entry_name(const char* list, size_t index, size_t size) {
-  return size == 1 ? std::string(list) : std::string(list) + "[" + std::to_string(index) + "]";
+// Names an argument, or one entry of a list: "down_weights[3]". The text is only made when an error needs it.
+struct Name {
+  Name(const char* argument, size_t index = 0, size_t size = 1) : argument(argument), index(index), size(size) {}
+  const char* argument;
+  size_t index, size;
+};
+
+std::ostream& operator<<(std::ostream& text, const Name& name) {
+  text << name.argument;
+  if (name.size > 1) text << '[' << name.index << ']';
+  return text;
 }
 
 bool known(int64_t size) { return size >= 0; }
@@ -41,7 +49,7 @@ void unify(int64_t* size, int64_t other) {
   if (!known(*size)) *size = other;
 }
 
-void expect_shape(const std::string& name, const Tensor& tensor, const std::vector<int64_t>& expected,
+void expect_shape(const Name& name, const Tensor& tensor, const std::vector<int64_t>& expected,
                   const char* meaning) {
   bool same = tensor.shape.size() == expected.size();
   for (size_t i = 0; same && i < expected.size(); ++i) {
@@ -52,7 +60,7 @@ void expect_shape(const std::string& name, const Tensor& tensor, const std::vect
   }
 }
 
-void expect_rank(const std::string& name, const Tensor& tensor, size_t rank, const char* meaning) {
+void expect_rank(const Name& name, const Tensor& tensor, size_t rank, const char* meaning) {
   if (tensor.shape.size() != rank) {
     fail(name, " must have ", rank, " dimensions ", meaning, ", got the shape ", shape_text(tensor.shape));
   }
@@ -62,7 +70,7 @@ bool is_float(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16;
 }
 
-void expect_dtype(const std::string& name, const Tensor& tensor, DType first, DType second = DType::kUnknown) {
+void expect_dtype(const Name& name, const Tensor& tensor, DType first, DType second = DType::kUnknown) {
   if (tensor.dtype == DType::kUnknown || first == DType::kUnknown) return;
   if (tensor.dtype == first || tensor.dtype == second) return;
   if (second == DType::kUnknown || second == first) {
@@ -90,7 +98,7 @@ bool is_contiguous_from(const Tensor& tensor, size_t first_dim) {
   return true;
 }
 
-void expect_contiguous(const std::string& name, const Tensor& tensor, size_t first_dim = 0) {
+void expect_contiguous(const Name& name, const Tensor& tensor, size_t first_dim = 0) {
   if (!is_contiguous_from(tensor, first_dim)) {
     fail(name, " must be contiguous", first_dim ? " in its last dimension" : "", ", got the shape ",
          shape_text(tensor.shape), " with the strides ", shape_text(tensor.strides), "; pass a contiguous copy");
@@ -147,10 +155,10 @@ Layout find_layout(const Arguments& a) {
 // Reads the expert matrices of one kind: sizes `in` and `out` are completed from the shapes.
 void check_weights(const char* name, const std::vector<Tensor>& weights, bool permuted, DType dtype,
                    int64_t num_experts, bool stacked, int64_t in, int64_t out, const char* meaning) {
+  std::vector<int64_t> expected = permuted ? std::vector<int64_t>{out, in} : std::vector<int64_t>{in, out};
+  if (stacked) expected.insert(expected.begin(), num_experts);
   for (size_t i = 0; i < weights.size(); ++i) {
-    const std::string entry = entry_name(name, i, weights.size());
-    std::vector<int64_t> expected = permuted ? std::vector<int64_t>{out, in} : std::vector<int64_t>{in, out};
-    if (stacked) expected.insert(expected.begin(), num_experts);
+    const Name entry(name, i, weights.size());
     expect_shape(entry, weights[i], expected, meaning);
     expect_dtype(entry, weights[i], dtype);
   }
@@ -165,10 +173,10 @@ void check_bias(const char* name, const std::vector<Tensor>& bias, DType dtype, 
   if (!stacked && !separate && count != num_experts) {
     fail(name, " must hold one tensor per expert (", num_experts, ") or one stacked tensor, got ", count, " tensors");
   }
+  std::vector<int64_t> expected{separate && known(size) ? size / 2 : size};
+  if (stacked) expected.insert(expected.begin(), num_experts);
   for (size_t i = 0; i < bias.size(); ++i) {
-    const std::string entry = entry_name(name, i, bias.size());
-    std::vector<int64_t> expected{separate && known(size) ? size / 2 : size};
-    if (stacked) expected.insert(expected.begin(), num_experts);
+    const Name entry(name, i, bias.size());
     expect_shape(entry, bias[i], expected, separate ? "[I]" : meaning);
     expect_dtype(entry, bias[i], dtype, DType::kFloat32);
     expect_dtype(entry, bias[i], bias[0].dtype);
@@ -267,7 +275,7 @@ Problem resolve(const Arguments& a) {
 
   // H and I come from the first weight of each kind, hidden_states completes H.
   const Tensor& first_down = a.down_weights[0];
-  expect_rank(entry_name("down_weights", 0, a.down_weights.size()), first_down, layout.stacked_down ? 3 : 2,
+  expect_rank({"down_weights", 0, a.down_weights.size()}, first_down, layout.stacked_down ? 3 : 2,
               layout.stacked_down ? (t ? "[E_l, H, I]" : "[E_l, I, H]") : (t ? "[H, I]" : "[I, H]"));
   const std::vector<int64_t>& down_shape = first_down.shape;
   p.intermediate_size = down_shape[down_shape.size() - (t ? 1 : 2)];

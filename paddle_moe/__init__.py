@@ -2,6 +2,7 @@
 
 Names load on first use, so that ``import paddle_moe.core`` (the kernels on NumPy arrays) never imports Paddle.
 """
+
 from __future__ import annotations
 
 from importlib import import_module

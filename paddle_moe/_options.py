@@ -2,6 +2,7 @@
 
 The operators check shapes, dtypes and ranges themselves; here values only get the Python type they expect.
 """
+
 from __future__ import annotations
 
 import numbers
@@ -54,7 +55,9 @@ def optional_array_list(name: str, value: Any) -> list | None:
     return None if value is None else array_list(name, value)
 
 
-def experts_options(permuted_weights, activation, experts_min, experts_max, chunk_size, measurement_mode) -> tuple:
+def experts_options(
+    permuted_weights, activation, experts_min, experts_max, chunk_size, measurement_mode
+) -> tuple:
     return (
         flag("permuted_weights", permuted_weights),
         text("activation", activation),

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 USAGE_ERROR = 2  # the exit code that argparse uses too
 
@@ -17,12 +17,16 @@ USAGE_ERROR = 2  # the exit code that argparse uses too
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 good, 1 something failed, 2 wrong usage."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(prog="python -m paddle_moe", description="Tools of the paddle_moe package.")
+    parser = argparse.ArgumentParser(
+        prog="python -m paddle_moe", description="Tools of the paddle_moe package."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     logs = commands.add_parser("logs", help="merge the logs of all ranks into a table and a picture")
     logs.add_argument("directory", metavar="DIR", help="directory with the *_ep_rank_E_tp_rank_T.jsonl files")
-    logs.add_argument("--out", metavar="PICTURE.png", help="where the picture goes (default: DIR/moe_logs.png)")
+    logs.add_argument(
+        "--out", metavar="PICTURE.png", help="where the picture goes (default: DIR/moe_logs.png)"
+    )
     logs.add_argument("--json", action="store_true", help="print JSON instead of tables")
     logs.set_defaults(run=_logs)
 
@@ -59,7 +63,9 @@ def _logs(arguments: argparse.Namespace) -> int:
         print(f"paddle_moe logs: no picture: {error}", file=sys.stderr)
         picture = None
     if arguments.json:
-        print(json.dumps({**summary.to_json(), "picture": picture and str(picture)}, indent=2, allow_nan=False))
+        print(
+            json.dumps({**summary.to_json(), "picture": picture and str(picture)}, indent=2, allow_nan=False)
+        )
     elif picture:
         print(f"Picture  {picture}")
     return 1 if picture is None else 0

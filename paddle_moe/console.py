@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 
 def rich_console() -> Any | None:
@@ -23,12 +24,22 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
     console = rich_console()
     if console is not None:
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for column, right in zip(columns, numeric):
-            table.add_column(column, justify="right" if right else "left", overflow="fold")
+        table = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        for i, column in enumerate(columns):
+            # Headers may break between words, cells may not break at all.
+            width = max(map(len, [*column.split(), *(row[i] for row in cells)]))
+            table.add_column(column, justify="right" if numeric[i] else "left", min_width=width)
         for row in cells:
             table.add_row(*(Text(cell) for cell in row))
         console.print(table)
@@ -62,4 +73,4 @@ def print_status(status: str, name: str, detail: str, advice: str = "") -> None:
         else:
             from rich.text import Text
 
-            console.print(Text(f"{label} ", _STATUS_STYLES[status]) + Text(text), soft_wrap=True)
+            console.print(Text.assemble((label, _STATUS_STYLES[status]), " ", text), soft_wrap=True)

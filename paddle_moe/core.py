@@ -9,6 +9,7 @@ NumPy arrays are welcome.
 Two keyword arguments exist only here. ``out`` receives the result instead of a new array. ``workspace`` is the
 scratch memory, a ``uint8`` array of at least :func:`workspace_size` bytes, instead of a new one on each call.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -65,7 +66,9 @@ def _experts(
         array_list("down_weights", down_weights),
         optional_array_list("gate_up_bias", gate_up_bias),
         optional_array_list("down_bias", down_bias),
-        *experts_options(permuted_weights, activation, experts_min, experts_max, chunk_size, measurement_mode),
+        *experts_options(
+            permuted_weights, activation, experts_min, experts_max, chunk_size, measurement_mode
+        ),
     )
 
 

@@ -1,7 +1,7 @@
 """Expert parallel (EP) and tensor parallel (TP) groups that never hang and never give a wrong sum.
 
-The ranks form a grid of ep_size rows and tp_size columns, ep_rank = rank // tp_size, tp_rank = rank % tp_size. With
-ep_size = tp_size = 2:
+The ranks form a grid of ep_size rows and tp_size columns, with ep_rank = rank // tp_size and
+tp_rank = rank % tp_size. With ep_size = tp_size = 2:
 
     rank   ep_rank   tp_rank   tp_group: same ep_rank   ep_group: same tp_rank
     0      0         0         [0, 1]                   [0, 2]
@@ -9,8 +9,8 @@ ep_size = tp_size = 2:
     2      1         0         [2, 3]                   [0, 2]
     3      1         1         [2, 3]                   [1, 3]
 
-Start the ranks with `python -m paddle.distributed.launch`. When a rank dies, fails or does not arrive, all of them end and
-say which one it was: see watchdog.py.
+Start the ranks with `python -m paddle.distributed.launch`. When a rank dies, fails or does not arrive, all of
+them end and say which one it was: see watchdog.py.
 """
 
 from __future__ import annotations
@@ -94,15 +94,15 @@ def rank_grid(world_size: int, ep_size: int, tp_size: int) -> list[GridRank]:
 class ParallelContext:
     """The place of this rank in the grid, and its groups. Made by `init_distributed` or `from_groups`.
 
-    As a context manager it leaves the job at the end of the block, and reports an exception that ends the block.
+    As a context manager it leaves the job at the end of the block, and reports an exception that ends it.
 
     Attributes:
         rank, world_size: of paddle.distributed.
         ep_rank, ep_size, ep_group: position in and size of the group of ranks that hold the other experts.
-        tp_rank, tp_size, tp_group: position in and size of the group of ranks that hold the other slices of I.
-        grid_group: all ranks of the grid; None if there is no such group, then "grid" means EP followed by TP.
+        tp_rank, tp_size, tp_group: position in and size of the group that holds the other slices of I.
+        grid_group: all ranks of the grid; None if there is no such group, "grid" is then EP followed by TP.
 
-    The groups are paddle.distributed groups and work with its functions. Those of size 1 need no communication.
+    The groups are paddle.distributed groups and work with its functions. Those of size 1 communicate nothing.
     """
 
     def __init__(
@@ -139,12 +139,12 @@ class ParallelContext:
     ) -> paddle.Tensor:
         """Reduces `tensor` over a group, in place, and returns it. No gradient flows through it.
 
-        Gloo gives up when a rank is more than 30 seconds late, whatever timeout_seconds says: call `barrier` first
-        where the ranks may have drifted apart that far. On NCCL the time limit covers the launch only.
+        Gloo gives up when a rank is more than 30 seconds late, whatever timeout_seconds says: call `barrier`
+        first where the ranks may have drifted apart that far. On NCCL the time limit covers the launch only.
 
         Args:
-            tensor: any shape; float16, bfloat16, float32, float64, int8, uint8, int32 or int64. On gloo float16 is
-                always summed in fp32, because its own sum over more than two ranks is wrong.
+            tensor: any shape; float16, bfloat16, float32, float64, int8, uint8, int32 or int64. On gloo
+                float16 is always summed in fp32, because its own sum over more than two ranks is wrong.
             group: "ep", "tp", "grid", or one of the groups of this context.
             op: "sum" or "max".
             fp32: sum float16 and bfloat16 in fp32 and round once at the end.
@@ -184,7 +184,7 @@ class ParallelContext:
     def check_same_routing(
         self, routing_table: paddle.Tensor, router_weights: paddle.Tensor | None = None
     ) -> None:
-        """Checks that all ranks route their replicated tokens alike; ranks that disagree would corrupt every sum.
+        """Checks that all ranks route their replicated tokens alike; if not, every sum would be corrupt.
 
         Compares a hash of shapes, dtypes and bits, which costs a copy to the host: for debugging.
 
@@ -202,8 +202,9 @@ class ParallelContext:
             if (values != usual).any():
                 other, same = self._grid[values != usual].tolist(), self._grid[values == usual].tolist()
                 raise RuntimeError(
-                    f"{name} differs between ranks that hold the same tokens: ranks {sorted(other)} disagree with ranks"
-                    f" {sorted(same)}; route on one rank and broadcast, or make the router deterministic"
+                    f"{name} differs between ranks that hold the same tokens: ranks {sorted(other)}"
+                    f" disagree with ranks {sorted(same)}; make the router deterministic, or route on one rank"
+                    " and broadcast"
                 )
 
     def log_failures_to(self, logger: RankLogger) -> None:
@@ -212,7 +213,7 @@ class ParallelContext:
             self._watchdog.log_to(str(logger.log_path), str(logger.events_path), self.ep_rank, self.tp_rank)
 
     def shutdown(self) -> None:
-        """Leaves the job: what happens to this rank from now on does not end the others. Also done at exit."""
+        """Leaves the job: what happens to this rank next does not end the others. Also done at exit."""
         if self._watchdog is not None:
             self._watchdog.leave()
             self._watchdog = None
@@ -248,9 +249,10 @@ class ParallelContext:
         return self.all_reduce(paddle.to_tensor(everyone), "grid").numpy()
 
     def _self_test(self) -> np.ndarray:
-        """Proves that every group sums exactly its ranks, once each; returns the global rank at each place of the grid.
+        """Proves that every group sums its ranks, once each, and no others; returns the grid of global ranks.
 
-        Each rank adds its id + 1 at its own place of a vector of zeros, so a missing, foreign or doubled rank shows.
+        Each rank adds its id + 1 at its own place of a vector of zeros, so a missing, foreign or doubled rank
+        shows.
         """
         for slot, group in self._groups().items():
             if group is None or group.nranks == 1:
@@ -260,14 +262,14 @@ class ParallelContext:
             total = self.all_reduce(paddle.to_tensor(ids), slot).numpy() - 1
             if total.tolist() != list(group.ranks):
                 raise RuntimeError(
-                    f"the {slot} group of rank {self.rank} should sum over the ranks {list(group.ranks)}, but a test sum"
-                    f" of their ids came from {total.tolist()}"
+                    f"the {slot} group of rank {self.rank} should sum over the ranks {list(group.ranks)}, but"
+                    f" a test sum of their ids came from {total.tolist()}"
                 )
         grid = self._gather([self.rank + 1])[:, :, 0] - 1
         if len(set(grid.ravel().tolist())) != grid.size or (grid < 0).any():
             raise RuntimeError(
-                f"the EP and TP groups of rank {self.rank} form no grid: gathering the rank ids over EP and then TP gave"
-                f" {grid.tolist()}; each TP group must meet each EP group in one rank"
+                f"the EP and TP groups of rank {self.rank} form no grid: gathering the rank ids over EP and"
+                f" then TP gave {grid.tolist()}; each TP group must meet each EP group in one rank"
             )
         return grid
 
@@ -294,9 +296,9 @@ def init_distributed(
 
     Every rank calls it, with the same arguments. With one rank no launcher is needed.
 
-    The reliable construction differs by backend. On gloo each group gets a store of its own, because Paddle's gloo groups
-    share keys in the common store. On NCCL every rank creates every group in the same order, with a collective after
-    each; that path has not yet run on a machine with several GPUs.
+    The reliable construction differs by backend. On gloo each group gets a store of its own, because Paddle's
+    gloo groups share keys in the common store. On NCCL every rank creates every group in the same order, with
+    a collective after each; that path is not yet run.
 
     Args:
         ep_size: number of expert shards.
@@ -304,8 +306,8 @@ def init_distributed(
         timeout_seconds: how long a rank waits for the others here, in `barrier` and in `all_reduce`.
 
     Raises:
-        ValueError: ep_size * tp_size is not the number of ranks, or the ranks were given different sizes; the text
-            names the ranks and their values, on every rank.
+        ValueError: ep_size * tp_size is not the number of ranks, or the ranks were given different sizes; the
+            text names the ranks and their values, on every rank.
         RuntimeError: a rank does not come within timeout_seconds, or a group fails its self-test.
     """
     if timeout_seconds <= 0:
@@ -363,14 +365,15 @@ def _report_the_end(watchdog: Watchdog) -> None:
 def _rendezvous(watchdog: Watchdog, rank: int) -> tuple[str, int]:
     """The address where the watchdogs meet: that of Paddle's own store, the one address that all ranks know.
 
-    The port is free again when Paddle's store needs it. If that store runs already, rank 0 takes another port.
+    The port is free again when Paddle's store needs it. If that store runs already, rank 0 takes another.
     """
     endpoint = os.environ.get("PADDLE_MASTER") or os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")[0]
     host, _, port_text = endpoint.rpartition(":")
     if not host or not port_text.isdigit():
         raise RuntimeError(
-            f"PADDLE_TRAINERS_NUM={os.environ['PADDLE_TRAINERS_NUM']}, so PADDLE_MASTER or PADDLE_TRAINER_ENDPOINTS must"
-            f" give the address of rank 0 as host:port, got {endpoint!r}; start with python -m paddle.distributed.launch"
+            f"PADDLE_TRAINERS_NUM={os.environ['PADDLE_TRAINERS_NUM']}, so PADDLE_MASTER or"
+            f" PADDLE_TRAINER_ENDPOINTS must give the address of rank 0 as host:port, got {endpoint!r}; start"
+            " the ranks with python -m paddle.distributed.launch"
         )
     running = dist.is_initialized()
     port = 0 if running else int(port_text)
@@ -384,7 +387,7 @@ def _rendezvous(watchdog: Watchdog, rank: int) -> tuple[str, int]:
 
 
 def _let_gloo_use_the_route_to(host: str, port: int) -> None:
-    """Gloo listens where the host's own name points, often the loopback interface, unless it is told another one."""
+    """Gloo listens where the host's own name points, often the loopback interface, unless it is told."""
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -408,8 +411,8 @@ def _build_gloo_groups(
 ) -> dict[tuple[int, ...], Group]:
     """The groups of this rank, by their global ranks.
 
-    Paddle connects a gloo group through the keys "0", "1", ... of its store, so two groups on one store read each other's
-    addresses. Here the first rank of each group opens a store that serves this group alone.
+    Paddle connects a gloo group through the keys "0", "1", ... of its store, so two groups on one store read
+    each other's addresses. Here the first rank of each group opens a store that serves this group alone.
     """
     rank = grid_group.rank
     own_stores = {}
@@ -439,7 +442,10 @@ def _build_gloo_groups(
 
 
 def _open_store(host: str) -> tuple[Any, int]:
-    """Opens a store on a free port and returns both. Paddle aborts the process when the port is taken meanwhile."""
+    """Opens a store on a free port and returns both.
+
+    The port stays reserved until the store listens: Paddle aborts the process when another one has taken it.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("", 0))

@@ -1,7 +1,7 @@
 """`python -m paddle_moe doctor`: checks an installation and says what to do about each failure.
 
-Everything that loads compiled code or starts ranks runs in processes of its own with a time limit, so a crash or a hang
-there becomes one line of the report.
+Everything that loads compiled code or starts ranks runs in processes of its own with a time limit, so a
+crash or a hang there becomes one line of the report.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROBE_SECONDS = 120  # for one process, importing Paddle on a busy machine inclu
 LAUNCH_SECONDS = 180
 
 _PACKAGE = Path(__file__).resolve().parent
-_REBUILD = "in a clone of paddle_moe run `pip install --no-build-isolation .` with the Paddle that you will use installed"
+_REBUILD = "in a clone of paddle_moe run `pip install --no-build-isolation .` with Paddle installed"
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Check:
 
 
 def main(as_json: bool = False) -> int:
-    """Runs all checks, prints them as they finish (or one JSON object at the end); returns 1 if any failed, else 0."""
+    """Runs all checks and prints each as it finishes, or one JSON object. Returns 1 if any failed, else 0."""
     checks = []
     for check in _checks():
         checks.append(check)
@@ -135,7 +135,9 @@ def _judge_result(name: str, file: Path, facts: dict[str, Any] | None, error: st
         return Check(name, "failure", f"{file.name}: {error}", advice)
     detail = f"{file.name}, error {facts['error']:.1e} against the float64 reference"
     if not facts["error"] < 1e-6:
-        return Check(name, "failure", detail, "the result is wrong: rebuild from clean (rm -rf build), else report it")
+        return Check(
+            name, "failure", detail, "the result is wrong: rebuild from clean (rm -rf build), else report it"
+        )
     return Check(name, "ok", detail)
 
 
@@ -144,7 +146,9 @@ def _check_isa(facts: dict[str, Any] | None) -> Check:
         return Check("Instruction set", "info", "unknown without the core")
     available = ", ".join(facts["available_isas"])
     forced = os.environ.get("PADDLE_MOE_ISA")
-    detail = f"{facts['isa']} in use, available: {available}" + (", forced by PADDLE_MOE_ISA" if forced else "")
+    detail = f"{facts['isa']} in use, available: {available}" + (
+        ", forced by PADDLE_MOE_ISA" if forced else ""
+    )
     if facts["isa"] != facts["available_isas"][0]:
         return Check("Instruction set", "warning", detail, "unset PADDLE_MOE_ISA to use the fastest")
     return Check("Instruction set", "ok", detail)
@@ -156,9 +160,13 @@ def _check_threads(facts: dict[str, Any] | None) -> Check:
         return Check("Threads", "info", f"{cores} cores; threads unknown without the core")
     detail = f"{facts['num_threads']} for the kernels, {cores} cores for this process"
     if facts["num_threads"] > cores:
-        return Check("Threads", "warning", detail, f"more threads than cores are slow: PADDLE_MOE_NUM_THREADS={cores}")
+        return Check(
+            "Threads", "warning", detail, f"more threads than cores are slow: PADDLE_MOE_NUM_THREADS={cores}"
+        )
     if facts["num_threads"] == 1 < cores:
-        return Check("Threads", "warning", detail, "see PADDLE_MOE_NUM_THREADS, OMP_NUM_THREADS and PADDLE_LOCAL_SIZE")
+        return Check(
+            "Threads", "warning", detail, "see PADDLE_MOE_NUM_THREADS, OMP_NUM_THREADS and PADDLE_LOCAL_SIZE"
+        )
     return Check("Threads", "ok", detail)
 
 
@@ -170,10 +178,18 @@ def _check_compiler(needed: bool) -> Check:
         program = "#include <thread>\nint main() { if constexpr (sizeof(void*) == 8) return 0; }\n"
         _output([*command, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"], program)
     except (OSError, IndexError, subprocess.SubprocessError) as error:
-        version, problem = " ".join(command), f"cannot compile C++17: {_last_line(getattr(error, 'stderr', '') or str(error))}"
-        advice = "install g++ 9 or newer (Debian, Ubuntu: apt-get install g++), or name another compiler in CXX"
+        version, problem = (
+            " ".join(command),
+            f"cannot compile C++17: {_last_line(getattr(error, 'stderr', '') or str(error))}",
+        )
+        advice = (
+            "install g++ 9 or newer (Debian, Ubuntu: apt-get install g++), or name another compiler in CXX"
+        )
     if not problem and not Path(sysconfig.get_path("include"), "Python.h").exists():
-        problem, advice = "Python.h is missing", "install Python's headers (Debian, Ubuntu: apt-get install python3-dev)"
+        problem, advice = (
+            "Python.h is missing",
+            "install Python's headers (Debian, Ubuntu: apt-get install python3-dev)",
+        )
     if not problem:
         return Check("Compiler", "ok", version)
     if not needed:
@@ -197,11 +213,20 @@ def _check_cuda(facts: dict[str, Any] | None) -> Check:
     if facts is None or not (devices or facts["cuda"]):
         return Check("CUDA", "info", f"{detail}; everything runs on the CPU")
     if not facts["cuda"]:
-        return Check("CUDA", "warning", f"{detail}, CPU build of Paddle", "install a GPU build of Paddle to use the GPU")
+        return Check(
+            "CUDA",
+            "warning",
+            f"{detail}, CPU build of Paddle",
+            "install a GPU build of Paddle to use the GPU",
+        )
     if not facts["gpus"]:
-        return Check("CUDA", "warning", f"{detail}, Paddle sees no GPU", "check the driver and CUDA_VISIBLE_DEVICES")
+        return Check(
+            "CUDA", "warning", f"{detail}, Paddle sees no GPU", "check the driver and CUDA_VISIBLE_DEVICES"
+        )
     if not with_kernels:
-        return Check("CUDA", "warning", detail, f"the operator runs on the CPU only; to change that {_REBUILD}")
+        return Check(
+            "CUDA", "warning", detail, f"the operator runs on the CPU only; to change that {_REBUILD}"
+        )
     return Check("CUDA", "ok", detail)
 
 
@@ -216,26 +241,40 @@ def _check_nccl(facts: dict[str, Any] | None, usable: bool) -> Check:
 
 
 def _check_groups(name: str, usable: bool, gpus: int) -> Check:
-    """Starts two ranks with the launcher; every rank adds up what both hold, over the EP group and the TP group."""
+    """Starts two ranks with the launcher, EP 2 x TP 1; both add up what they hold over all their groups."""
     if not usable:
         return Check(name, "info", "not tried, because the operator does not work")
     with tempfile.TemporaryDirectory(prefix="paddle_moe_doctor_") as directory:
         script = Path(directory, "rank.py")
         script.write_text(_code("probe_groups"), encoding="utf-8")
-        command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", directory]
+        command = [
+            sys.executable,
+            "-m",
+            "paddle.distributed.launch",
+            "--nproc_per_node",
+            "2",
+            "--log_dir",
+            directory,
+        ]
         started = time.monotonic()
         finished, output = _run([*command, str(script)], LAUNCH_SECONDS, _environment(gloo=not gpus))
-        logs = "\n".join(path.read_text(errors="replace") for path in sorted(Path(directory).glob("workerlog.*")))
+        logs = "\n".join(
+            path.read_text(errors="replace") for path in sorted(Path(directory).glob("workerlog.*"))
+        )
     seconds = time.monotonic() - started
     if finished == 0 and logs.count("groups are right") == 2:
         return Check(name, "ok", f"two ranks, right sums over EP and TP in {seconds:.0f} s")
     reason = f"no end within {LAUNCH_SECONDS} s" if finished is None else f"launch ended with code {finished}"
     if gpus:
-        advice = "run again with NCCL_DEBUG=INFO; check that the GPUs can reach each other (nvidia-smi topo -m)"
+        advice = (
+            "run again with NCCL_DEBUG=INFO; check that the GPUs can reach each other (nvidia-smi topo -m)"
+        )
     elif os.environ.get("GLOO_SOCKET_IFNAME"):
         advice = "unset GLOO_SOCKET_IFNAME, or name an interface that `ip addr` shows with an address"
     else:
-        advice = "check that this host's own name resolves (getent hosts $(hostname)), or set GLOO_SOCKET_IFNAME"
+        advice = (
+            "check that this host's own name resolves (getent hosts $(hostname)), or set GLOO_SOCKET_IFNAME"
+        )
     return Check(name, "failure", f"{reason}: {_last_line(logs) or _last_line(output)}", advice)
 
 
@@ -251,7 +290,10 @@ def _check_model_libraries() -> Check:
             found.append(f"{distribution} not installed")
             continue
         code, output = _run([sys.executable, "-c", f"import {module}"], PROBE_SECONDS, _environment())
-        found.append(f"{distribution} {version} " + ("imports" if code == 0 else f"does not import: {_last_line(output)}"))
+        found.append(
+            f"{distribution} {version} "
+            + ("imports" if code == 0 else f"does not import: {_last_line(output)}")
+        )
     return Check("Model libraries", "info", "; ".join(found))
 
 
@@ -291,7 +333,9 @@ def probe_core() -> None:
     arrays, top_k, expected = _small_case()
     error = _relative_error(core.fused_gate_moe(*arrays, top_k), expected)
     isas = core.available_isas()
-    _answer({"error": error, "isa": core.isa_name(), "available_isas": isas, "num_threads": core.num_threads()})
+    _answer(
+        {"error": error, "isa": core.isa_name(), "available_isas": isas, "num_threads": core.num_threads()}
+    )
 
 
 def probe_groups() -> None:
@@ -303,7 +347,9 @@ def probe_groups() -> None:
         for group, expected in (("ep", 3.0), ("tp", parallel.rank + 1.0), ("grid", 3.0)):
             total = parallel.all_reduce(paddle.full([1], parallel.rank + 1.0), group).item()
             if total != expected:
-                raise RuntimeError(f"the {group} group of rank {parallel.rank} gave {total}, expected {expected}")
+                raise RuntimeError(
+                    f"the {group} group of rank {parallel.rank} gave {total}, expected {expected}"
+                )
         parallel.barrier()
         print("groups are right", flush=True)
 
@@ -335,7 +381,9 @@ def _answer(facts: dict[str, Any]) -> None:
 
 def _code(function: str) -> str:
     root = str(_PACKAGE.parent)
-    return f"import sys\nsys.path.insert(0, {root!r})\nfrom paddle_moe.doctor import {function}\n{function}()\n"
+    return (
+        f"import sys\nsys.path.insert(0, {root!r})\nfrom paddle_moe.doctor import {function}\n{function}()\n"
+    )
 
 
 def _probe(function: str) -> tuple[dict[str, Any] | None, str]:
@@ -351,10 +399,15 @@ def _probe(function: str) -> tuple[dict[str, Any] | None, str]:
 
 
 def _run(command: list[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
-    """(exit code, stdout and stderr); the code is None, and the process and its children are killed, after `seconds`."""
+    """(exit code, stdout and stderr). After `seconds` the process is killed: the code is None."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
         try:
             code: int | None = process.wait(seconds)
@@ -372,12 +425,16 @@ def _environment(gloo: bool = True) -> dict[str, str]:
     """Of this process, less what a launcher that started it has set for its own job."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PADDLE_") or k.startswith("PADDLE_MOE_")}
     if not kept.get("CUDA_VISIBLE_DEVICES"):
-        kept.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher fails with an IndexError when it is set but empty
+        kept.pop(
+            "CUDA_VISIBLE_DEVICES", None
+        )  # the launcher fails with an IndexError when it is set but empty
     return {**kept, "PADDLE_DISTRI_BACKEND": "gloo"} if gloo else kept
 
 
 def _output(command: list[str], stdin: str = "") -> str:
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True)
+    done = subprocess.run(
+        command, input=stdin, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True
+    )
     return done.stdout
 
 

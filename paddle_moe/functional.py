@@ -3,6 +3,7 @@
 Reading order: these functions -> csrc/bindings/paddle_ops.cc -> csrc/moe.h -> csrc/arguments.cc and csrc/cpu/.
 They work on eager tensors, while a static graph is built, and under ``paddle.jit.to_static``.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -28,6 +29,7 @@ __all__ = ["fused_gate_moe", "gate", "get_num_threads", "mixture_of_experts", "r
 
 Tensor = paddle.Tensor
 Weights = Union[Tensor, Sequence[Tensor]]
+
 
 def _load_library() -> ctypes.CDLL:
     build_hint = (

@@ -18,7 +18,7 @@ _KERNEL_COLOUR, _COLLECTIVE_COLOUR, _ALARM_COLOUR = "#33415c", "#f4a259", "#b000
 def print_summary(summary: Summary) -> None:
     print_table(
         "Ranks",
-        ("ep", "tp", "experts", "calls", "rows", "kernel ms", "collective ms", "warnings", "errors", "state"),
+        ("ep", "tp", "experts", "calls", "rows", "kernel ms", "collective ms", "warn", "err", "state"),
         [
             (
                 rank.ep_rank,
@@ -83,11 +83,15 @@ def save_picture(summary: Summary, path: str | os.PathLike) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise RuntimeError("the picture needs matplotlib, which is not installed: pip install matplotlib") from error
+        raise RuntimeError(
+            "the picture needs matplotlib, which is not installed: pip install matplotlib"
+        ) from error
 
     load_height = 3.4 if len(summary.layers) <= 1 else 1.2 + 0.28 * min(max(len(summary.layers), 6), 64)
     time_height = 1.1 + 0.34 * min(max(len(summary.ranks), 3), 64)
-    figure = Figure(figsize=(11, 0.9 + load_height + time_height), dpi=140, facecolor="white", layout="constrained")
+    figure = Figure(
+        figsize=(11, 0.9 + load_height + time_height), dpi=140, facecolor="white", layout="constrained"
+    )
     FigureCanvasAgg(figure)
     load_axes, time_axes = figure.subplots(2, 1, height_ratios=(load_height, time_height))
     figure.suptitle(_headline(summary), x=0.012, ha="left", fontsize=13, fontweight="bold")
@@ -149,11 +153,15 @@ def _draw_heat_map(figure: Any, axes: Any, layers: list[LayerLoad]) -> None:
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
     bar.set_label("tokens / mean of the layer")
     bar.outline.set_visible(False)
-    worst = max((layer for layer in layers if layer.imbalance), key=lambda layer: layer.imbalance, default=None)
+    worst = max(
+        (layer for layer in layers if layer.imbalance), key=lambda layer: layer.imbalance, default=None
+    )
     note = f"worst imbalance {worst.imbalance:.2f} (max / mean){_in_layer(worst)}" if worst else "no tokens"
     _set_title(axes, f"Tokens per expert and layer: {note}", above_strip=True)
     step = -(-len(layers) // 32)
-    axes.set_yticks(range(0, len(layers), step), [layers[i].layer for i in range(0, len(layers), step)], fontsize=8)
+    axes.set_yticks(
+        range(0, len(layers), step), [layers[i].layer for i in range(0, len(layers), step)], fontsize=8
+    )
     axes.set_ylabel("layer")
     _tidy(axes)
     _label_experts(axes, layers[0], _colours_of_ep_ranks(layers[0]))
@@ -162,20 +170,42 @@ def _draw_heat_map(figure: Any, axes: Any, layers: list[LayerLoad]) -> None:
 def _label_experts(axes: Any, layer: LayerLoad, colours: dict[int, Any]) -> None:
     """Numbers the experts below the panel and names the EP rank that owns each range above it."""
     experts = list(layer.tokens_per_expert)
-    step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128, 256, len(experts)) if len(experts) / step <= 33)
+    step = next(
+        step for step in (1, 2, 4, 8, 16, 32, 64, 128, 256, len(experts)) if len(experts) / step <= 33
+    )
     axes.set_xticks([expert for expert in experts if expert % step == 0])
     axes.set_xlim(experts[0] - 0.6, experts[-1] + 0.6)
     axes.set_xlabel("expert (global id)")
     for ep_rank, colour in colours.items():
         owned = [expert for expert in experts if layer.ep_rank_of_expert[expert] == ep_rank]
         left, right = owned[0] - 0.4, owned[-1] + 0.4
-        above = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "annotation_clip": False}
-        axes.plot([left, right], [1.01, 1.01], color=colour, linewidth=3, transform=above["xycoords"], clip_on=False,
-                  solid_capstyle="butt")
+        above = {
+            "xycoords": axes.get_xaxis_transform(),
+            "textcoords": "offset points",
+            "annotation_clip": False,
+        }
+        axes.plot(
+            [left, right],
+            [1.01, 1.01],
+            color=colour,
+            linewidth=3,
+            transform=above["xycoords"],
+            clip_on=False,
+            solid_capstyle="butt",
+        )
         if len(colours) <= 32:
             text = f"EP rank {ep_rank}" if len(colours) <= 8 else str(ep_rank)
-            axes.annotate(text, ((left + right) / 2, 1.01), (0, 3), color=colour, fontsize=9, fontweight="bold",
-                          ha="center", va="bottom", **above)
+            axes.annotate(
+                text,
+                ((left + right) / 2, 1.01),
+                (0, 3),
+                color=colour,
+                fontsize=9,
+                fontweight="bold",
+                ha="center",
+                va="bottom",
+                **above,
+            )
 
 
 def _draw_times(axes: Any, ranks: list[RankSummary]) -> None:
@@ -185,20 +215,35 @@ def _draw_times(axes: Any, ranks: list[RankSummary]) -> None:
     kernel = [rank.kernel_ms * scale for rank in ranks]
     collective = [rank.collective_ms * scale for rank in ranks]
     axes.barh(names, kernel, height=0.62, color=_KERNEL_COLOUR, label="kernel")
-    axes.barh(names, collective, height=0.62, left=kernel, color=_COLLECTIVE_COLOUR, label="collective (with waiting)")
+    axes.barh(
+        names,
+        collective,
+        height=0.62,
+        left=kernel,
+        color=_COLLECTIVE_COLOUR,
+        label="collective (with waiting)",
+    )
     for i, rank in enumerate(ranks):
         total = kernel[i] + collective[i]
         problems = [f"errors: {len(rank.errors)}"] if rank.errors else []
         problems += [] if rank.finished else ["no end in the log"]
         share = f"  ({collective[i] / total:.0%} collective)" if total else ""
-        axes.text(total + longest * scale * 0.008, i, "   ".join([f"{total:,.1f} {unit}{share}", *problems]),
-                  va="center", fontsize=9, color=_ALARM_COLOUR if problems else "#222222")
+        axes.text(
+            total + longest * scale * 0.008,
+            i,
+            "   ".join([f"{total:,.1f} {unit}{share}", *problems]),
+            va="center",
+            fontsize=9,
+            color=_ALARM_COLOUR if problems else "#222222",
+        )
     axes.set_xlim(0, longest * scale * 1.35 or 1.0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.invert_yaxis()
     axes.set_xlabel(f"time summed over the calls of the run ({unit})")
     _set_title(axes, "Time per rank")
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=9, borderaxespad=0.1)
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=9, borderaxespad=0.1
+    )
     _tidy(axes, grid="x")
 
 
@@ -208,7 +253,10 @@ def _colours_of_ep_ranks(layer: LayerLoad) -> dict[int, Any]:
         return {ep_rank: _EP_COLOURS[i] for i, ep_rank in enumerate(ep_ranks)}
     from matplotlib import colormaps
 
-    return {ep_rank: colormaps["turbo"](0.05 + 0.9 * i / (len(ep_ranks) - 1)) for i, ep_rank in enumerate(ep_ranks)}
+    return {
+        ep_rank: colormaps["turbo"](0.05 + 0.9 * i / (len(ep_ranks) - 1))
+        for i, ep_rank in enumerate(ep_ranks)
+    }
 
 
 def _in_layer(layer: LayerLoad) -> str:

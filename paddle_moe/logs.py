@@ -7,18 +7,19 @@ Every rank writes two files into the log directory:
 
 Each event carries "time" (seconds since the epoch), "ep_rank", "tp_rank" and "event". The package writes
 
-    start     run, rank, world_size, pid, host         when the files are opened
+    start     when the files are opened: run, rank, world_size, pid, host
     moe_call  layer, num_tokens, tokens_per_expert [E_l], experts_min, kernel_ms, collective_ms
-    warning   message                                  also written by RankLogger.warning()
-    error     message                                  also written by RankLogger.error(), .exception(), .critical()
+    warning   message; RankLogger.warning() writes it too
+    error     message; RankLogger.error(), .exception() and .critical() write it too
     result    whatever a job reports at its end
-    stop                                               when Python exits; missing when the rank was killed
+    stop      when Python exits; missing when the rank was killed
 
-and `event()` takes any other name. NaN and the infinities, which JSON lacks, become the strings "nan", "inf", "-inf".
+and `event()` takes any other name. NaN and the infinities, which JSON lacks, become "nan", "inf" and "-inf".
 
-Files are only ever appended to, so a directory may hold several runs. The reader shows the latest one: it takes each
-file from its last "start" on, and keeps the files whose prefix and run id match the newest "start" of the directory. The
-run id is derived from the endpoints that paddle.distributed.launch gives to all ranks of a job.
+Files are only ever appended to, so a directory may hold several runs. The reader shows the latest one: it
+takes each file from its last "start" on, and keeps the files whose prefix and run id match the newest
+"start" of the directory. The run id is derived from the endpoints that paddle.distributed.launch gives to
+all ranks of a job.
 
 Nothing here imports Paddle.
 """
@@ -71,12 +72,14 @@ def get_rank_logger(
         if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
             raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
     if not prefix or os.path.basename(prefix) != prefix:
-        raise ValueError(f"prefix: expected a file name without directories, got {prefix!r}; use log_dir for those")
+        raise ValueError(
+            f"prefix: expected a file name without directories, got {prefix!r}; use log_dir for those"
+        )
 
     ep_rank, tp_rank = int(ep_rank), int(tp_rank)
     logger = logging.getLogger(f"moe_ep_rank_{ep_rank}_tp_rank{tp_rank}")
     if not isinstance(logger, RankLogger):
-        # logging keeps one object per name and someone may already hold it, so the object itself must change class.
+        # logging keeps one object per name, and someone may already hold it: the object itself changes class.
         logger.__class__ = RankLogger
         logger.ep_rank, logger.tp_rank = ep_rank, tp_rank
         logger._files = None
@@ -110,10 +113,19 @@ class RankLogger(logging.Logger):
         """
         clash = [key for key in _RESERVED_FIELDS if key in fields]
         if clash:
-            raise ValueError(f"fields: {', '.join(clash)} is written by the logger itself; choose another name")
+            raise ValueError(
+                f"fields: {', '.join(clash)} is written by the logger itself; choose another name"
+            )
         if self._files is None:
-            raise RuntimeError(f"{self.name} is closed; get_rank_logger({self.ep_rank}, {self.tp_rank}) opens it again")
-        head = {"time": round(time.time(), 6), "ep_rank": self.ep_rank, "tp_rank": self.tp_rank, "event": name}
+            raise RuntimeError(
+                f"{self.name} is closed; get_rank_logger({self.ep_rank}, {self.tp_rank}) opens it again"
+            )
+        head = {
+            "time": round(time.time(), 6),
+            "ep_rank": self.ep_rank,
+            "tp_rank": self.tp_rank,
+            "event": name,
+        }
         self._files.write_event({**head, **fields})
 
     def close(self) -> None:
@@ -192,8 +204,9 @@ def _resolve_log_dir(log_dir: str | os.PathLike | None) -> Path:
         log_dir = os.environ.get("PADDLE_LOG_DIR")
         if not log_dir:
             raise RuntimeError(
-                'log_dir="launch": expected the environment variable PADDLE_LOG_DIR, which paddle.distributed.launch'
-                " sets for its processes, but it is not set; start the job with the launcher or pass a directory"
+                'log_dir="launch": expected the environment variable PADDLE_LOG_DIR, which '
+                "paddle.distributed.launch sets for its processes, but it is not set; start the job with the "
+                "launcher or pass a directory"
             )
     return Path(os.getcwd() if log_dir is None else log_dir).absolute()
 
@@ -205,7 +218,9 @@ def _describe_process() -> dict[str, Any]:
     return {
         "run": hashlib.sha256(endpoints.encode()).hexdigest()[:12] if endpoints else None,
         "rank": int(environment["PADDLE_TRAINER_ID"]) if "PADDLE_TRAINER_ID" in environment else None,
-        "world_size": int(environment["PADDLE_TRAINERS_NUM"]) if "PADDLE_TRAINERS_NUM" in environment else None,
+        "world_size": int(environment["PADDLE_TRAINERS_NUM"])
+        if "PADDLE_TRAINERS_NUM" in environment
+        else None,
         "pid": os.getpid(),
         "host": socket.gethostname(),
     }
@@ -279,7 +294,7 @@ def load_events(directory: str | os.PathLike) -> list[RankEvents]:
     if not ranks:
         hint = next(iter(sorted(directory.glob("*/*_ep_rank_*_tp_rank_*.jsonl"))), None)
         raise ValueError(
-            f"directory: expected files named PREFIX_ep_rank_E_tp_rank_T.jsonl in {str(directory)!r}, found none"
+            f"directory: expected PREFIX_ep_rank_E_tp_rank_T.jsonl files in {str(directory)!r}, got none"
             + (f"; did you mean {str(hint.parent)!r}?" if hint else "")
         )
 
@@ -312,7 +327,7 @@ def _read_last_run(path: Path, ep_rank: int, tp_rank: int) -> RankEvents:
 
 
 def _drop_replaced(ranks: list[RankEvents]) -> list[RankEvents]:
-    """With fixed ports two runs share their id; another grid then leaves files of ranks that no longer exist."""
+    """With fixed ports two runs share their id, and another grid leaves files of ranks that are no more."""
     newest: dict[int, RankEvents] = {}
     for rank in ranks:
         number = rank.world_rank
@@ -389,8 +404,8 @@ class Summary:
 def summarize(ranks: list[RankEvents]) -> Summary:
     """Merges the ranks of one run.
 
-    The TP ranks of one EP rank run the same experts on the same tokens, so the load of an expert is taken from one of
-    them: the one with the most calls, because another may have been killed early.
+    The TP ranks of one EP rank run the same experts on the same tokens, so the load of an expert is taken
+    from one of them: the one with the most calls, because another may have been killed early.
     """
     layers: dict[str, LayerLoad] = {}
     for ep_rank in sorted({rank.ep_rank for rank in ranks}):
@@ -415,7 +430,10 @@ def _summarize_rank(rank: RankEvents) -> RankSummary:
     calls = _calls(rank)
     results = rank.named("result")
     experts = [
-        call["experts_min"] + i for call in calls for i in (0, len(call["tokens_per_expert"]) - 1) if call["tokens_per_expert"]
+        call["experts_min"] + i
+        for call in calls
+        for i in (0, len(call["tokens_per_expert"]) - 1)
+        if call["tokens_per_expert"]
     ]
     return RankSummary(
         ep_rank=rank.ep_rank,
@@ -427,7 +445,9 @@ def _summarize_rank(rank: RankEvents) -> RankSummary:
         collective_ms=sum(_number(call.get("collective_ms")) or 0.0 for call in calls),
         warnings=[str(event.get("message", "")) for event in rank.named("warning")],
         errors=[str(event.get("message", "")) for event in rank.named("error")],
-        result={key: value for key, value in results[-1].items() if key not in _RESERVED_FIELDS} if results else None,
+        result={key: value for key, value in results[-1].items() if key not in _RESERVED_FIELDS}
+        if results
+        else None,
         finished=bool(rank.named("stop")),
         unreadable_lines=rank.unreadable_lines,
     )

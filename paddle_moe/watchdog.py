@@ -1,13 +1,14 @@
-"""Watches the ranks of a job: when one dies, fails or does not arrive, all of them end and say which one it was.
+"""Watches the ranks of a job: when one dies, fails or does not arrive, all of them end and say which it was.
 
-Every rank starts this file as a child process that uses the standard library only. A thread would not do: Paddle holds
-Python's global lock while its store waits for other ranks, and a rank that hangs may hold it for ever.
+Every rank starts this file as a child process that uses the standard library only. A thread would not do:
+Paddle holds Python's global lock while its store waits for other ranks, and a rank that hangs may hold it
+for ever.
 
     rank's process                         its child                                 child of rank 0
     Watchdog  -- a pair of sockets -->     _Child  -- TCP, to the master address --> _Coordinator
               -- shared counters ---->
 
-A connection that closes without a goodbye is a dead rank, so a rank that is merely slow is never taken for a dead one.
+A connection that closes without a goodbye is a dead rank, so a slow rank is never taken for a dead one.
 Collectives cost no message: a rank counts them in shared memory, which its child reads a few times a second.
 Messages are JSON objects, one per line. Nothing here imports Paddle.
 """
@@ -97,7 +98,7 @@ class Watchdog:
         return self._ask("hosts", type="join", host=host, port=port, config=config)
 
     def exchange(self, value: Any, what: str) -> list[Any]:
-        """Waits for every rank and returns the values of all, by rank. `what` names the place for error messages."""
+        """Waits for every rank and returns the values of all, by rank. `what` is for error messages."""
         return self._ask("values", type="exchange", value=value, what=what)
 
     def set_groups(self, groups: dict[str, list[int]]) -> None:
@@ -110,7 +111,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def waiting(self, slot: str, what: str) -> Iterator[None]:
-        """Around a call that returns only when all ranks of a group make it: all end if it exceeds timeout_seconds."""
+        """Around a call that returns when all ranks of a group make it; timeout_seconds later all end."""
         offset = SLOTS.index(slot) * _SLOT.size
         self._counters[slot] += 1
         count = self._counters[slot]
@@ -123,14 +124,15 @@ class Watchdog:
             self._channel.send(type="broken", error=_first_line(error))
             self._channel.wait_for_end(2 * _GRACE_SECONDS)
             raise
-        _SLOT.pack_into(self._shared, offset, count, count, time.monotonic(), b"")
+        finally:
+            _SLOT.pack_into(self._shared, offset, count, count, time.monotonic(), b"")
 
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks that this one ends with `error`."""
         self._channel.send(type="failed", error=f"{type(error).__name__}: {_first_line(error)}")
 
     def leave(self) -> None:
-        """Tells the other ranks that this one has finished; what happens to it from now on does not concern them."""
+        """Tells the other ranks that this one has finished; what happens to it next is not their concern."""
         self._channel.send(type="leave")
         self._channel.wait_for_end(_GRACE_SECONDS)
 
@@ -165,9 +167,10 @@ class _Channel:
         try:
             data = self.socket.recv(1 << 16)
             *lines, self._received = (self._received + data).split(b"\n")
-            return [json.loads(line) for line in lines] if data else None
+            messages = [json.loads(line) for line in lines]
         except (OSError, ValueError):
             return None
+        return messages if data and all(isinstance(message, dict) for message in messages) else None
 
     def wait(self) -> dict[str, Any] | None:
         messages: list[dict[str, Any]] | None = []
@@ -186,7 +189,7 @@ class _Channel:
 
 
 class _Child:
-    """Speaks for one rank: tells the coordinator what happens here, and ends the rank when the coordinator says so."""
+    """Speaks for one rank: tells the coordinator what happens here, and ends the rank when it is told to."""
 
     def __init__(self, options: dict[str, Any]):
         self.rank = options["rank"]
@@ -201,7 +204,7 @@ class _Child:
         self.join: dict[str, Any] | None = None  # the pending request, until a connection stands
         self.join_deadline = 0.0
         self.groups = {slot: [self.rank] for slot in SLOTS}
-        self.departed: set[int] = set()
+        self.departed: dict[int, dict[str, int]] = {}  # what the ranks that have left had counted
         self.reported: set[tuple[str, int]] = set()
         self.log: dict[str, Any] | None = None
         self.failed = False
@@ -230,10 +233,14 @@ class _Child:
             self.connect(now)
         elif self.coordinator_channel is not None:
             for slot, wait in self.waits().items():
-                limit = _STRAGGLER_SECONDS if self.departed.intersection(wait["ranks"]) else self.timeout
+                hopeless = any(counts[slot] < wait["count"] for counts in self.departed_from(wait["ranks"]))
+                limit = _STRAGGLER_SECONDS if hopeless else self.timeout
                 if wait["seconds"] > limit and (slot, wait["count"]) not in self.reported:
                     self.reported.add((slot, wait["count"]))
                     self.coordinator_channel.send(type="stuck", error="")
+
+    def departed_from(self, ranks: list[int]) -> list[dict[str, int]]:
+        return [self.departed[rank] for rank in ranks if rank in self.departed]
 
     def slots(self) -> dict[str, tuple[int, int, float, bytes]]:
         return {slot: _SLOT.unpack_from(self.shared, index * _SLOT.size) for index, slot in enumerate(SLOTS)}
@@ -268,7 +275,7 @@ class _Child:
         try:
             self.coordinator = _Coordinator(self.selector, message["port"], self.timeout)
         except OSError as error:
-            text = f"rank 0 cannot listen on port {message['port']} of its host: {error}; start the job on another port"
+            text = f"rank 0 cannot listen on port {message['port']} of its host: {error}; use another port"
             self.rank_channel.send(type="refused", error=text)
         else:
             self.rank_channel.send(type="listening", port=self.coordinator.port)
@@ -283,8 +290,8 @@ class _Child:
         except OSError as error:
             if now > self.join_deadline:
                 text = (
-                    f"rank {self.rank} got no answer from rank 0 at {host}:{port} within {self.timeout:g} s ({error});"
-                    " is rank 0 running, and does this host reach that address?"
+                    f"rank {self.rank} got no answer from rank 0 at {host}:{port} within {self.timeout:g} s"
+                    f" ({error}); is rank 0 running, and does this host reach that address?"
                 )
                 self.join = None
                 self.rank_channel.send(type="refused", error=text)
@@ -347,7 +354,7 @@ class _Child:
                 self.end_rank(message["reason"])
                 return
             if message["type"] == "departed":
-                self.departed.add(message["rank"])
+                self.departed[message["rank"]] = message["counts"]
             elif message["type"] == "state?":
                 self.coordinator_channel.send(type="state", counts=self.counts(), waits=self.waits())
             else:
@@ -364,15 +371,11 @@ class _Child:
         with contextlib.suppress(OSError):  # a full disk must not keep the rank alive
             os.write(2, f"\npaddle_moe: {text}\n".encode())
             self.write_log(text)
-        if self.failed:  # it is printing its own error
-            self.wait_for_parent(_GRACE_SECONDS)
-        if os.getppid() == self.parent:
-            os.kill(self.parent, signal.SIGKILL)
-
-    def wait_for_parent(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + (_GRACE_SECONDS if self.failed else 0.0)  # it may be printing its error
         while os.getppid() == self.parent and time.monotonic() < deadline:
             time.sleep(0.05)
+        if os.getppid() == self.parent:
+            os.kill(self.parent, signal.SIGKILL)
 
     def write_log(self, text: str) -> None:
         if self.log is None:
@@ -559,7 +562,7 @@ class _Coordinator:
         member.active, member.counts = False, message["counts"]
         for other in self.joined:
             if other.active:
-                other.channel.send(type="departed", rank=member.rank)
+                other.channel.send(type="departed", rank=member.rank, counts=member.counts)
         self.consider_exchange()
 
     def on_stuck(self, member: _Member, message: dict[str, Any]) -> None:
@@ -605,7 +608,7 @@ class _Coordinator:
         self.ended_at = now
 
     def describe_stuck(self, member: _Member, error: str) -> str:
-        """Follows the chain of ranks that wait for each other to one that waits for a rank that does not wait."""
+        """Follows the ranks that wait for each other to one that waits for a rank that does not wait."""
         seen = set()
         while True:
             seen.add(member.rank)
@@ -620,10 +623,14 @@ class _Coordinator:
             gone = [other.rank for other in guilty if not other.active]
             running = [other.rank for other in guilty if other.active]
             parts = [f"{_ranks(gone)} left the job without arriving there"] if gone else []
-            return f"{text}; " + " and ".join(parts + ([f"{_ranks(running)} did not arrive there"] if running else []))
+            return f"{text}; " + " and ".join(
+                parts + ([f"{_ranks(running)} did not arrive there"] if running else [])
+            )
         if absent:
             places = [(one.rank, self.where_waiting(one)[0]) for one in self.joined]
-            return "the ranks wait for each other: " + "; ".join(f"rank {r} {where}" for r, where in places if where)
+            return "the ranks wait for each other: " + "; ".join(
+                f"rank {r} {where}" for r, where in places if where
+            )
         return f"{text}; all its ranks arrived, but the transport between them did not finish"
 
     def where_waiting(self, member: _Member) -> tuple[str, list[_Member]]:

@@ -2,10 +2,11 @@
 
     python scripts/demo.py [--text FILE]
 
-The text (by default the Python language reference that ships with Python) becomes one token per byte: each token is the
-sum of random vectors for its byte and the three bytes before it. Four ranks, EP 2 x TP 2, started by
-paddle.distributed.launch, send all of it through a FusedMoE layer. Each rank then compares a sample of its output with the
-dense layer in double precision, and all ranks compare the bits of their whole output. Exits with 1 if anything is off.
+The text (by default the Python language reference that ships with Python) becomes one token per byte:
+each token is the sum of random vectors for its byte and the three bytes before it. Four ranks, EP 2 x TP
+2, started by paddle.distributed.launch, send all of it through a FusedMoE layer. Each rank then compares
+a sample of its output with the dense layer in double precision, and all ranks compare the bits of their
+whole output. Exits with 1 if anything is off.
 """
 
 from __future__ import annotations
@@ -28,15 +29,26 @@ SEED = 2024
 BATCH_TOKENS = 4096
 SAMPLE_TOKENS = 8192  # compared with the dense layer, on each rank
 TOLERANCE = 1e-6  # relative L2 error, float32
-TIE = 1e-5  # logits closer than this may be ordered differently in float32: such tokens are left out of the sample
+TIE = 1e-5  # float32 may order logits closer than this differently: such tokens are left out of the sample
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", metavar="FILE", type=Path, help="text to use instead of the language reference")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("log/demo"),
-                        help="directory for logs and picture (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds until the job is stopped (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", type=Path, help="text to use instead of the language reference"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("log/demo"),
+        help="directory for logs and picture (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=600, help="seconds until the job is stopped (%(default)s)"
+    )
     arguments = parser.parse_args()
     if arguments.text and not (arguments.text.is_file() and arguments.text.stat().st_size):
         parser.error(f"--text: expected a file that is not empty, got {str(arguments.text)!r}")
@@ -84,7 +96,9 @@ def run_rank(arguments: argparse.Namespace) -> int:
         parallel.log_failures_to(logger)
         text, weights = read_text(arguments.text), dense_weights()
         layer = FusedMoE.from_dense(*weights, TOP_K, parallel=parallel)
-        layer(paddle.to_tensor(embed(text, 0, min(len(text), BATCH_TOKENS))))  # the first call sets up, and counts not
+        layer(
+            paddle.to_tensor(embed(text, 0, min(len(text), BATCH_TOKENS)))
+        )  # the first call sets up, and counts not
         layer.logger = logger
         logger.info("holds experts %d..%d of %d", layer.experts_min, layer.experts_max, EXPERTS)
 
@@ -97,7 +111,11 @@ def run_rank(arguments: argparse.Namespace) -> int:
         output = np.concatenate(outputs)
 
         error, checked = compare(text, output, weights, parallel.rank)
-        problems = [] if error <= TOLERANCE else [f"relative error {error:.2e} against dense is above {TOLERANCE:.0e}"]
+        problems = (
+            []
+            if error <= TOLERANCE
+            else [f"relative error {error:.2e} against dense is above {TOLERANCE:.0e}"]
+        )
         if not same_on_all_ranks(parallel, output):
             problems.append("the output of this rank and that of others differ in their bits")
         for problem in problems:
@@ -108,7 +126,9 @@ def run_rank(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def compare(text: np.ndarray, output: np.ndarray, weights: tuple[np.ndarray, ...], rank: int) -> tuple[float, int]:
+def compare(
+    text: np.ndarray, output: np.ndarray, weights: tuple[np.ndarray, ...], rank: int
+) -> tuple[float, int]:
     """(relative L2 error, number of tokens compared) of evenly spaced tokens, others on each rank."""
     from paddle_moe import reference
 
@@ -135,39 +155,63 @@ def same_on_all_ranks(parallel, output: np.ndarray) -> bool:
 
 def start(arguments: argparse.Namespace) -> int:
     from paddle_moe.console import print_table
-    from paddle_moe.logs import load_events, summarize
+    from paddle_moe.logs import Summary, load_events, summarize
 
     text = read_text(arguments.text)
     name = arguments.text or "the Python language reference (pydoc_data.topics)"
     print(f"{len(text):,} bytes of {name}, one token each")
-    print(f"{EXPERTS} experts, {TOP_K} per token, H {HIDDEN}, I {INTERMEDIATE}; EP {EP_SIZE} x TP {TP_SIZE} processes on gloo")
+    print(
+        f"{EXPERTS} experts, {TOP_K} per token, H {HIDDEN}, I {INTERMEDIATE}; "
+        f"EP {EP_SIZE} x TP {TP_SIZE} processes on gloo"
+    )
     arguments.out.mkdir(parents=True, exist_ok=True)
     for old in (*arguments.out.glob("test_logs_ep_rank_*"), *arguments.out.glob("workerlog.*")):
         old.unlink()
     code = launch(arguments, -(-len(text) // BATCH_TOKENS))
 
     try:
-        ranks = summarize(load_events(arguments.out)).ranks
+        summary = summarize(load_events(arguments.out))
     except ValueError:
-        ranks = []  # no rank came as far as its log
+        summary = Summary([], [], [])  # no rank came as far as its log
     print_table(
         "Against the dense layer in double precision",
-        ("rank", "ep", "tp", "experts", "rows", "kernel ms", "collective ms", "tokens compared", "error against dense",
-         "verdict"),
+        (
+            "rank",
+            "ep",
+            "tp",
+            "experts",
+            "rows",
+            "kernel ms",
+            "reduce ms",
+            "tokens compared",
+            "error against dense",
+            "result",
+        ),
         [
-            (rank.ep_rank * TP_SIZE + rank.tp_rank, rank.ep_rank, rank.tp_rank,
-             "{}..{}".format(*rank.experts) if rank.experts else "-", f"{rank.rows:,}",
-             f"{rank.kernel_ms:,.0f}", f"{rank.collective_ms:,.0f}", *verdict(rank.result))
-            for rank in ranks
+            (
+                rank.ep_rank * TP_SIZE + rank.tp_rank,
+                rank.ep_rank,
+                rank.tp_rank,
+                "{}..{}".format(*rank.experts) if rank.experts else "-",
+                f"{rank.rows:,}",
+                f"{rank.kernel_ms:,.0f}",
+                f"{rank.collective_ms:,.0f}",
+                *verdict(rank.result),
+            )
+            for rank in summary.ranks
         ],
     )
-    passed = code == 0 and len(ranks) == EP_SIZE * TP_SIZE and all(r.result and r.result["passed"] for r in ranks)
-    if not passed:
+    results = [rank.result for rank in summary.ranks if rank.result]
+    if code == 0 and len(results) == EP_SIZE * TP_SIZE and all(result["passed"] for result in results):
+        print(f"PASSED: all ranks agree with the dense layer (relative L2 error up to {TOLERANCE:.0e})")
+        return 0
+    print(*summary.errors, sep="\n")
+    if not summary.errors:
         for log in sorted(arguments.out.glob("workerlog.*")):
             print(f"--- end of {log}", *log.read_text(errors="replace").splitlines()[-12:], sep="\n")
-    print(f"PASSED: all ranks agree with the dense layer (relative L2 error up to {TOLERANCE:.0e})" if passed
-          else f"FAILED: the launcher ended with code {code}; all logs are in {arguments.out}")
-    return 0 if passed else 1
+    how = f"stopped after {arguments.timeout:g} s" if code is None else f"the launcher ended with code {code}"
+    print(f"FAILED: {how}; all logs are in {arguments.out}")
+    return 1
 
 
 def verdict(result: dict | None) -> tuple[str, str, str]:
@@ -183,11 +227,18 @@ def launch(arguments: argparse.Namespace, batches: int) -> int | None:
     print("$ PADDLE_DISTRI_BACKEND=gloo python", *command[1:], "\n", flush=True)
     environment = {**os.environ, "PADDLE_DISTRI_BACKEND": "gloo"}
     if not environment.get("CUDA_VISIBLE_DEVICES"):
-        environment.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher fails with an IndexError when it is set but empty
+        environment.pop(
+            "CUDA_VISIBLE_DEVICES", None
+        )  # the launcher fails with an IndexError when it is set but empty
     deadline = time.monotonic() + arguments.timeout
     with open(arguments.out / "launch.log", "wb") as output:
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     try:
         with Progress(arguments.out, batches) as progress:
@@ -206,7 +257,7 @@ def launch(arguments: argparse.Namespace, batches: int) -> int | None:
 
 
 class Progress:
-    """One bar per rank in a terminal, else a line every few seconds; counts the events that the ranks write."""
+    """One bar per rank in a terminal, else a line every few seconds; counts the events of the ranks."""
 
     def __init__(self, directory: Path, batches: int):
         from paddle_moe.console import rich_console
@@ -214,15 +265,22 @@ class Progress:
         self.directory, self.batches = directory, batches
         self.files: dict[tuple[int, int], TextIO] = {}
         self.done = {(ep, tp): 0 for ep in range(EP_SIZE) for tp in range(TP_SIZE)}
-        self.next_line = 0.0
+        self.line, self.next_line = "", 0.0
         self.bars = None
         console = rich_console()
         if console is not None:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("batches")
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("batches"),
+            )
             self.bars = Progress(*columns, TimeElapsedColumn(), console=console)
-            self.tasks = {rank: self.bars.add_task("EP {} TP {}".format(*rank), total=batches) for rank in self.done}
+            self.tasks = {
+                rank: self.bars.add_task("EP {} TP {}".format(*rank), total=batches) for rank in self.done
+            }
 
     def __enter__(self) -> Progress:
         if self.bars is not None:
@@ -245,17 +303,23 @@ class Progress:
             if self.bars is not None:
                 self.bars.update(self.tasks[ep, tp], completed=self.done[ep, tp])
         if self.bars is None and (last or time.monotonic() > self.next_line):
-            counts = ", ".join("EP {} TP {}: {}".format(*rank, count) for rank, count in self.done.items())
-            print(f"batches done, of {self.batches}: {counts}" if any(self.done.values()) else "ranks are starting")
-            sys.stdout.flush()
             self.next_line = time.monotonic() + 3
+            line = f"batches done, of {self.batches}: "
+            line += ", ".join("EP {} TP {}: {}".format(*rank, count) for rank, count in self.done.items())
+            if line != self.line:
+                print(line, flush=True)
+            self.line = line
 
 
 def main() -> int:
     arguments = parse_arguments()
     if "PADDLE_TRAINER_ID" in os.environ:
         return run_rank(arguments)
-    code = start(arguments)
+    try:
+        code = start(arguments)
+    except KeyboardInterrupt:
+        print("stopped")
+        return 130
     if code == 0:
         from paddle_moe.cli import main as command_line
 

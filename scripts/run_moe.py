@@ -3,10 +3,11 @@
     PADDLE_DISTRI_BACKEND=gloo python -m paddle.distributed.launch --nproc_per_node 4 --log_dir log \
         scripts/run_moe.py --ep 2 --tp 2 --dtype bfloat16
 
-Every rank draws the same parameters from the seed, computes with its own experts and its own slice of the intermediate
-dimension, and adds up the partial outputs with all-reduces. The result is held against the reference in double precision
-on the same (rounded) inputs, against one process that has all experts, against the first repetition, bit for bit, and
-against the other ranks, bit for bit. Rank 0 prints the summary; every rank exits with 1 if any rank has a mismatch.
+Every rank draws the same parameters from the seed, computes with its own experts and its own slice of the
+intermediate dimension, and adds up the partial outputs with all-reduces. The result is held against the
+reference in double precision on the same (rounded) inputs, against one process that has all experts, and,
+bit for bit, against its repetitions and the other ranks. Rank 0 prints the summary; every rank exits with 1
+if any rank has a mismatch.
 """
 
 from __future__ import annotations
@@ -166,23 +167,19 @@ def print_summary(
     mismatches: list[str],
     passed: bool,
 ) -> None:
-    options = f"T={arguments.tokens} H={arguments.hidden} I={arguments.ffn} E={arguments.experts} K={arguments.top_k}"
-    print(f"mixture of experts, EP {arguments.ep} x TP {arguments.tp}, {options}, {arguments.dtype}")
-    errors = "".join(f"{'error vs ' + name:>17}" for name in error_names)
-    print(
-        f"{'rank':>5}{'ep':>4}{'tp':>4}{'experts':>11}{'rows':>8}{'kernel ms':>11}{'reduce ms':>11}{errors}{'':>10}"
-    )
-    for rank, (first, last, rows, kernel_ms, reduce_ms, num_mismatches, *values) in enumerate(table):
+    sizes = {"T": arguments.tokens, "H": arguments.hidden, "I": arguments.ffn, "E": arguments.experts}
+    sizes_text = " ".join(f"{name}={size}" for name, size in {**sizes, "K": arguments.top_k}.items())
+    print(f"mixture of experts, EP {arguments.ep} x TP {arguments.tp}, {sizes_text}, {arguments.dtype}")
+    head = f"{'rank':>5}{'ep':>4}{'tp':>4}{'experts':>11}{'rows':>8}{'kernel ms':>11}{'reduce ms':>11}"
+    print(head + "".join(f"{'error vs ' + name:>17}" for name in error_names))
+    for rank, (first, last, rows, kernel_ms, reduce_ms, num_mismatches, *errors) in enumerate(table):
         ep_rank, tp_rank = divmod(rank, arguments.tp)
         experts = f"{first:.0f}..{last:.0f}" if last >= first else "none"
         cells = (
             f"{rank:>5}{ep_rank:>4}{tp_rank:>4}{experts:>11}{rows:>8.0f}{kernel_ms:>11.3f}{reduce_ms:>11.3f}"
         )
-        print(
-            cells
-            + "".join(f"{value:>17.2e}" for value in values)
-            + ("  MISMATCH" if num_mismatches else "        ok")
-        )
+        cells += "".join(f"{error:>17.2e}" for error in errors)
+        print(cells + ("  MISMATCH" if num_mismatches else "  ok"))
     for mismatch in mismatches:
         print(f"rank 0: {mismatch}")
     print(

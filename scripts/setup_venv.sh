@@ -1,5 +1,5 @@
 # Sourced by demo.sh and test.sh. Afterwards $repository is the clone and $venv a virtual environment in which
-# paddle_moe, as it is in the clone, is installed together with all it needs. Steps that are done already are skipped.
+# paddle_moe, as it is in the clone, is installed with all it needs. Steps that are done already are skipped.
 #
 #   PADDLE_MOE_VENV   where the environment is made (default: .venv in the clone)
 #   PYTHON            the Python it is made from (default: python3)
@@ -18,14 +18,14 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 make_venv() {
   local python=${PYTHON:-python3}
-  command -v "$python" >/dev/null || fail "no '$python' found: install Python 3.9 or newer, or set PYTHON to one"
+  command -v "$python" >/dev/null || fail "no '$python' found: install Python 3.9 or newer, or set PYTHON"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
     fail "$("$python" --version) is too old: set PYTHON to Python 3.9 or newer"
   if "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     if [ -n "${PYTHON:-}" ]; then
       local version='import sys; print(*sys.version_info[:2])'
       [ "$("$python" -c "$version")" = "$("$venv/bin/python" -c "$version")" ] ||
-        fail "$venv was made from another Python than $python: remove it, or set PADDLE_MOE_VENV to another place"
+        fail "$venv was made from another Python than $python: remove it, or set PADDLE_MOE_VENV"
     fi
     return
   fi
@@ -37,8 +37,8 @@ make_venv() {
     "$python" -m venv --clear "$venv"
   else  # Debian packages ensurepip apart; the pip outside can fill the new environment
     "$python" -m venv --clear --without-pip "$venv"
-    "$python" -m pip --python "$venv/bin/python" install --quiet pip ||
-      fail "cannot put pip into $venv: install the package python3-venv (Debian, Ubuntu), or set PYTHON to another Python"
+    "$python" -m pip --python "$venv/bin/python" install -qq pip ||
+      fail "cannot put pip into $venv: install python3-venv (Debian, Ubuntu), or set PYTHON to another Python"
   fi
 }
 
@@ -54,14 +54,14 @@ once() {
   fi
 }
 
-pip_install() { "$venv/bin/python" -m pip install --quiet "$@"; }
+pip_install() { "$venv/bin/python" -m pip install -qq "$@"; }  # errors only
 
 install_package() {
-  command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler found: install g++ (Debian, Ubuntu: apt-get install g++)"
+  command -v "${CXX:-g++}" >/dev/null || fail "no ${CXX:-g++} found: install g++"
   "$venv/bin/python" -c 'import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
     fail "Python.h not found: install Python's headers (Debian, Ubuntu: apt-get install python3-dev)"
-  # Of the right name and version is not enough: pip must replace what is installed even if only the sources changed.
+  # The version says nothing about the sources: pip must replace what is installed.
   pip_install --no-build-isolation --no-deps --force-reinstall "$repository"
 }
 

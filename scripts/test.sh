@@ -3,4 +3,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 step "running the tests"
 cd "$repository"
-exec "$venv/bin/pytest" "$@"  # unlike `python -m pytest` it does not put the clone before the installed package
+exec "$venv/bin/pytest" "$@"  # `python -m pytest` would put the clone before the installed package

@@ -113,7 +113,12 @@ def test_help_is_quick(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.stdout.endswith("0\n[]\n"), done.stdout + done.stderr
     assert "doctor" in done.stdout and "bench" in done.stdout
@@ -127,7 +132,10 @@ def test_doctor_of_a_good_installation(tmp_path):
     assert code == 0, checks
     for name in ("Python", "Operator in Paddle", "Core without Paddle", "gloo groups"):
         assert checks[name]["status"] == "ok", checks[name]
-    assert checks["Instruction set"]["detail"].split()[0] in checks["Instruction set"]["detail"].split("available: ")[1]
+    assert (
+        checks["Instruction set"]["detail"].split()[0]
+        in checks["Instruction set"]["detail"].split("available: ")[1]
+    )
 
 
 @pytest.fixture
@@ -167,4 +175,7 @@ def test_doctor_reports_groups_that_cannot_form(tmp_path):
     code, checks = doctor(tmp_path, GLOO_SOCKET_IFNAME="nosuch0")
     assert code == 1
     assert checks["gloo groups"]["status"] == "failure"
-    assert "nosuch0" in checks["gloo groups"]["detail"] and "GLOO_SOCKET_IFNAME" in checks["gloo groups"]["advice"]
+    assert (
+        "nosuch0" in checks["gloo groups"]["detail"]
+        and "GLOO_SOCKET_IFNAME" in checks["gloo groups"]["advice"]
+    )

@@ -1,7 +1,6 @@
 """Proof that the comparisons of the other tests can fail: each way to be wrong must be reported.
 
-A mutation recomputes the result with the reference, wrongly, and stores it as a kernel would. Nothing here needs
-the kernels.
+A mutation recomputes the result with the reference, wrongly, and stores it as a kernel would.
 """
 
 from __future__ import annotations
@@ -130,7 +129,7 @@ MUTATIONS = {
     "the output is scaled by 0.999": lambda m: 0.999 * m.expected,
     "the output is scaled by 1.001": lambda m: 1.001 * m.expected,
     "the intermediate is not rounded": lambda m: m.run(m.dense, round_intermediate=False),
-    "gelu instead of its tanh approximation's silu": lambda m: m.run(m.dense, activation="gelu"),
+    "gelu instead of silu": lambda m: m.run(m.dense, activation="gelu"),
     "router weights are ignored": unscaled_by_router,
     "one token goes to another expert": one_row_by_another_expert,
     "one element is wrong": one_element_wrong,
@@ -145,12 +144,32 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mutation_is_reported(layer, mutation):
     if layer.dtype == "float32" and mutation == "the intermediate is not rounded":
-        wrong = layer.run({**layer.dense}, round_intermediate=False)
+        wrong = layer.run(layer.dense, round_intermediate=False)
         assert_close(to_storage(wrong, "float32"), layer.expected)  # rounding to fp32 is within the tolerance
         return
     wrong = to_storage(MUTATIONS[mutation](layer), layer.dtype)
     with pytest.raises(AssertionError):
         assert_close(wrong, layer.expected)
+
+
+def test_mutated_calls_of_the_kernel_are_reported(core, layer):
+    """The same with the kernel itself: right as it is, wrong when its arguments are."""
+    right = {**layer.tokens, **arrange(layer.dense)}
+    assert_close(core.mixture_of_experts(**right), layer.expected)
+    dropped = np.where(layer.tokens["routing_table"] == 3, -1, layer.tokens["routing_table"])
+    for mutated in (
+        {**right, **arrange(swapped(layer.dense))},
+        {**right, "experts_min": 1},
+        {**right, **arrange(layer.shard(slice(0, EXPERTS - 1)))},
+        {**right, **arrange(layer.shard(columns=slice(0, INTER // 2)))},
+        {**right, "routing_table": dropped},
+        {**right, "router_weights": 0.999 * right["router_weights"]},
+        {**right, "activation": "gelu"},
+    ):
+        with pytest.raises(AssertionError):
+            assert_close(core.mixture_of_experts(**mutated), layer.expected)
+    with pytest.raises(ValueError, match="experts_max"):  # an inclusive range that is one off is not even run
+        core.mixture_of_experts(**right, experts_min=0, experts_max=EXPERTS)
 
 
 def test_right_results_are_accepted(layer):
@@ -187,7 +206,7 @@ def test_cosine_similarity_would_not_have_seen_it(layer, mutation, threshold):
 
 @per_dtype
 def test_cosine_similarity_would_not_have_seen_a_missing_all_reduce(dtype):
-    """Ranks whose partial sums are alike (replicated or nearly equal shards) differ from the sum by scale alone."""
+    """Where the partial sums of the ranks are alike, one of them differs from the sum by its scale alone."""
     layer = Layer(dtype)
     half = layer.shard(columns=slice(0, INTER // 2))
     twice = {

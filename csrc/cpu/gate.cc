@@ -14,7 +14,7 @@ namespace {
 
 struct GateScratch {
   char* rows;
-  ThreadScratch gemm;
+  ThreadScratch thread;
 };
 
 // Each thread widens the rows of its own task: a task is a block of tokens with all experts.
@@ -22,8 +22,8 @@ struct GateLayout {
   GateLayout(const GateProblem& p, void* workspace, int threads)
       : row_stride(operand_stride(p.hidden_size, Operand::kFloat32)) {
     Arena arena(workspace);
-    for (const ThreadScratch& gemm : take_thread_scratch(&arena, threads)) {
-      scratch.push_back({arena.take<char>(kBlockRows * row_stride * kUnitBytes), gemm});
+    for (const ThreadScratch& thread : take_thread_scratch(&arena, threads)) {
+      scratch.push_back({arena.take<char>(kBlockRows * row_stride * kUnitBytes), thread});
     }
     bytes = arena.used();
   }
@@ -38,15 +38,16 @@ void gate_block(const GateProblem& p, const GateLayout& layout, const GateScratc
     kernels().copy_row(advance(p.hidden_states, (first_token + i) * p.hidden_states_stride, p.dtype), p.dtype,
                        p.hidden_size, Operand::kFloat32, scratch.rows + i * layout.row_stride * kUnitBytes);
   }
-  for (int64_t column = 0; column < p.num_experts; column += 2 * kBlockColumns) {
-    const int64_t columns = std::min(2 * kBlockColumns, p.num_experts - column);
-    const int64_t first = std::min(kBlockColumns, columns);
+  const int64_t width = block_columns(p.weight, num_tokens);
+  for (int64_t column = 0; column < p.num_experts; column += 2 * width) {
+    const int64_t columns = std::min(2 * width, p.num_experts - column);
+    const int64_t first = std::min(width, columns);
     const Matrix weight = from_column(p.weight, column, p.weight_dtype);
     kernels().gemm({scratch.rows, layout.row_stride, num_tokens, p.hidden_size, Operand::kFloat32, p.weight_dtype,
-                    {weight, from_column(weight, first, p.weight_dtype)}, {first, columns - first},
-                    scratch.gemm.result, kResultStride, kBlockColumns, scratch.gemm.packed});
+                    {weight, from_column(weight, first, p.weight_dtype)}, {first, columns - first}, width,
+                    scratch.thread.result, 2 * width, scratch.thread.gemm});
     for (int64_t i = 0; i < num_tokens; ++i) {
-      std::memcpy(logits + (first_token + i) * p.num_experts + column, scratch.gemm.result + i * kResultStride,
+      std::memcpy(logits + (first_token + i) * p.num_experts + column, scratch.thread.result + i * 2 * width,
                   columns * sizeof(float));
     }
   }

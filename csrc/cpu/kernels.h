@@ -19,17 +19,32 @@ constexpr int64_t kUnitBytes = 4;
 // Units reduced in registers before the partial sum is added to the result. A constant of the contract, not only of
 // the cache: every result is the sum, in order, of such blocks, each summed in order, whatever the tile it was computed in.
 constexpr int64_t kBlockUnits = 256;
-// Columns of each of the two blocks of a GemmTask: two cache lines of bf16, four of fp32.
-constexpr int64_t kBlockColumns = 64;
 // Rows of a GemmTask: 192 x 1 KiB of activations stay in L2 beside 128 KiB of packed weights. A multiple of all tile heights.
 constexpr int64_t kBlockRows = 192;
-// Stride of a GemmTask's result when it is scratch, and bytes of a packed weight block.
-constexpr int64_t kResultStride = 2 * kBlockColumns;
-constexpr int64_t kPackedBytes = kBlockUnits * 2 * kBlockColumns * kUnitBytes;
+// Up to this many rows, weights that are stored row by row are multiplied as they stream by; above, or when they are
+// stored column by column, a block of them is packed first and then reused by every tile of rows.
+constexpr int64_t kStreamedRows = 32;
+// Columns of each of the two blocks of a GemmTask: two cache lines of bf16, four of fp32, where weights are packed; as
+// many as leave the results in L1 where they are streamed, because memory is fastest in long runs.
+constexpr int64_t kPackedColumns = 64;
+constexpr int64_t kStreamedResults = 4096;
+constexpr int64_t kMaxStreamedColumns = 256;
+// Floats of a GemmTask's result when it is scratch, and bytes of its other scratch.
+constexpr int64_t kResultFloats = kBlockRows * 2 * kPackedColumns;
+constexpr int64_t kPackedBytes = kBlockUnits * 2 * kPackedColumns * kUnitBytes;
+
+inline bool is_streamed(const Matrix& weight, int64_t rows) { return weight.out_stride == 1 && rows <= kStreamedRows; }
+
+// Columns of each block of a GemmTask, a multiple of kPackedColumns.
+inline int64_t block_columns(const Matrix& weight, int64_t rows) {
+  if (!is_streamed(weight, rows)) return kPackedColumns;
+  const int64_t fitting = kStreamedResults / 2 / rows / kPackedColumns * kPackedColumns;
+  return fitting > kMaxStreamedColumns ? kMaxStreamedColumns : fitting;
+}
 
 // result[r, c] = rows[r, :] * weight[0][:, c] for the first block of columns, and the same for weight[1] at
-// result[r, second_block + c]. The results are written in whole vectors: up to kBlockColumns columns of each block
-// are overwritten.
+// result[r, second_block + c]. The results are written in whole vectors: second_block columns of each block may be
+// overwritten.
 struct GemmTask {
   const void* rows;
   int64_t row_stride;  // units
@@ -37,18 +52,19 @@ struct GemmTask {
   int64_t depth;       // elements
   Operand operand;
   DType weight_dtype;
-  Matrix weight[2];    // at their first column
-  int64_t columns[2];  // <= kBlockColumns; columns[1] <= columns[0]
+  Matrix weight[2];     // at their first column
+  int64_t columns[2];   // <= second_block; columns[1] <= columns[0]
+  int64_t second_block; // block_columns(weight[0], num_rows) or, where that is streamed, a smaller multiple of kPackedColumns
   float* result;
   int64_t result_stride;
-  int64_t second_block;
-  void* packed;        // kPackedBytes
+  void* scratch;        // kPackedBytes
 };
 
 // out[r, c] = activation(gate) * up, rounded to dtype and stored as an operand of the second GEMM.
 struct ActivateTask {
-  const float* gate;  // [num_rows, columns], stride kResultStride
+  const float* gate;  // [num_rows, columns]
   const float* up;
+  int64_t gate_up_stride;
   int64_t num_rows, columns;
   const void* gate_bias;  // at the first column, or null
   const void* up_bias;

@@ -53,7 +53,7 @@ struct Layout {
         tokens(chunk_tokens(p)),
         hidden_stride(operand_stride(p.hidden_size, operand)),
         inter_stride(operand_stride(p.intermediate_size, operand)),
-        down_stride(round_up(p.hidden_size, kResultStride)) {
+        down_stride(round_up(p.hidden_size, 2 * kMaxStreamedColumns)) {
     Arena arena(workspace);
     const int64_t slots = tokens * p.top_k;
     position = arena.take<int32_t>(slots * sizeof(int32_t));
@@ -82,6 +82,7 @@ struct GemmBlock {
   int32_t expert;
   int64_t first_row, num_rows;
   int64_t first_column, num_columns;
+  int64_t width;  // of each of the two blocks of columns that are computed together
 };
 
 class Chunk {
@@ -130,8 +131,9 @@ class Chunk {
       const size_t before = first_.size();
       if (rows > 0) {
         ++active_experts_;
-        add_blocks(e, p_.intermediate_size, kBlockColumns, &first_);
-        add_blocks(e, p_.hidden_size, 2 * kBlockColumns, &second_);
+        const Expert& expert = p_.experts[e];
+        add_blocks(e, p_.intermediate_size, 1, expert.gate, &first_);
+        add_blocks(e, p_.hidden_size, 2, expert.down, &second_);
       }
       first_left_[e].store(static_cast<int32_t>(first_.size() - before), std::memory_order_relaxed);
     }
@@ -140,11 +142,15 @@ class Chunk {
     num_tasks_ = copy_tasks_ + static_cast<int64_t>(first_.size() + second_.size()) + combine_tasks_;
   }
 
-  void add_blocks(int64_t expert, int64_t columns, int64_t block_columns, std::vector<GemmBlock>* blocks) const {
-    for (int64_t c = 0; c < columns; c += block_columns) {
-      for (int64_t r = begin_[expert]; r < begin_[expert + 1]; r += kBlockRows) {
-        blocks->push_back({static_cast<int32_t>(expert), r, std::min(kBlockRows, begin_[expert + 1] - r), c,
-                           std::min(block_columns, columns - c)});
+  // The first GEMM computes the same columns of gate and up together, the second GEMM two neighbouring blocks of columns.
+  void add_blocks(int64_t expert, int64_t columns, int64_t neighbours, const Matrix& weight,
+                  std::vector<GemmBlock>* blocks) const {
+    const int64_t begin = begin_[expert], end = begin_[expert + 1];
+    const int64_t width = block_columns(weight, std::min(kBlockRows, end - begin));
+    for (int64_t c = 0; c < columns; c += neighbours * width) {
+      for (int64_t r = begin; r < end; r += kBlockRows) {
+        blocks->push_back({static_cast<int32_t>(expert), r, std::min(kBlockRows, end - r), c,
+                           std::min(neighbours * width, columns - c), width});
       }
     }
   }
@@ -184,16 +190,17 @@ class Chunk {
 
   void first_gemm(const GemmBlock& block, const ThreadScratch& scratch) {
     const Expert& expert = p_.experts[block.expert];
+    const int64_t result_stride = 2 * block.width;
     kernels().gemm({w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes, w_.hidden_stride, block.num_rows,
                     p_.hidden_size, w_.operand, p_.dtype,
                     {from_column(expert.gate, block.first_column, p_.dtype),
                      from_column(expert.up, block.first_column, p_.dtype)},
-                    {block.num_columns, block.num_columns},
-                    scratch.result, kResultStride, kBlockColumns, scratch.packed});
+                    {block.num_columns, block.num_columns}, block.width,
+                    scratch.result, result_stride, scratch.gemm});
     const int64_t out_bytes = w_.operand == Operand::kBf16Pairs ? 2 : kUnitBytes;
     char* out = w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes + block.first_column * out_bytes;
     auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p_.bias_dtype) : nullptr; };
-    ActivateTask activate{scratch.result, scratch.result + kBlockColumns, block.num_rows, block.num_columns,
+    ActivateTask activate{scratch.result, scratch.result + block.width, result_stride, block.num_rows, block.num_columns,
                           bias(expert.gate_bias), bias(expert.up_bias), p_.bias_dtype, p_.activation,
                           p_.dtype, w_.operand, out, w_.inter_stride, 0};
     kernels().activate(&activate);
@@ -201,15 +208,13 @@ class Chunk {
   }
 
   void second_gemm(const GemmBlock& block, const ThreadScratch& scratch) {
-    // Two blocks side by side, the first as wide as a cache line allows.
-    const int64_t half = std::min(kBlockColumns, block.num_columns);
+    const int64_t first_columns = std::min(block.width, block.num_columns);
     const Matrix first = from_column(p_.experts[block.expert].down, block.first_column, p_.dtype);
     kernels().gemm({w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes, w_.inter_stride, block.num_rows,
                     p_.intermediate_size, w_.operand, p_.dtype,
-                    {first, from_column(first, half, p_.dtype)},
-                    {half, block.num_columns - half},
-                    w_.down_rows + block.first_row * w_.down_stride + block.first_column, w_.down_stride, kBlockColumns,
-                    scratch.packed});
+                    {first, from_column(first, first_columns, p_.dtype)},
+                    {first_columns, block.num_columns - first_columns}, block.width,
+                    w_.down_rows + block.first_row * w_.down_stride + block.first_column, w_.down_stride, scratch.gemm});
   }
 
   void combine(int64_t task) {

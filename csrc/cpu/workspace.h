@@ -46,14 +46,14 @@ class Arena {
 // Scratch of one thread inside a GEMM task.
 struct ThreadScratch {
   float* result;
-  void* packed;
+  void* gemm;
 };
 
 inline std::vector<ThreadScratch> take_thread_scratch(Arena* arena, int threads) {
   std::vector<ThreadScratch> scratch(threads);
   for (ThreadScratch& s : scratch) {
-    s.result = arena->take<float>(kBlockRows * kResultStride * sizeof(float));
-    s.packed = arena->take<void>(kPackedBytes);
+    s.result = arena->take<float>(kResultFloats * sizeof(float));
+    s.gemm = arena->take<void>(kPackedBytes);
   }
   return scratch;
 }

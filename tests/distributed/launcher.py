@@ -1,4 +1,4 @@
-"""Starts real jobs with paddle.distributed.launch and ends them, all processes of them, within a time limit."""
+"""Starts real jobs with paddle.distributed.launch and ends all of their processes within a time limit."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ class Job:
         return f"exit status {self.returncode} after {self.seconds:.1f} s\n{self.output[-3000:]}{logs}"
 
 
+def environment() -> dict[str, str]:
+    """That of this process, for ranks on gloo that import the same paddle_moe."""
+    variables = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    python_path = os.pathsep.join([str(PACKAGE_PARENT), variables.get("PYTHONPATH", "")])
+    return {**variables, "PADDLE_DISTRI_BACKEND": "gloo", "PYTHONPATH": python_path}
+
+
 def start(
     log_dir: Path,
     script: Path,
@@ -39,15 +46,24 @@ def start(
     command_prefix: Sequence[str] = (),
 ) -> subprocess.Popen:
     """Starts `ranks` processes on this host; the launcher's output goes to log_dir/launcher."""
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    environment["PADDLE_DISTRI_BACKEND"] = "gloo"
-    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE_PARENT), environment.get("PYTHONPATH", "")])
-    command = [*command_prefix, sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(ranks)]
+    command = [
+        *command_prefix,
+        sys.executable,
+        "-m",
+        "paddle.distributed.launch",
+        "--nproc_per_node",
+        str(ranks),
+    ]
     command += ["--log_dir", str(log_dir), *launch_options, str(script), *map(str, arguments)]
+    return spawn(command, log_dir, environment())
+
+
+def spawn(command: Sequence[str], log_dir: Path, variables: dict[str, str]) -> subprocess.Popen:
+    """Starts a command in a process group of its own."""
     log_dir.mkdir(parents=True, exist_ok=True)
     with open(log_dir / "launcher", "w") as output:
         return subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
 
 

@@ -25,6 +25,7 @@ from layer_cases import (
     tokens,
 )
 
+import paddle_moe
 from paddle_moe.layers import FusedMoE
 
 # Relative L2. Each rank rounds its partial sum, and so does each addition unless it runs in fp32.
@@ -38,7 +39,7 @@ def job(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(f"ep{ep_size}_tp{tp_size}")
     worker = Path(__file__).parent / "workers" / "fused_moe_layer.py"
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    environment.update(PADDLE_DISTRI_BACKEND="gloo", PYTHONPATH=str(Path(__file__).parents[2]))
+    environment.update(PADDLE_DISTRI_BACKEND="gloo", PYTHONPATH=str(Path(paddle_moe.__file__).parents[1]))
     launch = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "4"]
     launch += ["--log_dir", str(directory / "logs"), str(worker), str(ep_size), str(tp_size), str(directory)]
     done = subprocess.run(launch, env=environment, timeout=300, capture_output=True, text=True)

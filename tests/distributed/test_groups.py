@@ -10,7 +10,9 @@ from paddle_moe.distributed import init_distributed, rank_grid
 
 
 def test_grid_of_two_by_two():
-    assert [(one.rank, one.ep_rank, one.tp_rank, one.tp_group, one.ep_group) for one in rank_grid(4, 2, 2)] == [
+    assert [
+        (one.rank, one.ep_rank, one.tp_rank, one.tp_group, one.ep_group) for one in rank_grid(4, 2, 2)
+    ] == [
         (0, 0, 0, (0, 1), (0, 2)),
         (1, 0, 1, (0, 1), (1, 3)),
         (2, 1, 0, (2, 3), (0, 2)),
@@ -67,4 +69,6 @@ def test_one_rank_needs_no_launcher():
 def test_groups_of_real_ranks(ep_size, tp_size, tmp_path):
     job = launch(tmp_path, WORKERS / "groups.py", ep_size, tp_size, ranks=ep_size * tp_size)
     assert job.returncode == 0, str(job)
-    assert all("all checks passed" in log for log in job.logs) and len(job.logs) == ep_size * tp_size, str(job)
+    assert all("all checks passed" in log for log in job.logs) and len(job.logs) == ep_size * tp_size, str(
+        job
+    )

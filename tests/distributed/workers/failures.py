@@ -1,4 +1,4 @@
-"""One rank of a job in which something goes wrong: failures.py WHAT. Prints "finished" if nothing ended it."""
+"""One rank of a job in which something goes wrong: failures.py WHAT. Prints "finished" unless it is ended."""
 
 import ctypes
 import os
@@ -19,7 +19,7 @@ sizes = (4, 1) if what == "sizes" and launched_rank == 2 else (3, 2) if what == 
 if what == "absent" and launched_rank == 1:
     time.sleep(1000)
 
-context = init_distributed(*sizes, timeout_seconds=6)
+context = init_distributed(*sizes, timeout_seconds=8)
 rank = context.rank
 tensor = paddle.ones([4])
 context.all_reduce(tensor, "grid")

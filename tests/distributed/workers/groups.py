@@ -61,7 +61,9 @@ if "quick" not in sys.argv:
     first = context.all_reduce(paddle.to_tensor(noise), "grid").numpy()
     for _ in range(10):
         assert (context.all_reduce(paddle.to_tensor(noise), "grid").numpy() == first).all()
-    total = sum(np.random.default_rng(r).standard_normal(100_000).astype(np.float32) for r in range(world_size))
+    total = sum(
+        np.random.default_rng(r).standard_normal(100_000).astype(np.float32) for r in range(world_size)
+    )
     np.testing.assert_allclose(first, total, rtol=1e-4, atol=1e-5)
     assert context.all_reduce(paddle.zeros([0, 8]), "grid").shape == [0, 8]
 
@@ -85,11 +87,15 @@ if "quick" not in sys.argv:
     context.check_same_routing(table)
     context.check_same_routing(table, weights)
     other = world_size - 1
-    text = f"routing_table differs between ranks that hold the same tokens: ranks [{other}] disagree with ranks [0"
-    fails_with(RuntimeError, text, context.check_same_routing, table.flip(1) if rank == other else table, weights)
+    text = f"routing_table differs between ranks that hold the same tokens: ranks [{other}] disagree with"
+    fails_with(
+        RuntimeError, text, context.check_same_routing, table.flip(1) if rank == other else table, weights
+    )
     text = f"router_weights differs between ranks that hold the same tokens: ranks [{other}]"
     fails_with(RuntimeError, text, context.check_same_routing, table, weights + 1e-7 * (rank == other))
-    fails_with(RuntimeError, "routing_table", context.check_same_routing, table[:2] if rank == other else table)
+    fails_with(
+        RuntimeError, "routing_table", context.check_same_routing, table[:2] if rank == other else table
+    )
 
     # Bad arguments.
     fails_with(ValueError, "got bool", context.all_reduce, paddle.zeros([1], "bool"), "ep")
@@ -104,7 +110,9 @@ if "quick" not in sys.argv:
         adopted.barrier()
         fails_with(RuntimeError, "ranks [1]", adopted.check_same_routing, table + (rank == 1))
     if ep_size > 1 and tp_size > 1:
-        fails_with(RuntimeError, "form no grid", ParallelContext.from_groups, context.ep_group, context.ep_group)
+        fails_with(
+            RuntimeError, "form no grid", ParallelContext.from_groups, context.ep_group, context.ep_group
+        )
 
 context.barrier()
 print("all checks passed", flush=True)

@@ -1,0 +1,195 @@
+// A small mixture of experts made of integers, and its result by the most naive loop.
+//
+// Every matrix has at most four entries +-1 per output column, so that each intermediate (at most 16), each product
+// (64) and each sum (256) is exact in fp32, bf16 and fp16, in whatever order it is computed: results must be equal.
+// Every array has an allocation of its own with exactly its size, so that AddressSanitizer sees a step outside.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/float_formats.h"
+#include "moe.h"
+
+using Random = std::mt19937;
+using Buffer = std::unique_ptr<unsigned char[], void (*)(void*)>;
+
+// Filled with NaN, whatever the dtype. ASan notices the first byte past the end.
+inline Buffer make_buffer(size_t bytes) {
+  void* data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  Buffer buffer(static_cast<unsigned char*>(data), std::free);
+  std::fill_n(buffer.get(), bytes, 0xff);
+  return buffer;
+}
+
+inline int pick(Random& random, int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
+
+inline void put(std::vector<unsigned char>& bytes, paddle_moe::DType dtype, int64_t i, float value) {
+  using namespace paddle_moe::cpu;
+  uint16_t half;
+  switch (dtype) {
+    case paddle_moe::DType::kBFloat16: half = float_to_bf16(value); break;
+    case paddle_moe::DType::kFloat16: half = float_to_f16(value); break;
+    default: std::memcpy(&bytes[4 * i], &value, 4); return;
+  }
+  std::memcpy(&bytes[2 * i], &half, 2);
+}
+
+inline float get(const unsigned char* bytes, paddle_moe::DType dtype, int64_t i) {
+  using namespace paddle_moe::cpu;
+  uint16_t half;
+  float value;
+  switch (dtype) {
+    case paddle_moe::DType::kBFloat16: std::memcpy(&half, bytes + 2 * i, 2); return bf16_to_float(half);
+    case paddle_moe::DType::kFloat16: std::memcpy(&half, bytes + 2 * i, 2); return f16_to_float(half);
+    default: std::memcpy(&value, bytes + 4 * i, 4); return value;
+  }
+}
+
+using Numbers = std::vector<float>;
+
+// [in, out] with at most four entries per column.
+inline Numbers sparse_matrix(Random& random, int in, int out) {
+  Numbers matrix(static_cast<size_t>(in) * out, 0.0f);
+  for (int o = 0; o < out; ++o) {
+    for (int n = 0; n < 4; ++n) matrix[static_cast<size_t>(pick(random, 0, in - 1)) * out + o] = pick(random, -1, 1);
+  }
+  return matrix;
+}
+
+enum class Layout { kList, kSeparate, kStacked };
+
+struct Layer {
+  int tokens, hidden, inter, num_experts, top_k;
+  paddle_moe::DType dtype;
+  Layout layout;
+  bool permuted;
+  int64_t first_expert = 0;
+
+  Numbers x, weight;
+  std::vector<int64_t> ids;
+  std::vector<Numbers> gate, up, down;  // per expert, [in, out]
+  std::vector<std::vector<unsigned char>> storage;
+  paddle_moe::Arguments arguments;
+
+  Layer(Random& random, int t, int h, int i, int e, int k, paddle_moe::DType type, Layout how, bool transposed)
+      : tokens(t), hidden(h), inter(i), num_experts(e), top_k(k), dtype(type), layout(how), permuted(transposed) {
+    for (int n = 0; n < t * h; ++n) x.push_back(pick(random, -1, 1));
+    for (int n = 0; n < t * k; ++n) {
+      ids.push_back(pick(random, -1, e));  // some on either side of the range
+      weight.push_back(pick(random, -2, 2));
+    }
+    for (int n = 0; n < e; ++n) {
+      gate.push_back(sparse_matrix(random, h, i));
+      up.push_back(sparse_matrix(random, h, i));
+      down.push_back(sparse_matrix(random, i, h));
+    }
+    fill_arguments();
+  }
+
+  // out [tokens, hidden] and amax [num_experts] of the relu network.
+  void expected(Numbers* out, Numbers* amax) const {
+    out->assign(static_cast<size_t>(tokens) * hidden, 0.0f);
+    amax->assign(num_experts, 0.0f);
+    for (int slot = 0; slot < tokens * top_k; ++slot) {
+      if (ids[slot] < first_expert || ids[slot] > first_expert + (num_experts - 1)) continue;
+      const int64_t e = ids[slot] - first_expert, t = slot / top_k;
+      for (int64_t i = 0; i < inter; ++i) {
+        float g = 0, u = 0;
+        for (int64_t h = 0; h < hidden; ++h) {
+          g += x[t * hidden + h] * gate[e][h * inter + i];
+          u += x[t * hidden + h] * up[e][h * inter + i];
+        }
+        const float value = (g > 0 ? g : 0) * u;
+        (*amax)[e] = std::max((*amax)[e], std::abs(value));
+        if (value == 0) continue;
+        for (int64_t h = 0; h < hidden; ++h) {
+          (*out)[t * hidden + h] += weight[slot] * value * down[e][i * hidden + h];
+        }
+      }
+    }
+  }
+
+ private:
+  paddle_moe::Tensor store(const Numbers& numbers, paddle_moe::DType type, std::vector<int64_t> shape) {
+    storage.emplace_back(numbers.size() * paddle_moe::dtype_size(type));
+    for (size_t i = 0; i < numbers.size(); ++i) put(storage.back(), type, i, numbers[i]);
+    return {storage.back().data(), type, std::move(shape), {}};
+  }
+
+  // Matrices of one shape, side by side along their columns, stored as the layout wants them.
+  Numbers joined(const std::vector<const Numbers*>& parts, int in, int out) const {
+    const int columns = out * static_cast<int>(parts.size());
+    Numbers all(static_cast<size_t>(in) * columns);
+    for (int i = 0; i < in; ++i) {
+      for (int c = 0; c < columns; ++c) {
+        const float value = (*parts[c / out])[static_cast<size_t>(i) * out + c % out];
+        all[permuted ? static_cast<size_t>(c) * in + i : static_cast<size_t>(i) * columns + c] = value;
+      }
+    }
+    return all;
+  }
+
+  std::vector<int64_t> shape(int64_t in, int64_t out) const {
+    return permuted ? std::vector<int64_t>{out, in} : std::vector<int64_t>{in, out};
+  }
+
+  std::vector<paddle_moe::Tensor> store_all(const std::vector<Numbers>& matrices, int64_t in, int64_t out) {
+    std::vector<paddle_moe::Tensor> tensors;
+    if (layout != Layout::kStacked) {
+      for (const Numbers& matrix : matrices) tensors.push_back(store(matrix, dtype, shape(in, out)));
+      return tensors;
+    }
+    Numbers all;
+    for (const Numbers& matrix : matrices) all.insert(all.end(), matrix.begin(), matrix.end());
+    std::vector<int64_t> stacked = shape(in, out);
+    stacked.insert(stacked.begin(), num_experts);
+    return {store(all, dtype, stacked)};
+  }
+
+  void fill_arguments() {
+    using paddle_moe::DType;
+    arguments.hidden_states = store(x, dtype, {tokens, hidden});
+    arguments.router_weights = store(weight, DType::kFloat32, {tokens, top_k});
+    arguments.routing_table = {ids.data(), DType::kInt64, {tokens, top_k}, {}};
+    std::vector<Numbers> gate_up, downs;
+    if (layout == Layout::kSeparate) {
+      for (const auto* matrices : {&gate, &up}) {
+        for (const Numbers& matrix : *matrices) gate_up.push_back(joined({&matrix}, hidden, inter));
+      }
+    } else {
+      for (int e = 0; e < num_experts; ++e) gate_up.push_back(joined({&gate[e], &up[e]}, hidden, inter));
+    }
+    for (const Numbers& matrix : down) downs.push_back(joined({&matrix}, inter, hidden));
+    arguments.gate_up_weights = store_all(gate_up, hidden, layout == Layout::kSeparate ? inter : 2 * inter);
+    arguments.down_weights = store_all(downs, inter, hidden);
+    arguments.permuted_weights = permuted;
+    arguments.activation = "relu";
+  }
+};
+
+struct Result {
+  Buffer out;
+  std::vector<float> amax;
+};
+
+inline Result run(const Layer& layer, int num_threads) {
+  const paddle_moe::Problem problem = paddle_moe::resolve(layer.arguments);
+  const size_t elements = static_cast<size_t>(layer.tokens) * layer.hidden;
+  Result result{make_buffer(elements * paddle_moe::dtype_size(layer.dtype)), std::vector<float>(layer.num_experts, -1)};
+  const Buffer workspace = make_buffer(paddle_moe::cpu::workspace_size(problem, num_threads));
+  paddle_moe::cpu::mixture_of_experts(problem, num_threads, workspace.get(), result.out.get(), result.amax.data());
+  return result;
+}
+
+// How many values of out and amax differ from the naive loop's.
+inline int count_differences(const Layer& layer, const Result& result) {
+  Numbers out, amax;
+  layer.expected(&out, &amax);
+  int count = result.amax != amax;
+  for (size_t i = 0; i < out.size(); ++i) count += get(result.out.get(), layer.dtype, i) != out[i];
+  return count;
+}

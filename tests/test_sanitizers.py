@@ -1,0 +1,49 @@
+"""The C++ checks in tests/cpp, as they are and under the sanitizers. They need a compiler and CMake, not Paddle."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=1:strict_init_order=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
+}
+
+
+def cmake_tool(name: str) -> list[str]:
+    """The command for "cmake" or "ctest": the system's, or the one in PyPI's package cmake."""
+    if shutil.which(name):
+        return [name]
+    if importlib.util.find_spec("cmake") is None:
+        pytest.fail(f"{name} is neither on PATH nor in PyPI's package cmake; `pip install cmake` provides it")
+    return [sys.executable, "-c", f"import sys, cmake; sys.exit(cmake.{name}())"]
+
+
+def run(command: list[str], timeout: int) -> None:
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **OPTIONS}, timeout=timeout, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert result.returncode == 0, f"{' '.join(command)} failed:\n{result.stdout[-6000:]}"
+
+
+@pytest.mark.timeout(800)
+@pytest.mark.parametrize("sanitizer", ["", "address", "thread"], ids=["plain", "address", "thread"])
+def test_cpp_checks(tmp_path, sanitizer):
+    """address includes undefined behaviour; thread checks the pool and the queue of tasks."""
+    build = str(tmp_path / "build")
+    options = [f"-DPADDLE_MOE_SANITIZE={sanitizer}"]
+    if sanitizer:
+        options.append("-DCMAKE_CXX_FLAGS_RELEASE=-O1")  # compiles in half the time
+    run([*cmake_tool("cmake"), "-S", ".", "-B", build, *options], timeout=60)
+    run([*cmake_tool("cmake"), "--build", build, "--parallel", "2"], timeout=400)
+    run([*cmake_tool("ctest"), "--test-dir", build, "--output-on-failure", "--timeout", "120"], timeout=300)
