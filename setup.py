@@ -63,16 +63,20 @@ class BuildExtension(build_ext):
         super().build_extensions()
 
 
-def extension(make, name: str, source: str, **options) -> Extension:
-    return make(
-        name=f"paddle_moe.{name}",
-        sources=[source],
-        depends=[*CORE_SOURCES, *HEADERS, "setup.py"],  # relink when the static library changes
-        extra_compile_args=list(FLAGS),
-        extra_link_args=["-pthread"],
-        **options,
-    )
+def options(*include_dirs: str) -> dict:
+    return {
+        "depends": [*CORE_SOURCES, *HEADERS, "setup.py"],  # relink when the static library changes
+        "include_dirs": ["csrc", *include_dirs],
+        "extra_compile_args": list(FLAGS),
+        "extra_link_args": ["-pthread"],
+    }
 
+
+ops = CppExtension(["csrc/bindings/paddle_ops.cc"], **options())
+ops.name = "paddle_moe._ops"  # Paddle 2.6 takes no name
+core = Extension(
+    "paddle_moe._core", ["csrc/bindings/core_module.cc"], language="c++", **options(pybind11.get_include())
+)
 
 setup(
     libraries=[
@@ -86,16 +90,7 @@ setup(
             },
         )
     ],
-    ext_modules=[
-        extension(CppExtension, "_ops", "csrc/bindings/paddle_ops.cc", include_dirs=["csrc"]),
-        extension(
-            Extension,
-            "_core",
-            "csrc/bindings/core_module.cc",
-            include_dirs=["csrc", pybind11.get_include()],
-            language="c++",
-        ),
-    ],
+    ext_modules=[ops, core],
     cmdclass={"build_clib": BuildLibrary, "build_ext": BuildExtension},
     # Objects compiled against one version of Paddle must not meet another.
     options={"build": {"build_base": os.path.join("build", f"paddle-{paddle.__version__}")}},

@@ -173,6 +173,11 @@ void gate(const GateProblem& problem, int num_threads, void* workspace, float* l
 // routing_table: int32 [T, K]; router_weights: fp32 [T, K].
 void route(const RouteProblem& problem, int num_threads, int32_t* routing_table, float* router_weights);
 
+// The limits of the machine, for benchmarks: fp32 operations per second of a loop of multiply-adds with the instruction
+// set in use, and bytes per second of reading `bytes` at `data` as `streams` parallel streams per thread.
+double measure_flops(int num_threads);
+double measure_read(const void* data, size_t bytes, int streams, int num_threads);
+
 // The instruction set in use: generic, avx2, avx512 or avx512_bf16. PADDLE_MOE_ISA forces one, for tests.
 const char* isa_name();
 std::vector<std::string> available_isas();  // best first

@@ -61,6 +61,7 @@ install_package() {
   "$venv/bin/python" -c 'import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
     fail "Python.h not found: install Python's headers (Debian, Ubuntu: apt-get install python3-dev)"
+  rm -rf "$repository"/build/paddle-*/lib*  # else a module that was deleted from the clone would be installed
   # The version says nothing about the sources: pip must replace what is installed.
   pip_install --no-build-isolation --no-deps --force-reinstall "$repository"
 }

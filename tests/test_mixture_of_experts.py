@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
-import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import checks
 import hypothesis
@@ -33,7 +31,6 @@ from checks import (
 from paddle_moe import core as kernels
 from paddle_moe.reference import to_float64, to_storage
 
-ROOT = Path(__file__).parent.parent
 INT_LIMITS = {"int32": np.iinfo(np.int32), "int64": np.iinfo(np.int64)}
 per_layout = pytest.mark.parametrize("layout", LAYOUTS)
 per_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -757,26 +754,17 @@ def test_forced_instruction_set_is_in_use():
 
 
 @pytest.mark.parametrize("isa", kernels.available_isas())
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(300)
 def test_every_instruction_set(isa):
     """All tests of this file and of the router that need no Paddle, once more for each instruction set."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
-    command += ["-k", "not paddle and not every_instruction_set", "-m", "not slow"]
-    command += [str(ROOT / "tests" / name) for name in ("test_mixture_of_experts.py", "test_route.py")]
-    run = subprocess.run(
-        command,
-        env={**os.environ, "PADDLE_MOE_ISA": isa},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=270,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", "not slow"]
+    options += ["-k", "not paddle and not every_instruction_set"]
+    files = ["test_mixture_of_experts.py", "test_route.py", "test_fused_gate_moe.py"]
+    checks.run_python("-m", "pytest", *options, *files, timeout=270, PADDLE_MOE_ISA=isa)
 
 
 FORKED_CALL = """
-import os, signal, sys
-sys.path.insert(0, "tests")
+import os, signal
 import checks
 from paddle_moe import core
 core.set_num_threads(3)
@@ -795,10 +783,7 @@ checks.assert_same_bits(core.mixture_of_experts(**case), before)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_forked_process_can_call_after_its_parent_did():
     """What data loaders do; the threads of the pool do not exist in the child."""
-    run = subprocess.run(
-        [sys.executable, "-c", FORKED_CALL], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert run.returncode == 0, run.stderr
+    checks.run_python("-c", FORKED_CALL, timeout=60)
 
 
 # ---------------------------------------------------------------- anything goes

@@ -1,4 +1,4 @@
-"""The C++ checks in tests/cpp, as they are and under the sanitizers. They need a compiler and CMake, not Paddle."""
+"""The C++ checks in tests/cpp, as they are and under the sanitizers: a compiler and CMake, no Paddle."""
 
 from __future__ import annotations
 

@@ -359,6 +359,16 @@ PYBIND11_MODULE(_core, module) {
   module.attr("LAST_EXPERT_PASSED") = kLastExpertPassed;
   module.def("set_num_threads", &cpu::set_num_threads);
   module.def("num_threads", &cpu::num_threads);
+  module.def("measure_flops", [](int num_threads) {
+    py::gil_scoped_release release;
+    return cpu::measure_flops(num_threads);
+  });
+  module.def("measure_read", [](const py::array& data, int streams, int num_threads) {
+    const void* bytes = data.data();
+    const size_t size = static_cast<size_t>(data.nbytes());
+    py::gil_scoped_release release;
+    return cpu::measure_read(bytes, size, streams, num_threads);
+  });
   module.def("isa_name", &cpu::isa_name);
   module.def("available_isas", &cpu::available_isas);
 }

@@ -1,5 +1,5 @@
 // The Paddle binding: three custom operators over the checker and the kernels. The only file that includes Paddle.
-#include <paddle/common/enforce.h>
+#include <paddle/phi/core/enforce.h>
 #include <paddle/extension.h>
 
 #include <memory>
@@ -63,16 +63,9 @@ struct Guarded<function> {
 
 // ---------------------------------------------------------------- views: tensors, or only their shapes or dtypes
 
+// Paddle hands custom operators contiguous tensors: it copies any other before the call.
 Tensor view(const paddle::Tensor& tensor) {
-  Tensor result;
-  result.data = tensor.data();
-  result.dtype = dtype_of(tensor.dtype());
-  result.shape = tensor.shape();
-  if (!tensor.is_contiguous()) {
-    const auto& strides = tensor.strides();
-    result.strides.assign(strides.Get(), strides.Get() + strides.size());
-  }
-  return result;
+  return {tensor.data(), dtype_of(tensor.dtype()), tensor.shape(), {}};
 }
 
 Tensor view(const paddle::optional<paddle::Tensor>& tensor) { return tensor ? view(*tensor) : Tensor{}; }

@@ -100,6 +100,10 @@ struct Kernels {
   void (*gemm)(const GemmTask& task);
   void (*activate)(ActivateTask* task);
   void (*combine)(const CombineTask& task);
+  // What the machine can do at best, for benchmarks. Both return a value that depends on all they did.
+  float (*multiply_add_loop)(int64_t iterations);  // multiply_add_flops each
+  float (*read_loop)(const float* data, int64_t count, int64_t streams);
+  int64_t multiply_add_flops;
 };
 
 // The best that this processor runs, or the one that PADDLE_MOE_ISA names.

@@ -13,13 +13,13 @@
 inline int failures = 0;
 
 // CHECK(condition, "printf text", arguments...) reports and goes on; the first 20 failures are printed.
-#define CHECK(condition, ...)                                          \
-  do {                                                                 \
-    if (!(condition) && ++failures <= 20) {                            \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);      \
-      std::printf(__VA_ARGS__);                                        \
-      std::printf("\n");                                               \
-    }                                                                  \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition) && ++failures <= 20) {                       \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
   } while (false)
 
 inline int finish() {
@@ -41,11 +41,12 @@ void in_child(const std::string& what, Body body) {
     _exit(status);
   }
   int status = 0;
-  CHECK(waitpid(child, &status, 0) == child && status == 0, "%s ended with the status %d", what.c_str(), status);
+  CHECK(waitpid(child, &status, 0) == child && status == 0, "%s ended with the status %d", what.c_str(),
+        status);
 }
 
-// The instruction set is chosen once per process, so each one gets its own. Under ThreadSanitizer, which is slow, the
-// best one stands for all: they share the code that starts and orders threads.
+// The instruction set is chosen once per process, so each one gets its own. Under ThreadSanitizer, which is
+// slow, the best one stands for all: they share the code that starts and orders threads.
 template <class Body>
 void on_every_isa(Body body) {
   for (const std::string& isa : paddle_moe::cpu::available_isas()) {

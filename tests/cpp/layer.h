@@ -1,8 +1,9 @@
 // A small mixture of experts made of integers, and its result by the most naive loop.
 //
-// Every matrix has at most four entries +-1 per output column, so that each intermediate (at most 16), each product
-// (64) and each sum (256) is exact in fp32, bf16 and fp16, in whatever order it is computed: results must be equal.
-// Every array has an allocation of its own with exactly its size, so that AddressSanitizer sees a step outside.
+// Every matrix has at most four entries +-1 per output column, so that each intermediate (at most 16), each
+// product (64) and each sum (256) is exact in fp32, bf16 and fp16, in whatever order it is computed: results
+// must be equal. Every array has an allocation of its own with exactly its size, so that AddressSanitizer
+// sees a step outside.
 #pragma once
 
 #include <cstdint>
@@ -25,15 +26,23 @@ inline Buffer make_buffer(size_t bytes) {
   return buffer;
 }
 
-inline int pick(Random& random, int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
+inline int pick(Random& random, int low, int high) {
+  return std::uniform_int_distribution<int>(low, high)(random);
+}
 
 inline void put(std::vector<unsigned char>& bytes, paddle_moe::DType dtype, int64_t i, float value) {
   using namespace paddle_moe::cpu;
   uint16_t half;
   switch (dtype) {
-    case paddle_moe::DType::kBFloat16: half = float_to_bf16(value); break;
-    case paddle_moe::DType::kFloat16: half = float_to_f16(value); break;
-    default: std::memcpy(&bytes[4 * i], &value, 4); return;
+    case paddle_moe::DType::kBFloat16:
+      half = float_to_bf16(value);
+      break;
+    case paddle_moe::DType::kFloat16:
+      half = float_to_f16(value);
+      break;
+    default:
+      std::memcpy(&bytes[4 * i], &value, 4);
+      return;
   }
   std::memcpy(&bytes[2 * i], &half, 2);
 }
@@ -43,9 +52,15 @@ inline float get(const unsigned char* bytes, paddle_moe::DType dtype, int64_t i)
   uint16_t half;
   float value;
   switch (dtype) {
-    case paddle_moe::DType::kBFloat16: std::memcpy(&half, bytes + 2 * i, 2); return bf16_to_float(half);
-    case paddle_moe::DType::kFloat16: std::memcpy(&half, bytes + 2 * i, 2); return f16_to_float(half);
-    default: std::memcpy(&value, bytes + 4 * i, 4); return value;
+    case paddle_moe::DType::kBFloat16:
+      std::memcpy(&half, bytes + 2 * i, 2);
+      return bf16_to_float(half);
+    case paddle_moe::DType::kFloat16:
+      std::memcpy(&half, bytes + 2 * i, 2);
+      return f16_to_float(half);
+    default:
+      std::memcpy(&value, bytes + 4 * i, 4);
+      return value;
   }
 }
 
@@ -55,7 +70,8 @@ using Numbers = std::vector<float>;
 inline Numbers sparse_matrix(Random& random, int in, int out) {
   Numbers matrix(static_cast<size_t>(in) * out, 0.0f);
   for (int o = 0; o < out; ++o) {
-    for (int n = 0; n < 4; ++n) matrix[static_cast<size_t>(pick(random, 0, in - 1)) * out + o] = pick(random, -1, 1);
+    for (int n = 0; n < 4; ++n)
+      matrix[static_cast<size_t>(pick(random, 0, in - 1)) * out + o] = pick(random, -1, 1);
   }
   return matrix;
 }
@@ -75,8 +91,16 @@ struct Layer {
   std::vector<std::vector<unsigned char>> storage;
   paddle_moe::Arguments arguments;
 
-  Layer(Random& random, int t, int h, int i, int e, int k, paddle_moe::DType type, Layout how, bool transposed)
-      : tokens(t), hidden(h), inter(i), num_experts(e), top_k(k), dtype(type), layout(how), permuted(transposed) {
+  Layer(Random& random, int t, int h, int i, int e, int k, paddle_moe::DType type, Layout how,
+        bool transposed)
+      : tokens(t),
+        hidden(h),
+        inter(i),
+        num_experts(e),
+        top_k(k),
+        dtype(type),
+        layout(how),
+        permuted(transposed) {
     for (int n = 0; n < t * h; ++n) x.push_back(pick(random, -1, 1));
     for (int n = 0; n < t * k; ++n) {
       ids.push_back(pick(random, -1, e));  // some on either side of the range
@@ -179,9 +203,11 @@ struct Result {
 inline Result run(const Layer& layer, int num_threads) {
   const paddle_moe::Problem problem = paddle_moe::resolve(layer.arguments);
   const size_t elements = static_cast<size_t>(layer.tokens) * layer.hidden;
-  Result result{make_buffer(elements * paddle_moe::dtype_size(layer.dtype)), std::vector<float>(layer.num_experts, -1)};
+  Result result{make_buffer(elements * paddle_moe::dtype_size(layer.dtype)),
+                std::vector<float>(layer.num_experts, -1)};
   const Buffer workspace = make_buffer(paddle_moe::cpu::workspace_size(problem, num_threads));
-  paddle_moe::cpu::mixture_of_experts(problem, num_threads, workspace.get(), result.out.get(), result.amax.data());
+  paddle_moe::cpu::mixture_of_experts(problem, num_threads, workspace.get(), result.out.get(),
+                                      result.amax.data());
   return result;
 }
 

@@ -13,14 +13,16 @@ using paddle_moe::Tensor;
 
 namespace {
 
-// `call` must throw a std::invalid_argument whose text starts with the argument's name and holds every word of `words`.
+// `call` must throw a std::invalid_argument whose text starts with the argument's name and holds every word
+// of `words`.
 void refuses(const char* argument, std::vector<const char*> words, const std::function<void()>& call) {
   try {
     call();
   } catch (const std::invalid_argument& error) {
     const std::string text = error.what();
     CHECK(text.rfind(argument, 0) == 0, "expected an error about %s, got: %s", argument, error.what());
-    for (const char* word : words) CHECK(text.find(word) != std::string::npos, "no '%s' in: %s", word, error.what());
+    for (const char* word : words)
+      CHECK(text.find(word) != std::string::npos, "no '%s' in: %s", word, error.what());
     return;
   }
   CHECK(false, "%s was accepted", argument);
@@ -38,22 +40,30 @@ void refuses(const Layer& layer, const char* argument, std::vector<const char*> 
 void experts(const Layer& l) {  // T=6 H=10 I=4 E=3 K=2, fused list
   constexpr int64_t kMax = std::numeric_limits<int64_t>::max(), kMin = std::numeric_limits<int64_t>::min();
   refuses(l, "hidden_states", {"[T, H]", "[6]"}, [](Arguments& a) { a.hidden_states.shape = {6}; });
-  refuses(l, "hidden_states", {"float32", "int32"}, [](Arguments& a) { a.hidden_states.dtype = DType::kInt32; });
+  refuses(l, "hidden_states", {"float32", "int32"},
+          [](Arguments& a) { a.hidden_states.dtype = DType::kInt32; });
   refuses(l, "routing_table", {"[6, 2]", "[5, 2]"}, [](Arguments& a) { a.routing_table.shape = {5, 2}; });
-  refuses(l, "routing_table", {"int32", "float32"}, [](Arguments& a) { a.routing_table.dtype = DType::kFloat32; });
-  refuses(l, "routing_table", {"K >= 1"}, [](Arguments& a) { a.routing_table.shape = a.router_weights.shape = {6, 0}; });
+  refuses(l, "routing_table", {"int32", "float32"},
+          [](Arguments& a) { a.routing_table.dtype = DType::kFloat32; });
+  refuses(l, "routing_table", {"K >= 1"},
+          [](Arguments& a) { a.routing_table.shape = a.router_weights.shape = {6, 0}; });
   refuses(l, "routing_table", {"contiguous"}, [](Arguments& a) { a.routing_table.strides = {1, 6}; });
   refuses(l, "router_weights", {"[6, 2]", "[6, 3]"}, [](Arguments& a) { a.router_weights.shape = {6, 3}; });
-  refuses(l, "router_weights", {"float32", "float16"}, [](Arguments& a) { a.router_weights.dtype = DType::kFloat16; });
+  refuses(l, "router_weights", {"float32", "float16"},
+          [](Arguments& a) { a.router_weights.dtype = DType::kFloat16; });
   refuses(l, "gate_up_weights", {"empty"}, [](Arguments& a) { a.gate_up_weights.clear(); });
   refuses(l, "gate_up_weights", {"3", "6", "2 tensors"}, [](Arguments& a) { a.gate_up_weights.pop_back(); });
-  refuses(l, "gate_up_weights[2]", {"[10, 8]", "[10, 7]"}, [](Arguments& a) { a.gate_up_weights[2].shape = {10, 7}; });
-  refuses(l, "gate_up_weights[1]", {"float32", "bfloat16"}, [](Arguments& a) { a.gate_up_weights[1].dtype = DType::kBFloat16; });
+  refuses(l, "gate_up_weights[2]", {"[10, 8]", "[10, 7]"},
+          [](Arguments& a) { a.gate_up_weights[2].shape = {10, 7}; });
+  refuses(l, "gate_up_weights[1]", {"float32", "bfloat16"},
+          [](Arguments& a) { a.gate_up_weights[1].dtype = DType::kBFloat16; });
   refuses(l, "gate_up_weights", {}, [](Arguments& a) { a.permuted_weights = true; });
   refuses(l, "down_weights", {"empty"}, [](Arguments& a) { a.down_weights.clear(); });
   refuses(l, "down_weights[0]", {"[I, H]"}, [](Arguments& a) { a.down_weights[0].shape = {40}; });
-  refuses(l, "down_weights[1]", {"[4, 10]", "[5, 10]"}, [](Arguments& a) { a.down_weights[1].shape = {5, 10}; });
-  refuses(l, "gate_up_bias", {"3", "2 tensors"}, [](Arguments& a) { a.gate_up_bias.resize(2, {a.hidden_states.data, DType::kFloat32, {8}, {}}); });
+  refuses(l, "down_weights[1]", {"[4, 10]", "[5, 10]"},
+          [](Arguments& a) { a.down_weights[1].shape = {5, 10}; });
+  refuses(l, "gate_up_bias", {"3", "2 tensors"},
+          [](Arguments& a) { a.gate_up_bias.resize(2, {a.hidden_states.data, DType::kFloat32, {8}, {}}); });
   refuses(l, "down_bias[2]", {"[10]", "[9]"}, [](Arguments& a) {
     a.down_bias.resize(3, {a.hidden_states.data, DType::kFloat32, {10}, {}});
     a.down_bias[2].shape = {9};
@@ -63,9 +73,11 @@ void experts(const Layer& l) {  // T=6 H=10 I=4 E=3 K=2, fused list
     refuses(l, "experts_max", {"inclusive"}, [&](Arguments& a) { a.experts_max = last; });
   }
   refuses(l, "experts_m", {}, [](Arguments& a) { a.experts_min = 3, a.experts_max = kMin + 1; });
-  refuses(l, "experts_min", {}, [](Arguments& a) { a.experts_min = kMax; });  // the last expert would have no id
+  refuses(l, "experts_min", {},
+          [](Arguments& a) { a.experts_min = kMax; });  // the last expert would have no id
   refuses(l, "chunk_size", {"-1"}, [](Arguments& a) { a.chunk_size = -1; });
-  for (const char* name : {"", "swish", "SILU", "silu ", "swigluoai(1)", "swigluoai(1,2", "swigluoai(1,2)x"}) {
+  for (const char* name :
+       {"", "swish", "SILU", "silu ", "swigluoai(1)", "swigluoai(1,2", "swigluoai(1,2)x"}) {
     refuses(l, "activation", {"silu, gelu", name}, [&](Arguments& a) { a.activation = name; });
   }
   for (const char* name : {"swigluoai(nan,7)", "swigluoai(1,0)", "swigluoai(1,-2)", "swigluoai(1,nan)"}) {
@@ -120,7 +132,8 @@ void router() {
   const float inf = std::numeric_limits<float>::infinity();
   spoiled("top_k", [](RouteOptions& o) { o.top_k = 0; });
   spoiled("top_k", [](RouteOptions& o) { o.top_k = 13; });
-  spoiled("top_k", [](RouteOptions& o) { o.top_k = 4, o.num_groups = 4; });  // three experts in the one group kept
+  spoiled("top_k",
+          [](RouteOptions& o) { o.top_k = 4, o.num_groups = 4; });  // three experts in the one group kept
   spoiled("scoring", [](RouteOptions& o) { o.scoring = "max"; });
   spoiled("num_groups", [](RouteOptions& o) { o.num_groups = 5; });
   spoiled("num_groups", [](RouteOptions& o) { o.num_groups = 0; });
@@ -130,11 +143,12 @@ void router() {
   spoiled("group_mask_fill", [&](RouteOptions& o) { o.group_mask_fill = inf; });
   spoiled("renormalize_eps", [](RouteOptions& o) { o.renormalize_eps = -1; });
   spoiled("scaling_factor", [&](RouteOptions& o) { o.scaling_factor = inf; });
-  refuses("logits", {"[T, E]", "[5]"}, [] { paddle_moe::resolve_route({nullptr, DType::kFloat32, {5}, {}}, {}, {}); });
-  refuses("logits", {"float32"}, [] { paddle_moe::resolve_route({nullptr, DType::kFloat16, {5, 12}, {}}, {}, {}); });
-  refuses("correction_bias", {"[12]", "[11]"}, [&] {
-    paddle_moe::resolve_route(logits, {nullptr, DType::kFloat32, {11}, {}}, {});
-  });
+  refuses("logits", {"[T, E]", "[5]"},
+          [] { paddle_moe::resolve_route({nullptr, DType::kFloat32, {5}, {}}, {}, {}); });
+  refuses("logits", {"float32"},
+          [] { paddle_moe::resolve_route({nullptr, DType::kFloat16, {5, 12}, {}}, {}, {}); });
+  refuses("correction_bias", {"[12]", "[11]"},
+          [&] { paddle_moe::resolve_route(logits, {nullptr, DType::kFloat32, {11}, {}}, {}); });
   refuses("gate_weight", {"[8, ?]", "[9, 4]"}, [] {
     paddle_moe::resolve_gate({nullptr, DType::kFloat32, {5, 8}, {}}, {nullptr, DType::kFloat32, {9, 4}, {}});
   });

@@ -14,7 +14,8 @@ int main() {
   for (int round = 0; round < 3; ++round) {
     CHECK(count_differences(layer, run(layer, 3)) == 0, "parent, round %d", round);
     in_child("the child", [&] {
-      for (int num_threads : {3, 1, 4}) CHECK(count_differences(layer, run(layer, num_threads)) == 0, "child");
+      for (int num_threads : {3, 1, 4})
+        CHECK(count_differences(layer, run(layer, num_threads)) == 0, "child");
       in_child("the grandchild", [&] { CHECK(count_differences(layer, run(layer, 2)) == 0, "grandchild"); });
     });
   }

@@ -13,7 +13,8 @@ namespace {
 
 void check_gate(Random& random, int tokens, int hidden, int experts, DType dtype, DType weight_dtype) {
   Numbers x(static_cast<size_t>(tokens) * hidden), w(static_cast<size_t>(hidden) * experts);
-  std::vector<unsigned char> x_bytes(x.size() * dtype_size(dtype)), w_bytes(w.size() * dtype_size(weight_dtype));
+  std::vector<unsigned char> x_bytes(x.size() * dtype_size(dtype)),
+      w_bytes(w.size() * dtype_size(weight_dtype));
   for (size_t i = 0; i < x.size(); ++i) put(x_bytes, dtype, i, x[i] = pick(random, -3, 3));
   for (size_t i = 0; i < w.size(); ++i) put(w_bytes, weight_dtype, i, w[i] = pick(random, -3, 3));
   const paddle_moe::GateProblem problem = paddle_moe::resolve_gate(
@@ -47,7 +48,8 @@ void gates() {
   }
 }
 
-// Logits from a handful of values, so that ties are everywhere; no bias and no groups: the logits alone choose.
+// Logits from a handful of values, so that ties are everywhere; no bias and no groups: the logits alone
+// choose.
 void routes() {
   Random random(2);
   for (const char* scoring : {"softmax", "sigmoid", "softmax_topk"}) {
@@ -57,11 +59,13 @@ void routes() {
         const int tokens = pick(random, 0, 70);
         Numbers logits(static_cast<size_t>(tokens) * experts);
         for (float& logit : logits) logit = pick(random, -4, 4);
-        for (int t = 5; t < tokens; t += 7) logits[t * experts + pick(random, 0, experts - 1)] = std::nanf("");
+        for (int t = 5; t < tokens; t += 7)
+          logits[t * experts + pick(random, 0, experts - 1)] = std::nanf("");
         paddle_moe::RouteOptions options;
         options.top_k = top_k;
         options.scoring = scoring;
-        const auto problem = paddle_moe::resolve_route({logits.data(), DType::kFloat32, {tokens, experts}, {}}, {}, options);
+        const auto problem =
+            paddle_moe::resolve_route({logits.data(), DType::kFloat32, {tokens, experts}, {}}, {}, options);
         std::vector<int32_t> ids(static_cast<size_t>(tokens) * top_k, -7);
         std::vector<float> weights(ids.size(), -7);
         paddle_moe::cpu::route(problem, pick(random, 1, 3), ids.data(), weights.data());
@@ -74,10 +78,12 @@ void routes() {
           double sum = 0;
           for (int k = 0; k < top_k; ++k) {
             const int32_t id = ids[t * top_k + k];
-            CHECK(id == (bad ? -1 : order[k]), "%s E=%d K=%d: id [%d, %d] is %d", scoring, experts, top_k, t, k, id);
+            CHECK(id == (bad ? -1 : order[k]), "%s E=%d K=%d: id [%d, %d] is %d", scoring, experts, top_k, t,
+                  k, id);
             sum += weights[t * top_k + k];
           }
-          CHECK(std::abs(sum - (bad ? 0 : 1)) < 1e-5, "%s E=%d K=%d: row %d sums to %g", scoring, experts, top_k, t, sum);
+          CHECK(std::abs(sum - (bad ? 0 : 1)) < 1e-5, "%s E=%d K=%d: row %d sums to %g", scoring, experts,
+                top_k, t, sum);
         }
       }
     }
@@ -88,10 +94,13 @@ void routes() {
 void groups() {
   Random random(3);
   for (int round = 0; round < 300; ++round) {
-    const int num_groups = pick(random, 1, 6), per_group = pick(random, 1, 9), experts = num_groups * per_group;
+    const int num_groups = pick(random, 1, 6), per_group = pick(random, 1, 9),
+              experts = num_groups * per_group;
     Numbers logits(20 * experts), bias(experts);
-    const float special[] = {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(), NAN, 3e38f};
-    for (float& logit : logits) logit = pick(random, 0, 30) ? pick(random, -9, 9) * 0.5f : special[pick(random, 0, 3)];
+    const float special[] = {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
+                             NAN, 3e38f};
+    for (float& logit : logits)
+      logit = pick(random, 0, 30) ? pick(random, -9, 9) * 0.5f : special[pick(random, 0, 3)];
     for (float& b : bias) b = pick(random, -2, 2);
     paddle_moe::RouteOptions options;
     options.scoring = round % 3 == 0 ? "softmax" : round % 3 == 1 ? "sigmoid" : "softmax_topk";
@@ -100,9 +109,8 @@ void groups() {
     options.group_score = round % 2 ? "max" : "top2_sum";
     options.group_mask_fill = round % 4 < 2 ? 0.0f : -std::numeric_limits<float>::infinity();
     options.top_k = pick(random, 1, static_cast<int>(options.topk_groups) * per_group);
-    const auto problem =
-        paddle_moe::resolve_route({logits.data(), DType::kFloat32, {20, experts}, {}},
-                                  {bias.data(), DType::kFloat32, {experts}, {}}, options);
+    const auto problem = paddle_moe::resolve_route({logits.data(), DType::kFloat32, {20, experts}, {}},
+                                                   {bias.data(), DType::kFloat32, {experts}, {}}, options);
     const int top_k = static_cast<int>(options.top_k);
     std::vector<int32_t> ids(20 * top_k);
     std::vector<float> weights(20 * top_k);
@@ -111,9 +119,11 @@ void groups() {
       std::vector<int32_t> row(&ids[t * top_k], &ids[t * top_k] + top_k);
       std::sort(row.begin(), row.end());
       const bool none = row.front() == -1 && row.back() == -1;
-      const bool valid = row.front() >= 0 && row.back() < experts && std::adjacent_find(row.begin(), row.end()) == row.end();
+      const bool valid =
+          row.front() >= 0 && row.back() < experts && std::adjacent_find(row.begin(), row.end()) == row.end();
       CHECK(none || valid, "round %d row %d holds an id twice or out of range", round, t);
-      for (int k = 0; k < top_k; ++k) CHECK(!std::isnan(weights[t * top_k + k]), "round %d: weight [%d, %d] is NaN", round, t, k);
+      for (int k = 0; k < top_k; ++k)
+        CHECK(!std::isnan(weights[t * top_k + k]), "round %d: weight [%d, %d] is NaN", round, t, k);
     }
   }
 }

@@ -1,4 +1,5 @@
-// Every small shape, dtype and weight layout against the naive loop, on every instruction set of this processor.
+// Every small shape, dtype and weight layout against the naive loop, on every instruction set of this
+// processor.
 #include <limits>
 
 #include "check.h"
@@ -10,12 +11,13 @@ namespace {
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 
-void check(Random& random, int tokens, int hidden, int inter, int experts, int top_k, DType dtype, Layout layout,
-           bool permuted, int num_threads = 1) {
+void check(Random& random, int tokens, int hidden, int inter, int experts, int top_k, DType dtype,
+           Layout layout, bool permuted, int num_threads = 1) {
   const Layer layer(random, tokens, hidden, inter, experts, top_k, dtype, layout, permuted);
   const int wrong = count_differences(layer, run(layer, num_threads));
-  CHECK(wrong == 0, "%d values differ for T=%d H=%d I=%d E=%d K=%d %s layout %d permuted %d threads %d", wrong, tokens,
-        hidden, inter, experts, top_k, paddle_moe::dtype_name(dtype), static_cast<int>(layout), permuted, num_threads);
+  CHECK(wrong == 0, "%d values differ for T=%d H=%d I=%d E=%d K=%d %s layout %d permuted %d threads %d",
+        wrong, tokens, hidden, inter, experts, top_k, paddle_moe::dtype_name(dtype), static_cast<int>(layout),
+        permuted, num_threads);
 }
 
 void small_shapes() {
@@ -25,15 +27,16 @@ void small_shapes() {
       for (int hidden : {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 129}) {
         for (int inter : {1, 2, 3, 8, 17, 32, 63, 64, 65}) {
           const Layout layout = static_cast<Layout>(pick(random, 0, 2));
-          check(random, pick(random, 0, 13), hidden, inter, pick(random, 1, 4), pick(random, 1, 2), dtype, layout,
-                permuted, pick(random, 1, 3));
+          check(random, pick(random, 0, 13), hidden, inter, pick(random, 1, 4), pick(random, 1, 2), dtype,
+                layout, permuted, pick(random, 1, 3));
         }
       }
     }
   }
 }
 
-// Past every block size of the kernels: rows of a tile, depth and columns of a block, tokens of a copy or combine task.
+// Past every block size of the kernels: rows of a tile, depth and columns of a block, tokens of a copy or
+// combine task.
 void past_block_sizes() {
   Random random(2);
   for (DType dtype : kDTypes) {
@@ -43,7 +46,8 @@ void past_block_sizes() {
       check(random, 5, 1031, 6, 2, 2, dtype, Layout::kStacked, permuted, 2);
       check(random, 5, 6, 1031, 2, 2, dtype, Layout::kStacked, permuted, 3);
       check(random, 40, 8, 8, 300, 2, dtype, Layout::kList, permuted, 2);
-      for (int tokens = 14; tokens < 40; ++tokens) check(random, tokens, 5, 4, 1, 1, dtype, Layout::kList, permuted);
+      for (int tokens = 14; tokens < 40; ++tokens)
+        check(random, tokens, 5, 4, 1, 1, dtype, Layout::kList, permuted);
     }
   }
 }
@@ -52,7 +56,8 @@ void ids_at_the_limits() {
   Random random(3);
   Layer layer(random, 64, 9, 7, 3, 2, DType::kFloat32, Layout::kList, false);
   constexpr int64_t kMin = std::numeric_limits<int64_t>::min(), kMax = std::numeric_limits<int64_t>::max();
-  const int64_t ids[] = {kMin, kMin + 1, kMin + 5, -1, 0, 4, 5, 6, 7, 8, 9, (1ll << 32) + 5, -(1ll << 32) + 5, kMax - 1, kMax};
+  const int64_t ids[] = {kMin, kMin + 1,        kMin + 5,         -1,       0,   4, 5, 6, 7, 8,
+                         9,    (1ll << 32) + 5, -(1ll << 32) + 5, kMax - 1, kMax};
   layer.first_expert = layer.arguments.experts_min = 5;
   layer.arguments.experts_max = 7;
   for (int64_t& id : layer.ids) id = ids[pick(random, 0, static_cast<int>(std::size(ids)) - 1)];
@@ -60,7 +65,8 @@ void ids_at_the_limits() {
 
   std::vector<int32_t> narrow;
   for (int64_t& id : layer.ids) {
-    const int32_t limits[] = {std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max(), 4, 5, 7, 8};
+    const int32_t limits[] = {
+        std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max(), 4, 5, 7, 8};
     narrow.push_back(limits[pick(random, 0, 5)]);
     id = narrow.back();
   }
@@ -71,9 +77,11 @@ void ids_at_the_limits() {
 void chunks() {
   Random random(4);
   Layer layer(random, 50, 13, 11, 3, 2, DType::kBFloat16, Layout::kList, false);
-  for (int64_t chunk_size : {int64_t{1}, int64_t{3}, int64_t{49}, int64_t{50}, int64_t{51}, int64_t{1} << 62}) {
+  for (int64_t chunk_size :
+       {int64_t{1}, int64_t{3}, int64_t{49}, int64_t{50}, int64_t{51}, int64_t{1} << 62}) {
     layer.arguments.chunk_size = chunk_size;
-    CHECK(count_differences(layer, run(layer, 2)) == 0, "chunk_size %lld", static_cast<long long>(chunk_size));
+    CHECK(count_differences(layer, run(layer, 2)) == 0, "chunk_size %lld",
+          static_cast<long long>(chunk_size));
   }
 }
 

@@ -1,4 +1,5 @@
-// The thread pool under everything a program may do to it. The interesting runs are those under ThreadSanitizer.
+// The thread pool under everything a program may do to it. The interesting runs are those under
+// ThreadSanitizer.
 #include <atomic>
 #include <thread>
 

@@ -1,0 +1,42 @@
+// Measures what the machine can do at best: the floor that benchmarks divide by.
+#include <atomic>
+#include <chrono>
+#include <thread>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace paddle_moe {
+namespace cpu {
+namespace {
+
+// Seconds that the slowest of the threads needs; not the pool's threads, because all of them must take part.
+template <class Work>
+double seconds(int num_threads, const Work& work) {
+  std::atomic<float> sink{0.0f};
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<std::thread> threads;
+  for (int i = 1; i < num_threads; ++i) threads.emplace_back([&, i] { sink = work(i); });
+  sink = work(0);
+  for (std::thread& thread : threads) thread.join();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+double measure_flops(int num_threads) {
+  constexpr int64_t kIterations = 1000000;
+  const double elapsed = seconds(num_threads, [](int) { return kernels().multiply_add_loop(kIterations); });
+  return static_cast<double>(kIterations) * kernels().multiply_add_flops * num_threads / elapsed;
+}
+
+double measure_read(const void* data, size_t bytes, int streams, int num_threads) {
+  const int64_t count = static_cast<int64_t>(bytes / sizeof(float)) / num_threads;
+  const float* floats = static_cast<const float*>(data);
+  const double elapsed =
+      seconds(num_threads, [&](int thread) { return kernels().read_loop(floats + thread * count, count, streams); });
+  return static_cast<double>(count) * sizeof(float) * num_threads / elapsed;
+}
+
+}  // namespace cpu
+}  // namespace paddle_moe
