@@ -1,6 +1,7 @@
-"""Builds the two compiled modules of paddle_moe: the Paddle operators (_ops) and the NumPy/DLPack module (_core).
+"""Builds the compiled modules of paddle_moe: the Paddle operators (_ops) and the NumPy/DLPack module (_core).
 
-Both link one static library with the checker and the kernels, which is compiled once. Metadata is in pyproject.toml.
+Both link one static library with the checker and the kernels, which is compiled once. Metadata is in
+pyproject.toml.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ try:
     from paddle.utils.cpp_extension import CppExtension
 except ImportError as error:
     raise RuntimeError(
-        f"paddle_moe is compiled against the PaddlePaddle it will run with, but {error}. Install paddlepaddle and "
-        "pybind11 into this environment, then run `pip install --no-build-isolation .`"
+        f"paddle_moe is compiled against the PaddlePaddle it will run with, but {error}. Install "
+        "paddlepaddle and pybind11 into this environment, then run `pip install --no-build-isolation .`"
     ) from error
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-DNDEBUG", "-fvisibility=hidden", "-pthread", "-Wall"]

@@ -1,6 +1,7 @@
 """A fused mixture-of-experts operator for PaddlePaddle, with the layers that spread it over ranks.
 
-Names load on first use, so that ``import paddle_moe.core`` (the kernels on NumPy arrays) never imports Paddle.
+Names load on first use, so that ``import paddle_moe.core`` (the kernels on NumPy arrays) never imports
+Paddle.
 """
 
 from __future__ import annotations

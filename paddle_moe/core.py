@@ -1,13 +1,14 @@
 """The kernels without Paddle: the same operators on NumPy arrays and on any CPU array with ``__dlpack__``.
 
-Arguments and errors are those of the functions of the same name in :mod:`paddle_moe`. NumPy has no bfloat16, so a
-``uint16`` array means bfloat16 bits; an array of ``ml_dtypes.bfloat16`` is understood too. Results are NumPy arrays
-(``float32``, ``float16``, or the bfloat16 kind that ``hidden_states`` came in). Nothing is copied: weights may have any
-strides, ``hidden_states`` and biases must be contiguous in their last dimension, the routing altogether. Read-only
-NumPy arrays are welcome.
+Arguments and errors are those of the functions of the same name in :mod:`paddle_moe`. NumPy has no bfloat16,
+so a ``uint16`` array means bfloat16 bits; an array of ``ml_dtypes.bfloat16`` is understood too. Results are
+NumPy arrays (``float32``, ``float16``, or the bfloat16 kind that ``hidden_states`` came in). Nothing is
+copied: weights may have any strides, ``hidden_states`` and biases must be contiguous in their last dimension,
+the routing altogether. Read-only NumPy arrays are welcome.
 
-Two keyword arguments exist only here. ``out`` receives the result instead of a new array. ``workspace`` is the
-scratch memory, a ``uint8`` array of at least :func:`workspace_size` bytes, instead of a new one on each call.
+Two keyword arguments exist only here. ``out`` receives the result instead of a new array. ``workspace`` is
+the scratch memory, a ``uint8`` array of at least :func:`workspace_size` bytes, instead of a new one on each
+call.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The operators as Python functions: mixture_of_experts, gate, route and fused_gate_moe.
 
-Reading order: these functions -> csrc/bindings/paddle_ops.cc -> csrc/moe.h -> csrc/arguments.cc and csrc/cpu/.
-They work on eager tensors, while a static graph is built, and under ``paddle.jit.to_static``.
+Reading order: these functions -> csrc/bindings/paddle_ops.cc -> csrc/moe.h -> csrc/arguments.cc and
+csrc/cpu/. They work on eager tensors, while a static graph is built, and under ``paddle.jit.to_static``.
+Importing this module is what makes the operators known to Paddle: do so before ``paddle.jit.load`` or
+``paddle.inference`` reads a program.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, Callable, NoReturn, Sequence, Union
 
 import paddle
 from paddle import _C_ops
+from paddle.base import core
 from paddle.base.layer_helper import LayerHelper
 from paddle.framework import in_dynamic_mode, in_dynamic_or_pir_mode
 from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
@@ -55,9 +58,9 @@ _library = _load_library()
 class _Operator:
     """One of the custom operators of paddle_ops.cc, called in whichever mode Paddle is.
 
-    Inputs are named as there, with a suffix ``@VECTOR`` for a list and ``@OPTIONAL`` for one that may be None.
-    ``check`` takes the same arguments, tensors replaced by their specifications, and raises what the operator would:
-    Paddle ends the process when shape inference throws while a program is being built.
+    Inputs are named as there, with a suffix ``@VECTOR`` for a list and ``@OPTIONAL`` for one that may be
+    None. ``check`` takes the same arguments, tensors replaced by their specifications, and raises what the
+    operator would: Paddle ends the process when shape inference throws while a program is being built.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class _Operator:
         if not in_dynamic_mode():
             return self._append_to_program(arguments)
         try:
-            outputs = _C_ops._run_custom_op(self.name, *arguments)
+            outputs = core.eager._run_custom_op(self.name, *arguments)
         except Exception as error:
             self._check_types(arguments)
             _raise_plainly(error)
@@ -182,42 +185,44 @@ def mixture_of_experts(
     r"""Sends every token through its experts and sums what comes back, weighted by the router.
 
     .. math::
-        out_t = \sum_k w_{tk} \, \big(act(x_t G_e + g_e) \odot (x_t U_e + u_e)\big) D_e + d_e, \quad
+        out_t = \sum_k w_{tk} \Big(\big(act(x_t G_e + g_e) \odot (x_t U_e + u_e)\big) D_e + d_e\Big), \quad
         e = routing\_table_{tk}
 
-    over the experts e in [experts_min, experts_max]; a slot whose id lies outside (such as -1) adds exactly zero and
-    costs nothing, so ``out`` is this shard's part of the sum. The gated feed-forward network is that of Shazeer, "GLU
-    Variants Improve Transformer" (2020), the sparse layer that of Shazeer et al., "Outrageously Large Neural
-    Networks" (2017).
+    over the experts e in [experts_min, experts_max]; a slot whose id lies outside (such as -1) adds exactly
+    zero and costs nothing, so ``out`` is this shard's part of the sum. The gated feed-forward network is that
+    of Shazeer, "GLU Variants Improve Transformer" (2020), the sparse layer that of Shazeer et al.,
+    "Outrageously Large Neural Networks" (2017).
 
-    Products accumulate in float32, the intermediate is rounded to the dtype of ``hidden_states``, and the sum over k
-    runs in float32 in the order of k: equal inputs give equal bits, whatever else is in the batch.
+    Products accumulate in float32, the intermediate is rounded to the dtype of ``hidden_states``, and the sum
+    over k runs in float32 in the order of k: equal inputs give equal bits, whatever else is in the batch.
 
     T tokens, hidden size H, intermediate size I, K experts per token, E_l local experts.
 
     Args:
         hidden_states: [T, H], float32, bfloat16 or float16.
-        routing_table: [T, K], int32 or int64, global expert ids. An id that appears twice in a row counts twice.
+        routing_table: [T, K], int32 or int64, global expert ids. An id that appears twice in a row counts
+            twice.
         router_weights: [T, K], float32 or the dtype of ``hidden_states``.
-        gate_up_weights: E_l tensors [H, 2I] (gate columns first, then up), or 2*E_l tensors [H, I] (all gates, then
-            all ups), or one stacked tensor [E_l, H, 2I]; dtype of ``hidden_states``.
+        gate_up_weights: E_l tensors [H, 2I] (gate columns first, then up), or 2*E_l tensors [H, I] (all
+            gates, then all ups), or one stacked tensor [E_l, H, 2I]; dtype of ``hidden_states``.
         down_weights: E_l tensors [I, H], or one stacked tensor [E_l, I, H]; dtype of ``hidden_states``.
-        gate_up_bias: E_l tensors [2I], or 2*E_l tensors [I], or one stacked tensor [E_l, 2I]; float32 or the dtype of
-            ``hidden_states``.
+        gate_up_bias: E_l tensors [2I], or 2*E_l tensors [I], or one stacked tensor [E_l, 2I]; float32 or the
+            dtype of ``hidden_states``.
         down_bias: E_l tensors [H], or one stacked tensor [E_l, H]; dtype of ``gate_up_bias``.
-        permuted_weights: every weight matrix is stored transposed ([2I, H] and [H, I]), as PyTorch and Hugging Face
-            do. Prefer this to passing ``weight.T``, which Paddle copies on each call.
+        permuted_weights: every weight matrix is stored transposed ([2I, H] and [H, I]), as PyTorch and
+            Hugging Face do. Prefer this to passing ``weight.T``, which Paddle copies on each call.
         activation: silu, gelu (erf), gelu_tanh, relu, relu2 (relu squared), selu, identity, swigluoai or
-            swigluoai(alpha, limit): (up + 1) * gate * sigmoid(alpha * gate) with gate clamped to at most ``limit`` and
-            up to [-limit, limit]; alpha = 1.702 and limit = 7.0 unless given.
+            swigluoai(alpha, limit): (up + 1) * gate * sigmoid(alpha * gate) with gate clamped to at most
+            ``limit`` and up to [-limit, limit]; alpha = 1.702 and limit = 7.0 unless given.
         experts_min: global id of the first expert that was passed.
         experts_max: global id of the last one, inclusive; None: experts_min + E_l - 1.
         measurement_mode: also return amax.
-        chunk_size: tokens per internal chunk, 0: chosen. It bounds the scratch memory and never changes the result.
+        chunk_size: tokens per internal chunk, 0: chosen. It bounds the scratch memory and never changes the
+            result.
 
     Returns:
-        out [T, H] of the dtype of ``hidden_states``; in measurement mode (out, amax), where amax [E_l] float32 is the
-        largest absolute intermediate of each expert before rounding, 0 where it got no token.
+        out [T, H] of the dtype of ``hidden_states``; in measurement mode (out, amax), where amax [E_l]
+        float32 is the largest absolute intermediate of each expert before rounding, 0 where it got no token.
 
     Raises:
         ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range.
@@ -274,15 +279,17 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Chooses the experts of every token and their weights.
 
-    A row whose scores contain a NaN gets the ids -1 and the weights 0. Ties go to the lowest id. Grouped selection
-    and the correction bias are those of DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 2.1.2.
+    A row whose scores contain a NaN gets the ids -1 and the weights 0. Ties go to the lowest id. Grouped
+    selection and the correction bias are those of DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section
+    2.1.2.
 
     Args:
         logits: [T, E], float32.
         top_k: K, experts per token; at most the experts of the groups that are kept.
         scoring: softmax (over all E), sigmoid, or softmax_topk (softmax over the K chosen logits).
         correction_bias: [E] float32, added to the scores for the selection only, never to the weights.
-        num_groups: the experts form this many groups of equal size, and only the ``topk_groups`` best are kept.
+        num_groups: the experts form this many groups of equal size, and only the ``topk_groups`` best are
+            kept.
         topk_groups: see ``num_groups``.
         group_score: what ranks a group: max, or top2_sum (the sum of its two best experts).
         group_mask_fill: the selection score of experts in the other groups, 0.0 or -inf.
@@ -348,8 +355,8 @@ def fused_gate_moe(
         Every other argument is documented at the function of that name above.
 
     Returns:
-        out [T, H]; then amax [E_l] in measurement mode; then routing_table [T, K] int32 and router_weights [T, K]
-        float32 with ``return_routing``. Only out: the tensor itself, else a tuple.
+        out [T, H]; then amax [E_l] in measurement mode; then routing_table [T, K] int32 and router_weights
+        [T, K] float32 with ``return_routing``. Only out: the tensor itself, else a tuple.
 
     Raises:
         ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range.

@@ -57,7 +57,7 @@ class FusedMoE(nn.Layer):
         parallel: result of init_distributed; None: this process holds everything.
         activation: see mixture_of_experts.
         reduce: "two": all-reduce over ep_group, then over tp_group. "one": a single all-reduce over the
-            grid; the same sum with half the traffic, rounded differently.
+            grid instead; the same sum with less traffic, rounded differently.
         fp32_reduce: add the partial sums in fp32 and round once at the end.
         gate_up_bias, down_bias: experts have biases (zero until loaded).
         shared_intermediate_size: I of the shared expert, 0: none. shared_gate: weigh it by a sigmoid gate.

@@ -64,6 +64,9 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
   rm -rf "$repository"/build/paddle-*/lib*  # else a module that was deleted from the clone would be installed
   # The version says nothing about the sources: pip must replace what is installed.
   pip_install --no-build-isolation --no-deps --force-reinstall "$repository"
+  # Inside the clone Python finds the clone's own package first; the same objects make that one whole too.
+  (cd "$repository" && "$venv/bin/python" setup.py -q build_ext --inplace >/dev/null 2>&1) ||
+    fail "python setup.py build_ext --inplace failed: run it to see why"
 }
 
 requirements=("paddlepaddle>=2.6.2,<3.4" "setuptools>=61" wheel "pybind11>=2.11" numpy matplotlib rich

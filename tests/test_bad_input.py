@@ -138,11 +138,13 @@ MISUSES = [
     # lists
     ("mixture_of_experts", {"gate_up_weights": []},
      "gate_up_weights must hold at least one tensor, got an empty list"),
-    ("mixture_of_experts", {"down_weights": ()}, "down_weights must hold at least one tensor, got an empty list"),
-    ("mixture_of_experts", {"gate_up_bias": []}, "gate_up_bias must hold at least one tensor, got an empty list"),
+    ("mixture_of_experts", {"down_weights": ()},
+     "down_weights must hold at least one tensor, got an empty list"),
+    ("mixture_of_experts", {"gate_up_bias": []},
+     "gate_up_bias must hold at least one tensor, got an empty list"),
     ("mixture_of_experts", {"gate_up_weights": [zeros(H, 2 * I)] * 3},
-     "gate_up_weights must hold one tensor per expert (4, gate and up side by side), two (8, all gates, then all "
-     "ups), or one stacked tensor; down_weights holds 4 experts, got 3 tensors"),
+     "gate_up_weights must hold one tensor per expert (4, gate and up side by side), two (8, all gates, then "
+     "all ups), or one stacked tensor; down_weights holds 4 experts, got 3 tensors"),
     ("mixture_of_experts", {"gate_up_weights": zeros(E + 1, H, 2 * I)},
      "gate_up_weights must hold as many experts as down_weights (4), got the stacked shape [5, 8, 12]"),
     ("mixture_of_experts", {"down_weights": zeros(0, I, H)},

@@ -221,7 +221,7 @@ def test_three_steps_equal_one(mode, bias, dtype):
         routing = select(logits, TOP_K, mode == "group_moe", normalise)
         expected = factor * reference.mixture_of_experts(x, *routing, **weights, round_intermediate=dtype)
         # The rows between the steps are rounded to dtype once more than in fused_moe.
-        assert_close(output.numpy(), expected, None if dtype == "float32" else 5e-3)
+        assert_close(output.numpy(), expected, slack=1 if dtype == "float32" else 10)
 
 
 def test_dispatch_of_no_tokens():

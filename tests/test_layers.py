@@ -53,7 +53,8 @@ def test_against_the_reference(dtype, parts):
     expected, _ = expected_output(x, weights)
     output = layer(paddle.to_tensor(x)).numpy()
     # Routed and shared part are each rounded once before they are added.
-    assert_close(output, expected, None if dtype == "float32" or "shared" not in parts else 5e-3)
+    # The shared part is rounded once more before the sum.
+    assert_close(output, expected, slack=1 if dtype == "float32" or "shared" not in parts else 10)
 
 
 @pytest.mark.parametrize(

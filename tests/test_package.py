@@ -175,7 +175,7 @@ def test_a_missing_operator_says_how_to_get_it(wheel, environment, tmp_path):
     ):
         [path] = (environment.site_packages / "paddle_moe").glob(f"{module}.*")
         path.rename(tmp_path / path.name)
-        code = f"import paddle_moe\ntry: {use}\nexcept RuntimeError as error: print(' '.join(str(error).split()))"
+        code = f"import paddle_moe\ntry: {use}\nexcept RuntimeError as error: print(repr(str(error)))"
         message = environment.run_code(code, tmp_path)
         assert "pip install --no-build-isolation ." in message
         (tmp_path / path.name).rename(path)

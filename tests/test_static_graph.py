@@ -1,4 +1,4 @@
-"""The operators while a static graph is built, under to_static, from a saved program and in paddle.inference."""
+"""The operators while a graph is built, under to_static, from a saved program and in paddle.inference."""
 
 from __future__ import annotations
 
@@ -269,7 +269,9 @@ feed = {
 }
 names = ("x", "table", "weights", "gate_up", "down")
 eager = paddle_moe.mixture_of_experts(
-    *(paddle.to_tensor(feed[name]) for name in names), down_bias=paddle.to_tensor(feed["bias"]), measurement_mode=True
+    *(paddle.to_tensor(feed[name]) for name in names),
+    down_bias=paddle.to_tensor(feed["bias"]),
+    measurement_mode=True,
 )
 paddle.enable_static()
 program = paddle.static.Program()

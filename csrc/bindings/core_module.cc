@@ -1,4 +1,4 @@
-// The Paddle-free binding: the same checker and kernels over NumPy arrays and anything else that speaks DLPack.
+// The binding without Paddle: the same checker and kernels over NumPy arrays and whatever speaks DLPack.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,7 +16,7 @@
 
 namespace py = pybind11;
 
-// DLPack's in-memory layout, from its public specification (version 0, the one of the plain "dltensor" capsule).
+// DLPack's in-memory layout, from its public specification: version 0, that of the "dltensor" capsule.
 namespace dlpack {
 
 constexpr int32_t kCpu = 1;
@@ -61,7 +61,10 @@ DType dtype_of(dlpack::DataType type) {
   const int bits = type.bits;
   switch (type.code) {
     case dlpack::kFloat:
-      return bits == 32 ? DType::kFloat32 : bits == 16 ? DType::kFloat16 : bits == 64 ? DType::kFloat64 : DType::kOther;
+      return bits == 32   ? DType::kFloat32
+             : bits == 16 ? DType::kFloat16
+             : bits == 64 ? DType::kFloat64
+                          : DType::kOther;
     case dlpack::kBfloat: return bits == 16 ? DType::kBFloat16 : DType::kOther;
     case dlpack::kInt:
       return bits == 32   ? DType::kInt32
@@ -128,16 +131,18 @@ Array from_numpy(const std::string& name, const py::array& array) {
 Array from_dlpack(const std::string& name, const py::object& object) {
   Array result;
   try {
-    const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
-    if (device.first != dlpack::kCpu) {
-      fail(name + " must be on the CPU, got the DLPack device type " + std::to_string(device.first));
+    const py::tuple device = object.attr("__dlpack_device__")();
+    const int type = py::int_(device[0]);  // int(): most libraries return an enumeration
+    if (type != dlpack::kCpu) {
+      fail(name + " must be on the CPU, got the DLPack device type " + std::to_string(type));
     }
     result.owner = object.attr("__dlpack__")();
   } catch (const py::error_already_set& error) {
     fail(name + " cannot be read through DLPack: " + error.what());
   }
   // The capsule stays unconsumed, so destroying it is what gives the array back.
-  const auto* managed = static_cast<const dlpack::ManagedTensor*>(PyCapsule_GetPointer(result.owner.ptr(), "dltensor"));
+  const auto* managed =
+      static_cast<const dlpack::ManagedTensor*>(PyCapsule_GetPointer(result.owner.ptr(), "dltensor"));
   if (managed == nullptr) throw py::error_already_set();
   const dlpack::Tensor& tensor = managed->tensor;
   result.view.data = static_cast<const char*>(tensor.data) + tensor.byte_offset;
@@ -164,11 +169,12 @@ class Output {
     const Tensor& view = array_.view;
     const DType expected = dtype_of(dtype);
     if (view.dtype != expected) {
-      fail(std::string(name) + " must have the dtype " + dtype_name(expected) + ", got " + dtype_name(view.dtype));
+      fail(std::string(name) + " must have the dtype " + dtype_name(expected) + ", got " +
+           dtype_name(view.dtype));
     }
     if (view.shape != shape) {
-      fail(std::string(name) + " must have the shape " + py::repr(py::cast(shape)).cast<std::string>() + ", got " +
-           py::repr(py::cast(view.shape)).cast<std::string>());
+      fail(std::string(name) + " must have the shape " + py::repr(py::cast(shape)).cast<std::string>() +
+           ", got " + py::repr(py::cast(view.shape)).cast<std::string>());
     }
     if (!array_.writable) fail(std::string(name) + " must be writable, got a read-only array");
     const bool empty = std::count(shape.begin(), shape.end(), 0) != 0;
@@ -202,8 +208,9 @@ class Workspace {
     owner_ = given.is_none() ? array_of("workspace", py::array(py::dtype("uint8"), needed))
                              : array_of("workspace", given);
     const Tensor& view = owner_.view;
-    if (view.dtype != DType::kUInt8 || view.shape.size() != 1 || static_cast<size_t>(view.shape[0]) < needed ||
-        (!view.strides.empty() && view.strides[0] != 1) || !owner_.writable) {
+    if (view.dtype != DType::kUInt8 || view.shape.size() != 1 ||
+        static_cast<size_t>(view.shape[0]) < needed || (!view.strides.empty() && view.strides[0] != 1) ||
+        !owner_.writable) {
       fail("workspace must be a writable, contiguous uint8 array with at least " + std::to_string(needed) +
            " bytes, got " + dtype_name(view.dtype) + " with the shape " +
            py::repr(py::cast(view.shape)).cast<std::string>() + (owner_.writable ? "" : ", read-only"));
@@ -222,9 +229,10 @@ class Workspace {
 class Experts {
  public:
   Experts(const py::object& hidden_states, const py::object& routing_table, const py::object& router_weights,
-          const py::list& gate_up_weights, const py::list& down_weights, const std::optional<py::list>& gate_up_bias,
-          const std::optional<py::list>& down_bias, bool permuted_weights, const std::string& activation,
-          int64_t experts_min, int64_t experts_max, int64_t chunk_size, bool measurement_mode)
+          const py::list& gate_up_weights, const py::list& down_weights,
+          const std::optional<py::list>& gate_up_bias, const std::optional<py::list>& down_bias,
+          bool permuted_weights, const std::string& activation, int64_t experts_min, int64_t experts_max,
+          int64_t chunk_size, bool measurement_mode)
       : measurement_mode_(measurement_mode) {
     Arguments arguments;
     arguments.hidden_states = keep("hidden_states", hidden_states);
@@ -289,7 +297,8 @@ class Gate {
   size_t workspace_size() const { return cpu::gate_workspace_size(problem_, num_threads_) + kAlignment; }
 
   py::object run(const py::object& out, const py::object& workspace) const {
-    const Output logits("out", out, numpy_dtype(DType::kFloat32), {problem_.num_tokens, problem_.num_experts});
+    const Output logits("out", out, numpy_dtype(DType::kFloat32),
+                        {problem_.num_tokens, problem_.num_experts});
     const Workspace scratch(workspace, cpu::gate_workspace_size(problem_, num_threads_));
     {
       py::gil_scoped_release release;
@@ -306,14 +315,14 @@ class Gate {
 
 class Route {
  public:
-  Route(const py::object& logits, const py::object& correction_bias, int64_t top_k, const std::string& scoring,
-        int64_t num_groups, int64_t topk_groups, const std::string& group_score, float group_mask_fill,
-        bool renormalize, float renormalize_eps, float scaling_factor)
+  Route(const py::object& logits, const py::object& correction_bias, int64_t top_k,
+        const std::string& scoring, int64_t num_groups, int64_t topk_groups, const std::string& group_score,
+        float group_mask_fill, bool renormalize, float renormalize_eps, float scaling_factor)
       : logits_(array_of("logits", logits)),
         correction_bias_(correction_bias.is_none() ? Array{} : array_of("correction_bias", correction_bias)),
         problem_(resolve_route(logits_.view, correction_bias_.view,
-                               {top_k, scoring, num_groups, topk_groups, group_score, group_mask_fill, renormalize,
-                                renormalize_eps, scaling_factor})) {}
+                               {top_k, scoring, num_groups, topk_groups, group_score, group_mask_fill,
+                                renormalize, renormalize_eps, scaling_factor})) {}
 
   py::tuple run(const py::object& out_table, const py::object& out_weights) const {
     const std::vector<int64_t> shape{problem_.num_tokens, problem_.top_k};
@@ -337,15 +346,15 @@ class Route {
 PYBIND11_MODULE(_core, module) {
   using namespace paddle_moe;
   module.doc() = "Compiled part of paddle_moe.core; the arguments are documented there.";
-  // Stands for an array of which only the dtype's name and the shape (-1: unknown) are known: enough for all checks.
+  // An array of which only the dtype's name and the shape (-1: unknown) are known: enough for all checks.
   py::class_<Tensor>(module, "Spec").def(py::init([](const std::string& dtype, std::vector<int64_t> shape) {
     return Tensor{nullptr, dtype_of(dtype), std::move(shape), {}};
   }));
   // Constructing one of these checks the arguments; run() computes.
   py::class_<Experts>(module, "Experts")
       .def(py::init<const py::object&, const py::object&, const py::object&, const py::list&, const py::list&,
-                    const std::optional<py::list>&, const std::optional<py::list>&, bool, const std::string&, int64_t,
-                    int64_t, int64_t, bool>())
+                    const std::optional<py::list>&, const std::optional<py::list>&, bool, const std::string&,
+                    int64_t, int64_t, int64_t, bool>())
       .def("workspace_size", &Experts::workspace_size)
       .def("run", &Experts::run);
   py::class_<Gate>(module, "Gate")

@@ -1,7 +1,8 @@
-// The Paddle binding: three custom operators over the checker and the kernels. The only file that includes Paddle.
+// The Paddle binding, three custom operators: the only file that includes Paddle.
 #include <paddle/phi/core/enforce.h>
 #include <paddle/extension.h>
 
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -39,8 +40,8 @@ struct NotImplemented : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Only Paddle's own exceptions cross into Python: any other one ends the process. Each error code below becomes the
-// Python exception named beside it.
+// Only Paddle's own exceptions cross into Python: any other one ends the process. Each error code below
+// becomes the Python exception named beside it.
 template <auto function>
 struct Guarded;
 
@@ -61,7 +62,7 @@ struct Guarded<function> {
   }
 };
 
-// ---------------------------------------------------------------- views: tensors, or only their shapes or dtypes
+// ---------------------------------------------------------------- views of tensors and of mere shapes
 
 // Paddle hands custom operators contiguous tensors: it copies any other before the call.
 Tensor view(const paddle::Tensor& tensor) {
@@ -96,7 +97,8 @@ void expect_place(const char* name, const paddle::Tensor& tensor, const paddle::
   }
 }
 
-void expect_place(const char* name, const paddle::optional<paddle::Tensor>& tensor, const paddle::Place& expected) {
+void expect_place(const char* name, const paddle::optional<paddle::Tensor>& tensor,
+                  const paddle::Place& expected) {
   if (tensor) expect_place(name, *tensor, expected);
 }
 
@@ -110,8 +112,9 @@ void expect_place(const char* name, const OptionalTensors& tensors, const paddle
 
 void expect_back_end(const char* name, const paddle::Tensor& tensor) {
   if (!tensor.is_cpu()) {
-    throw std::runtime_error(std::string(name) + " is on " + tensor.place().DebugString() +
-                             ", but this build of paddle_moe has only the CPU back end; move the arguments to the CPU");
+    throw std::runtime_error(
+        std::string(name) + " is on " + tensor.place().DebugString() +
+        ", but this build of paddle_moe has only the CPU back end; move the arguments to the CPU");
   }
 }
 
@@ -147,35 +150,39 @@ PaddleTensors experts(const paddle::Tensor& hidden_states, const paddle::Tensor&
   expect_place("down_bias", down_bias, place);
   const Problem problem =
       resolve({view(hidden_states), view(routing_table), view(router_weights), views(gate_up_weights),
-               views(down_weights), views(gate_up_bias), views(down_bias), permuted_weights, activation, experts_min,
-               experts_max, chunk_size});
+               views(down_weights), views(gate_up_bias), views(down_bias), permuted_weights, activation,
+               experts_min, experts_max, chunk_size});
   expect_back_end("hidden_states", hidden_states);
 
   paddle::Tensor out = paddle::empty({problem.num_tokens, problem.hidden_size}, hidden_states.dtype(), place);
-  paddle::Tensor amax =
-      paddle::empty({measurement_mode ? problem.num_experts() : 0}, paddle::DataType::FLOAT32, place);
+  paddle::Tensor amax = paddle::empty({problem.num_experts()}, paddle::DataType::FLOAT32, place);
   const int num_threads = cpu::num_threads();
   Workspace workspace(cpu::workspace_size(problem, num_threads), place);
   cpu::mixture_of_experts(problem, num_threads, workspace.data(), out.data(),
                           measurement_mode ? amax.data<float>() : nullptr);
+  // Not computed then, but an operator has to return it, and Paddle 2.6 refuses an empty one.
+  if (!measurement_mode) std::fill_n(amax.data<float>(), amax.numel(), 0.0f);
   return {out, amax};
 }
 
-std::vector<Shape> experts_shapes(const Shape& hidden_states, const Shape& routing_table, const Shape& router_weights,
-                                  const std::vector<Shape>& gate_up_weights, const std::vector<Shape>& down_weights,
+std::vector<Shape> experts_shapes(const Shape& hidden_states, const Shape& routing_table,
+                                  const Shape& router_weights, const std::vector<Shape>& gate_up_weights,
+                                  const std::vector<Shape>& down_weights,
                                   const paddle::optional<std::vector<Shape>>& gate_up_bias,
-                                  const paddle::optional<std::vector<Shape>>& down_bias, bool permuted_weights,
-                                  const std::string& activation, int64_t experts_min, int64_t experts_max,
-                                  int64_t chunk_size, bool measurement_mode) {
+                                  const paddle::optional<std::vector<Shape>>& down_bias,
+                                  bool permuted_weights, const std::string& activation, int64_t experts_min,
+                                  int64_t experts_max, int64_t chunk_size) {
   const Problem problem =
       resolve({view(hidden_states), view(routing_table), view(router_weights), views(gate_up_weights),
-               views(down_weights), views(gate_up_bias), views(down_bias), permuted_weights, activation, experts_min,
-               experts_max, chunk_size});
+               views(down_weights), views(gate_up_bias), views(down_bias), permuted_weights, activation,
+               experts_min, experts_max, chunk_size});
   const int64_t num_experts = problem.experts.empty() ? -1 : problem.num_experts();
-  return {{problem.num_tokens, problem.hidden_size}, {measurement_mode ? num_experts : 0}};
+  return {{problem.num_tokens, problem.hidden_size}, {num_experts}};
 }
 
-DataTypes experts_dtypes(paddle::DataType hidden_states) { return {hidden_states, paddle::DataType::FLOAT32}; }
+DataTypes experts_dtypes(paddle::DataType hidden_states) {
+  return {hidden_states, paddle::DataType::FLOAT32};
+}
 
 // ---------------------------------------------------------------- gate
 
@@ -183,8 +190,8 @@ PaddleTensors gate(const paddle::Tensor& hidden_states, const paddle::Tensor& ga
   expect_place("gate_weight", gate_weight, hidden_states.place());
   const GateProblem problem = resolve_gate(view(hidden_states), view(gate_weight));
   expect_back_end("hidden_states", hidden_states);
-  paddle::Tensor logits =
-      paddle::empty({problem.num_tokens, problem.num_experts}, paddle::DataType::FLOAT32, hidden_states.place());
+  paddle::Tensor logits = paddle::empty({problem.num_tokens, problem.num_experts}, paddle::DataType::FLOAT32,
+                                        hidden_states.place());
   const int num_threads = cpu::num_threads();
   Workspace workspace(cpu::gate_workspace_size(problem, num_threads), hidden_states.place());
   cpu::gate(problem, num_threads, workspace.data(), logits.data<float>());
@@ -202,28 +209,27 @@ DataTypes gate_dtypes() { return {paddle::DataType::FLOAT32}; }
 
 PaddleTensors route(const paddle::Tensor& logits, const paddle::optional<paddle::Tensor>& correction_bias,
                     int64_t top_k, const std::string& scoring, int64_t num_groups, int64_t topk_groups,
-                    const std::string& group_score, float group_mask_fill, bool renormalize, float renormalize_eps,
-                    float scaling_factor) {
+                    const std::string& group_score, float group_mask_fill, bool renormalize,
+                    float renormalize_eps, float scaling_factor) {
   expect_place("correction_bias", correction_bias, logits.place());
-  const RouteProblem problem =
-      resolve_route(view(logits), view(correction_bias),
-                    {top_k, scoring, num_groups, topk_groups, group_score, group_mask_fill, renormalize,
-                     renormalize_eps, scaling_factor});
+  const RouteProblem problem = resolve_route(view(logits), view(correction_bias),
+                                             {top_k, scoring, num_groups, topk_groups, group_score,
+                                              group_mask_fill, renormalize, renormalize_eps, scaling_factor});
   expect_back_end("logits", logits);
   paddle::Tensor table = paddle::empty({problem.num_tokens, top_k}, paddle::DataType::INT32, logits.place());
-  paddle::Tensor weights = paddle::empty({problem.num_tokens, top_k}, paddle::DataType::FLOAT32, logits.place());
+  paddle::Tensor weights =
+      paddle::empty({problem.num_tokens, top_k}, paddle::DataType::FLOAT32, logits.place());
   cpu::route(problem, cpu::num_threads(), table.data<int32_t>(), weights.data<float>());
   return {table, weights};
 }
 
-std::vector<Shape> route_shapes(const Shape& logits, const paddle::optional<Shape>& correction_bias, int64_t top_k,
-                                const std::string& scoring, int64_t num_groups, int64_t topk_groups,
-                                const std::string& group_score, float group_mask_fill, bool renormalize,
-                                float renormalize_eps, float scaling_factor) {
-  const RouteProblem problem =
-      resolve_route(view(logits), view(correction_bias),
-                    {top_k, scoring, num_groups, topk_groups, group_score, group_mask_fill, renormalize,
-                     renormalize_eps, scaling_factor});
+std::vector<Shape> route_shapes(const Shape& logits, const paddle::optional<Shape>& correction_bias,
+                                int64_t top_k, const std::string& scoring, int64_t num_groups,
+                                int64_t topk_groups, const std::string& group_score, float group_mask_fill,
+                                bool renormalize, float renormalize_eps, float scaling_factor) {
+  const RouteProblem problem = resolve_route(view(logits), view(correction_bias),
+                                             {top_k, scoring, num_groups, topk_groups, group_score,
+                                              group_mask_fill, renormalize, renormalize_eps, scaling_factor});
   return {{problem.num_tokens, top_k}, {problem.num_tokens, top_k}};
 }
 
@@ -234,8 +240,8 @@ DataTypes route_dtypes() { return {paddle::DataType::INT32, paddle::DataType::FL
 // Without a grad operator Paddle would silently return no gradients.
 PaddleTensors no_backward() {
   throw NotImplemented(
-      "paddle_moe has no backward yet: call its functions under paddle.no_grad(), or with inputs whose stop_gradient "
-      "is True");
+      "paddle_moe has no backward yet: call its functions under paddle.no_grad(), or with inputs whose "
+      "stop_gradient is True");
 }
 
 PaddleTensors no_experts_backward(const paddle::Tensor&, const paddle::Tensor&, const PaddleTensors&,
@@ -258,8 +264,8 @@ PD_BUILD_OP(paddle_moe_experts)
              paddle::Vec("down_weights"), paddle::Optional(paddle::Vec("gate_up_bias")),
              paddle::Optional(paddle::Vec("down_bias"))})
     .Outputs({"out", "amax"})
-    .Attrs({"permuted_weights: bool", "activation: std::string", "experts_min: int64_t", "experts_max: int64_t",
-            "chunk_size: int64_t", "measurement_mode: bool"})
+    .Attrs({"permuted_weights: bool", "activation: std::string", "experts_min: int64_t",
+            "experts_max: int64_t", "chunk_size: int64_t", "measurement_mode: bool"})
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::experts>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(paddle_moe::Guarded<paddle_moe::experts_shapes>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(paddle_moe::experts_dtypes));
@@ -290,8 +296,8 @@ PD_BUILD_OP(paddle_moe_route)
     .Inputs({"logits", paddle::Optional("correction_bias")})
     .Outputs({"routing_table", "router_weights"})
     .Attrs({"top_k: int64_t", "scoring: std::string", "num_groups: int64_t", "topk_groups: int64_t",
-            "group_score: std::string", "group_mask_fill: float", "renormalize: bool", "renormalize_eps: float",
-            "scaling_factor: float"})
+            "group_score: std::string", "group_mask_fill: float", "renormalize: bool",
+            "renormalize_eps: float", "scaling_factor: float"})
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::route>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(paddle_moe::Guarded<paddle_moe::route_shapes>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(paddle_moe::route_dtypes));
@@ -303,5 +309,7 @@ PD_BUILD_GRAD_OP(paddle_moe_route)
 
 // What Paddle's operator registry has no place for; functional.py calls these through ctypes.
 #define PADDLE_MOE_EXPORT extern "C" __attribute__((visibility("default")))
-PADDLE_MOE_EXPORT void paddle_moe_set_num_threads(int num_threads) { paddle_moe::cpu::set_num_threads(num_threads); }
+PADDLE_MOE_EXPORT void paddle_moe_set_num_threads(int num_threads) {
+  paddle_moe::cpu::set_num_threads(num_threads);
+}
 PADDLE_MOE_EXPORT int paddle_moe_num_threads() { return paddle_moe::cpu::num_threads(); }

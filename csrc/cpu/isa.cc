@@ -36,7 +36,7 @@ const Kernels& choose() {
     if (std::strcmp(k->name, wanted) == 0) return *k;
     names += (names.empty() ? "" : ", ") + std::string(k->name);
   }
-  throw std::invalid_argument("PADDLE_MOE_ISA must be one of the instruction sets of this processor (" + names + "), got '" +
+  throw std::runtime_error("PADDLE_MOE_ISA must be one of the instruction sets of this processor (" + names + "), got '" +
                               wanted + "'");
 }
 

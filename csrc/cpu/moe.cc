@@ -22,9 +22,9 @@ namespace paddle_moe {
 namespace cpu {
 namespace {
 
-// Slots (token, k pairs) that a chunk aims at: bounds the workspace while each expert's weights, which every chunk
-// reads anew, still meet many rows.
-constexpr int64_t kSlotsPerChunk = 16384;
+// Where chunk_size is left to us, chunks are as large as this many bytes of rows allow: every chunk reads the weights
+// anew, so fewer are better.
+constexpr int64_t kChunkBytes = int64_t{512} << 20;
 constexpr int64_t kRowsPerCopyTask = 32;
 constexpr int64_t kTokensPerCombineTask = 16;
 // A thread is woken for at least this many bytes of weights; less is done before it is awake.
@@ -42,18 +42,15 @@ Operand operand_of(DType dtype) {
   return dtype == DType::kBFloat16 && kernels().bf16_dot ? Operand::kBf16Pairs : Operand::kFloat32;
 }
 
-int64_t chunk_tokens(const Problem& p) {
-  const int64_t chosen = p.chunk_size > 0 ? p.chunk_size : std::max<int64_t>(64, kSlotsPerChunk / p.top_k);
-  return std::max<int64_t>(1, std::min(chosen, p.num_tokens));
-}
-
 struct Layout {
   explicit Layout(const Problem& p, void* workspace, int threads)
       : operand(operand_of(p.dtype)),
-        tokens(chunk_tokens(p)),
         hidden_stride(operand_stride(p.hidden_size, operand)),
         inter_stride(operand_stride(p.intermediate_size, operand)),
         down_stride(round_up(p.hidden_size, 2 * kMaxStreamedColumns)) {
+    const int64_t bytes_per_token = p.top_k * (hidden_stride + inter_stride + down_stride) * kUnitBytes;
+    const int64_t chunk = p.chunk_size > 0 ? p.chunk_size : std::max<int64_t>(64, kChunkBytes / bytes_per_token);
+    tokens = std::min(chunk, std::max<int64_t>(1, p.num_tokens));
     Arena arena(workspace);
     const int64_t slots = tokens * p.top_k;
     position = arena.take<int32_t>(slots * sizeof(int32_t));

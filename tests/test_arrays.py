@@ -1,0 +1,141 @@
+"""What the bindings take: strided Paddle tensors, DLPack producers, read-only and bfloat16 NumPy arrays."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import paddle
+import pytest
+
+import paddle_moe
+from paddle_moe import core
+
+T, H, I, K, E = 5, 16, 12, 2, 4
+
+
+def arguments():
+    """Float32 NumPy arguments of mixture_of_experts."""
+    rng = np.random.default_rng(0)
+    return {
+        "hidden_states": rng.standard_normal((T, H), "float32"),
+        "routing_table": rng.integers(-1, E, (T, K)).astype("int32"),
+        "router_weights": rng.random((T, K), "float32"),
+        "gate_up_weights": rng.standard_normal((E, H, 2 * I), "float32"),
+        "down_weights": rng.standard_normal((E, I, H), "float32"),
+        "gate_up_bias": rng.standard_normal((E, 2 * I), "float32"),
+        "down_bias": rng.standard_normal((E, H), "float32"),
+    }
+
+
+NAMES = list(arguments())
+
+
+class DLPackOnly:
+    """What any other library's array looks like."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self):
+        return self.array.__dlpack__()
+
+
+def transposed(tensor):
+    """The same values with the strides of the transposed array."""
+    axes = list(range(tensor.ndim))[::-1]
+    return paddle.to_tensor(tensor.numpy().transpose(axes)).transpose(axes)
+
+
+def every_second(tensor):
+    """The same values with holes between them."""
+    wide = paddle.full([*tensor.shape[:-1], 2 * tensor.shape[-1]], 77, tensor.dtype)
+    wide[..., ::2] = tensor
+    return wide[..., ::2]
+
+
+@pytest.mark.parametrize("view", [transposed, every_second])
+@pytest.mark.parametrize("name", NAMES)
+def test_strided_paddle_tensors(name, view):
+    contiguous = {key: paddle.to_tensor(value) for key, value in arguments().items()}
+    strided = {**contiguous, name: view(contiguous[name])}
+    assert not strided[name].is_contiguous()
+    expected = paddle_moe.mixture_of_experts(**contiguous)
+    np.testing.assert_array_equal(paddle_moe.mixture_of_experts(**strided).numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize("view", [transposed, every_second])
+def test_strided_paddle_tensors_in_gate_and_route(view):
+    hidden_states, gate_weight = paddle.randn([T, H]), paddle.randn([H, E])
+    logits = paddle_moe.gate(hidden_states, gate_weight)
+    strided_logits = paddle_moe.gate(view(hidden_states), view(gate_weight))
+    np.testing.assert_array_equal(strided_logits.numpy(), logits.numpy())
+    for actual, expected in zip(paddle_moe.route(view(logits), K), paddle_moe.route(logits, K)):
+        np.testing.assert_array_equal(actual.numpy(), expected.numpy())
+
+
+def test_dlpack_arrays_are_read_in_place_and_given_back():
+    arrays = arguments()
+    expected = core.mixture_of_experts(**arrays)
+    wrapped = {name: DLPackOnly(array) for name, array in arrays.items()}
+    counts = [sys.getrefcount(array) for array in arrays.values()]
+    out = np.full((T, H), np.nan, "float32")
+    result = core.mixture_of_experts(**wrapped, out=DLPackOnly(out))
+    np.testing.assert_array_equal(out, expected)
+    assert isinstance(result, DLPackOnly) and result.array is out
+    assert [sys.getrefcount(array) for array in arrays.values()] == counts
+
+
+def test_paddle_tensors_through_dlpack():
+    arrays = arguments()
+    tensors = {name: paddle.to_tensor(array) for name, array in arrays.items()}
+    np.testing.assert_array_equal(core.mixture_of_experts(**tensors), core.mixture_of_experts(**arrays))
+
+
+def test_read_only_arrays():
+    arrays = arguments()
+    expected = core.mixture_of_experts(**arrays)
+    for array in arrays.values():
+        array.flags.writeable = False
+    np.testing.assert_array_equal(core.mixture_of_experts(**arrays), expected)
+
+
+def in_bfloat16(arrays):
+    """The float arrays as Paddle's bfloat16 tensors."""
+    return {
+        name: paddle.to_tensor(array).astype("bfloat16" if array.dtype == np.float32 else array.dtype.name)
+        for name, array in arrays.items()
+    }
+
+
+def test_uint16_means_bfloat16_bits():
+    tensors = in_bfloat16(arguments())
+    bits = {name: tensor.numpy() for name, tensor in tensors.items()}  # Paddle shows bfloat16 as uint16
+    assert bits["hidden_states"].dtype == np.uint16
+    result = core.mixture_of_experts(**bits)
+    assert result.dtype == np.uint16
+    np.testing.assert_array_equal(result, paddle_moe.mixture_of_experts(**tensors).numpy())
+
+
+def test_ml_dtypes_bfloat16():
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
+    bits = {name: tensor.numpy() for name, tensor in in_bfloat16(arguments()).items()}
+    named = {
+        name: array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
+        for name, array in bits.items()
+    }
+    result = core.mixture_of_experts(**named)
+    assert result.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(result.view(np.uint16), core.mixture_of_experts(**bits))
+
+
+def test_workspace_may_hold_anything_and_lie_anywhere():
+    arrays = arguments()
+    expected = core.mixture_of_experts(**arrays)
+    size = core.workspace_size(**arrays)
+    for offset in (0, 1, 17):
+        memory = np.full(size + offset, 255, "uint8")
+        np.testing.assert_array_equal(core.mixture_of_experts(**arrays, workspace=memory[offset:]), expected)
