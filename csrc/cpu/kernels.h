@@ -28,14 +28,14 @@ constexpr int64_t kStreamedRows = 32;
 // many as leave the results in L1 where they are streamed, because memory is fastest in long runs.
 constexpr int64_t kPackedColumns = 64;
 constexpr int64_t kStreamedResults = 4096;
-constexpr int64_t kMaxStreamedColumns = 256;
+constexpr int64_t kMaxStreamedColumns = 1024;
 // Floats of a GemmTask's result when it is scratch, and bytes of its other scratch.
 constexpr int64_t kResultFloats = kBlockRows * 2 * kPackedColumns;
 constexpr int64_t kPackedBytes = kBlockUnits * 2 * kPackedColumns * kUnitBytes;
 
 inline bool is_streamed(const Matrix& weight, int64_t rows) { return weight.out_stride == 1 && rows <= kStreamedRows; }
 
-// Columns of each block of a GemmTask, a multiple of kPackedColumns.
+// Columns of each block of a GemmTask, a multiple of kPackedColumns; streamed blocks may be narrower.
 inline int64_t block_columns(const Matrix& weight, int64_t rows) {
   if (!is_streamed(weight, rows)) return kPackedColumns;
   const int64_t fitting = kStreamedResults / 2 / rows / kPackedColumns * kPackedColumns;

@@ -29,6 +29,8 @@ constexpr int64_t kRowsPerCopyTask = 32;
 constexpr int64_t kTokensPerCombineTask = 16;
 // A thread is woken for at least this many bytes of weights; less is done before it is awake.
 constexpr int64_t kWeightBytesPerThread = 256 * 1024;
+// Streamed blocks are made narrower until each thread has this many; more would cost long runs of memory.
+constexpr int64_t kStreamedBlocksPerThread = 2;
 
 float load_float(const void* data, int64_t i, DType dtype) {
   switch (dtype) {
@@ -47,7 +49,7 @@ struct Layout {
       : operand(operand_of(p.dtype)),
         hidden_stride(operand_stride(p.hidden_size, operand)),
         inter_stride(operand_stride(p.intermediate_size, operand)),
-        down_stride(round_up(p.hidden_size, 2 * kMaxStreamedColumns)) {
+        down_stride(round_up(p.hidden_size, 2 * kPackedColumns)) {
     const int64_t bytes_per_token = p.top_k * (hidden_stride + inter_stride + down_stride) * kUnitBytes;
     const int64_t chunk = p.chunk_size > 0 ? p.chunk_size : std::max<int64_t>(64, kChunkBytes / bytes_per_token);
     tokens = std::min(chunk, std::max<int64_t>(1, p.num_tokens));
@@ -84,17 +86,24 @@ struct GemmBlock {
 
 class Chunk {
  public:
-  Chunk(const Problem& problem, Layout* layout, int64_t first_token, int64_t num_tokens, void* out, uint32_t* amax_bits)
-      : p_(problem), w_(*layout), first_token_(first_token), num_tokens_(num_tokens), out_(out), amax_(amax_bits) {
+  Chunk(const Problem& problem, const Layout& layout, int64_t first_token, int64_t num_tokens, void* out,
+        uint32_t* amax_bits)
+      : p_(problem),
+        w_(layout),
+        threads_(static_cast<int64_t>(layout.scratch.size())),
+        first_token_(first_token),
+        num_tokens_(num_tokens),
+        out_(out),
+        amax_(amax_bits) {
     sort();
     plan();
   }
 
-  void run(int max_threads) {
+  void run() {
     const int64_t bytes_per_expert =
         3 * p_.hidden_size * p_.intermediate_size * static_cast<int64_t>(dtype_size(p_.dtype));
     const int64_t useful = 1 + active_experts_ * bytes_per_expert / kWeightBytesPerThread;
-    parallel(static_cast<int>(std::min<int64_t>({max_threads, useful, num_tasks_})), [this](int thread) { work(thread); });
+    parallel(static_cast<int>(std::min<int64_t>({threads_, useful, num_tasks_})), [this](int thread) { work(thread); });
   }
 
  private:
@@ -122,12 +131,12 @@ class Chunk {
   void plan() {
     const int64_t num_experts = p_.num_experts();
     num_rows_ = begin_[num_experts];
+    for (int64_t e = 0; e < num_experts; ++e) active_experts_ += begin_[e + 1] > begin_[e];
     first_left_.reset(new std::atomic<int32_t>[num_experts]);
     for (int64_t e = 0; e < num_experts; ++e) {
       const int64_t rows = begin_[e + 1] - begin_[e];
       const size_t before = first_.size();
       if (rows > 0) {
-        ++active_experts_;
         const Expert& expert = p_.experts[e];
         add_blocks(e, p_.intermediate_size, 1, expert.gate, &first_);
         add_blocks(e, p_.hidden_size, 2, expert.down, &second_);
@@ -143,7 +152,12 @@ class Chunk {
   void add_blocks(int64_t expert, int64_t columns, int64_t neighbours, const Matrix& weight,
                   std::vector<GemmBlock>* blocks) const {
     const int64_t begin = begin_[expert], end = begin_[expert + 1];
-    const int64_t width = block_columns(weight, std::min(kBlockRows, end - begin));
+    int64_t width = block_columns(weight, std::min(kBlockRows, end - begin));
+    if (is_streamed(weight, end - begin)) {
+      const int64_t blocks_wanted = divide_up(kStreamedBlocksPerThread * threads_, active_experts_);
+      const int64_t narrow = round_up(divide_up(columns, neighbours * blocks_wanted), kPackedColumns);
+      width = std::min(width, narrow);
+    }
     for (int64_t c = 0; c < columns; c += neighbours * width) {
       for (int64_t r = begin; r < end; r += kBlockRows) {
         blocks->push_back({static_cast<int32_t>(expert), r, std::min(kBlockRows, end - r), c,
@@ -231,7 +245,7 @@ class Chunk {
 
   const Problem& p_;
   const Layout& w_;
-  const int64_t first_token_, num_tokens_;
+  const int64_t threads_, first_token_, num_tokens_;
   void* const out_;
   uint32_t* const amax_;
 
@@ -251,9 +265,9 @@ void mixture_of_experts(const Problem& problem, int num_threads, void* workspace
   Layout layout(problem, workspace, num_threads);
   std::vector<uint32_t> amax_bits(amax ? problem.num_experts() : 0, 0);
   for (int64_t t = 0; t < problem.num_tokens; t += layout.tokens) {
-    Chunk chunk(problem, &layout, t, std::min(layout.tokens, problem.num_tokens - t), out,
+    Chunk chunk(problem, layout, t, std::min(layout.tokens, problem.num_tokens - t), out,
                 amax ? amax_bits.data() : nullptr);
-    chunk.run(num_threads);
+    chunk.run();
   }
   for (size_t e = 0; e < amax_bits.size(); ++e) amax[e] = bits_to_float(amax_bits[e]);
 }
