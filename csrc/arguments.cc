@@ -22,8 +22,10 @@ std::string shape_text(const std::vector<int64_t>& shape) {
   text << '[';
   for (size_t i = 0; i < shape.size(); ++i) {
     if (i) text << ", ";
-    if (shape[i] < 0) text << '?';
-    else text << shape[i];
+    if (shape[i] < 0)
+      text << '?';
+    else
+      text << shape[i];
   }
   text << ']';
   return text.str();
@@ -31,7 +33,8 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 
 // Names an argument, or one entry of a list: "down_weights[3]". The text is only made when an error needs it.
 struct Name {
-  Name(const char* argument, size_t index = 0, size_t size = 1) : argument(argument), index(index), size(size) {}
+  Name(const char* argument, size_t index = 0, size_t size = 1)
+      : argument(argument), index(index), size(size) {}
   const char* argument;
   size_t index, size;
 };
@@ -56,7 +59,8 @@ void expect_shape(const Name& name, const Tensor& tensor, const std::vector<int6
     same = !known(expected[i]) || !known(tensor.shape[i]) || expected[i] == tensor.shape[i];
   }
   if (!same) {
-    fail(name, " must have the shape ", meaning, " = ", shape_text(expected), ", got ", shape_text(tensor.shape));
+    fail(name, " must have the shape ", meaning, " = ", shape_text(expected), ", got ",
+         shape_text(tensor.shape));
   }
 }
 
@@ -87,7 +91,8 @@ int64_t stride(const Tensor& tensor, size_t dim) {
   return result;
 }
 
-// A dimension of size 1 has no meaningful stride, and in an array without elements none has, so any is accepted there.
+// A dimension of size 1 has no meaningful stride, and in an array without elements none has, so any is
+// accepted there.
 bool is_contiguous_from(const Tensor& tensor, size_t first_dim) {
   if (std::count(tensor.shape.begin(), tensor.shape.end(), 0) != 0) return true;
   int64_t expected = 1;
@@ -101,7 +106,8 @@ bool is_contiguous_from(const Tensor& tensor, size_t first_dim) {
 void expect_contiguous(const Name& name, const Tensor& tensor, size_t first_dim = 0) {
   if (!is_contiguous_from(tensor, first_dim)) {
     fail(name, " must be contiguous", first_dim ? " in its last dimension" : "", ", got the shape ",
-         shape_text(tensor.shape), " with the strides ", shape_text(tensor.strides), "; pass a contiguous copy");
+         shape_text(tensor.shape), " with the strides ", shape_text(tensor.strides),
+         "; pass a contiguous copy");
   }
 }
 
@@ -130,8 +136,8 @@ Layout find_layout(const Arguments& a) {
   layout.stacked_gate_up = a.gate_up_weights.size() == 1 && a.gate_up_weights[0].shape.size() == 3;
   layout.num_experts =
       layout.stacked_down ? a.down_weights[0].shape[0] : static_cast<int64_t>(a.down_weights.size());
-  if (layout.num_experts == 0) fail("down_weights must hold at least one expert, got the shape ",
-                                    shape_text(a.down_weights[0].shape));
+  if (layout.num_experts == 0)
+    fail("down_weights must hold at least one expert, got the shape ", shape_text(a.down_weights[0].shape));
   if (layout.stacked_gate_up) {
     const int64_t gate_up_experts = a.gate_up_weights[0].shape[0];
     unify(&layout.num_experts, gate_up_experts);
@@ -141,12 +147,14 @@ Layout find_layout(const Arguments& a) {
     }
   } else {
     const int64_t count = static_cast<int64_t>(a.gate_up_weights.size());
-    if (!known(layout.num_experts)) fail("down_weights must have a known number of experts when gate_up_weights is a list");
+    if (!known(layout.num_experts))
+      fail("down_weights must have a known number of experts when gate_up_weights is a list");
     layout.separate = count == 2 * layout.num_experts;
     if (!layout.separate && count != layout.num_experts) {
-      fail("gate_up_weights must hold one tensor per expert (", layout.num_experts, ", gate and up side by side), two (",
-           2 * layout.num_experts, ", all gates, then all ups), or one stacked tensor; down_weights holds ",
-           layout.num_experts, " experts, got ", count, " tensors");
+      fail("gate_up_weights must hold one tensor per expert (", layout.num_experts,
+           ", gate and up side by side), two (", 2 * layout.num_experts,
+           ", all gates, then all ups), or one stacked tensor; down_weights holds ", layout.num_experts,
+           " experts, got ", count, " tensors");
     }
   }
   return layout;
@@ -164,14 +172,15 @@ void check_weights(const char* name, const std::vector<Tensor>& weights, bool pe
   }
 }
 
-void check_bias(const char* name, const std::vector<Tensor>& bias, DType dtype, int64_t num_experts, int64_t size,
-                bool allow_separate, const char* meaning) {
+void check_bias(const char* name, const std::vector<Tensor>& bias, DType dtype, int64_t num_experts,
+                int64_t size, bool allow_separate, const char* meaning) {
   if (bias.empty()) return;
   const bool stacked = bias.size() == 1 && bias[0].shape.size() == 2;
   const int64_t count = static_cast<int64_t>(bias.size());
   const bool separate = allow_separate && !stacked && count == 2 * num_experts;
   if (!stacked && !separate && count != num_experts) {
-    fail(name, " must hold one tensor per expert (", num_experts, ") or one stacked tensor, got ", count, " tensors");
+    fail(name, " must hold one tensor per expert (", num_experts, ") or one stacked tensor, got ", count,
+         " tensors");
   }
   std::vector<int64_t> expected{separate && known(size) ? size / 2 : size};
   if (stacked) expected.insert(expected.begin(), num_experts);
@@ -185,7 +194,8 @@ void check_bias(const char* name, const std::vector<Tensor>& bias, DType dtype, 
 }
 
 // Expert e's bias; part 1 of 2 is the up half of a fused or separate gate_up bias.
-const void* bias_of(const std::vector<Tensor>& bias, int64_t e, int64_t num_experts, int64_t part, int64_t half) {
+const void* bias_of(const std::vector<Tensor>& bias, int64_t e, int64_t num_experts, int64_t part,
+                    int64_t half) {
   if (bias.empty()) return nullptr;
   if (bias.size() == 1 && bias[0].shape.size() == 2) {
     return offset(bias[0].data, bias[0].dtype, e * stride(bias[0], 0) + part * half);
@@ -198,34 +208,49 @@ const void* bias_of(const std::vector<Tensor>& bias, int64_t e, int64_t num_expe
 
 const char* dtype_name(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return "float32";
-    case DType::kBFloat16: return "bfloat16";
-    case DType::kFloat16: return "float16";
-    case DType::kInt32: return "int32";
-    case DType::kInt64: return "int64";
-    case DType::kFloat64: return "float64";
-    case DType::kInt16: return "int16";
-    case DType::kInt8: return "int8";
-    case DType::kUInt8: return "uint8";
-    case DType::kBool: return "bool";
-    default: return "an unsupported dtype";
+    case DType::kFloat32:
+      return "float32";
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kInt32:
+      return "int32";
+    case DType::kInt64:
+      return "int64";
+    case DType::kFloat64:
+      return "float64";
+    case DType::kInt16:
+      return "int16";
+    case DType::kInt8:
+      return "int8";
+    case DType::kUInt8:
+      return "uint8";
+    case DType::kBool:
+      return "bool";
+    default:
+      return "an unsupported dtype";
   }
 }
 
 size_t dtype_size(DType dtype) {
   switch (dtype) {
-    case DType::kInt64: return 8;
+    case DType::kInt64:
+      return 8;
     case DType::kBFloat16:
-    case DType::kFloat16: return 2;
-    default: return 4;
+    case DType::kFloat16:
+      return 2;
+    default:
+      return 4;
   }
 }
 
 ActivationSpec parse_activation(const std::string& text) {
   static const std::pair<const char*, Activation> names[] = {
-      {"silu", Activation::kSilu},         {"gelu", Activation::kGelu},   {"gelu_tanh", Activation::kGeluTanh},
-      {"relu", Activation::kRelu},         {"relu2", Activation::kRelu2}, {"selu", Activation::kSelu},
-      {"identity", Activation::kIdentity}, {"swigluoai", Activation::kSwigluOai}};
+      {"silu", Activation::kSilu},          {"gelu", Activation::kGelu},
+      {"gelu_tanh", Activation::kGeluTanh}, {"relu", Activation::kRelu},
+      {"relu2", Activation::kRelu2},        {"selu", Activation::kSelu},
+      {"identity", Activation::kIdentity},  {"swigluoai", Activation::kSwigluOai}};
   ActivationSpec spec;
   for (const auto& [name, kind] : names) {
     if (text == name) {
@@ -242,8 +267,10 @@ ActivationSpec parse_activation(const std::string& text) {
     spec.kind = Activation::kSwigluOai;
     return spec;
   }
-  fail("activation must be one of silu, gelu, gelu_tanh, relu, relu2, selu, identity, swigluoai, "
-       "swigluoai(alpha, limit), got '", text, "'");
+  fail(
+      "activation must be one of silu, gelu, gelu_tanh, relu, relu2, selu, identity, swigluoai, "
+      "swigluoai(alpha, limit), got '",
+      text, "'");
 }
 
 Problem resolve(const Arguments& a) {
@@ -263,8 +290,9 @@ Problem resolve(const Arguments& a) {
   unify(&p.num_tokens, a.router_weights.shape[0]);
   p.top_k = a.routing_table.shape[1];
   unify(&p.top_k, a.router_weights.shape[1]);
-  if (p.top_k == 0) fail("routing_table must have at least one column (K >= 1), got the shape ",
-                         shape_text(a.routing_table.shape));
+  if (p.top_k == 0)
+    fail("routing_table must have at least one column (K >= 1), got the shape ",
+         shape_text(a.routing_table.shape));
   expect_shape("routing_table", a.routing_table, {p.num_tokens, p.top_k}, "[T, K]");
   expect_shape("router_weights", a.router_weights, {p.num_tokens, p.top_k}, "[T, K]");
 
@@ -281,22 +309,22 @@ Problem resolve(const Arguments& a) {
   p.intermediate_size = down_shape[down_shape.size() - (t ? 1 : 2)];
   p.hidden_size = a.hidden_states.shape[1];
   unify(&p.hidden_size, down_shape[down_shape.size() - (t ? 2 : 1)]);
-  if (p.hidden_size == 0) fail("hidden_states must have at least one column (H >= 1), got the shape ",
-                               shape_text(a.hidden_states.shape));
-  if (p.intermediate_size == 0) fail("down_weights must have an intermediate dimension I >= 1, got the shape ",
-                                     shape_text(down_shape));
+  if (p.hidden_size == 0)
+    fail("hidden_states must have at least one column (H >= 1), got the shape ",
+         shape_text(a.hidden_states.shape));
+  if (p.intermediate_size == 0)
+    fail("down_weights must have an intermediate dimension I >= 1, got the shape ", shape_text(down_shape));
   const int64_t inter = p.intermediate_size;
   const int64_t columns = layout.separate || !known(inter) ? inter : 2 * inter;
-  const char* gate_up_meaning =
-      layout.stacked_gate_up ? (t ? "[E_l, 2I, H]" : "[E_l, H, 2I]")
-      : layout.separate      ? (t ? "[I, H]" : "[H, I]")
-                             : (t ? "[2I, H]" : "[H, 2I]");
+  const char* gate_up_meaning = layout.stacked_gate_up ? (t ? "[E_l, 2I, H]" : "[E_l, H, 2I]")
+                                : layout.separate      ? (t ? "[I, H]" : "[H, I]")
+                                                       : (t ? "[2I, H]" : "[H, 2I]");
   const char* down_meaning =
       layout.stacked_down ? (t ? "[E_l, H, I]" : "[E_l, I, H]") : (t ? "[H, I]" : "[I, H]");
-  check_weights("gate_up_weights", a.gate_up_weights, t, p.dtype, num_experts, layout.stacked_gate_up, p.hidden_size,
-                columns, gate_up_meaning);
-  check_weights("down_weights", a.down_weights, t, p.dtype, num_experts, layout.stacked_down, inter, p.hidden_size,
-                down_meaning);
+  check_weights("gate_up_weights", a.gate_up_weights, t, p.dtype, num_experts, layout.stacked_gate_up,
+                p.hidden_size, columns, gate_up_meaning);
+  check_weights("down_weights", a.down_weights, t, p.dtype, num_experts, layout.stacked_down, inter,
+                p.hidden_size, down_meaning);
   check_bias("gate_up_bias", a.gate_up_bias, p.dtype, num_experts, known(inter) ? 2 * inter : -1, true,
              a.gate_up_bias.size() == 1 && a.gate_up_bias[0].shape.size() == 2 ? "[E_l, 2I]" : "[2I]");
   check_bias("down_bias", a.down_bias, p.dtype, num_experts, p.hidden_size, false,
@@ -306,11 +334,13 @@ Problem resolve(const Arguments& a) {
   }
 
   const int64_t most = std::numeric_limits<int64_t>::max() - std::max<int64_t>(num_experts, 0);
-  if (a.experts_min < 0 || a.experts_min > most) fail("experts_min must be between 0 and ", most, ", got ", a.experts_min);
-  if (a.experts_max != kLastExpertPassed && known(num_experts) && a.experts_max != a.experts_min + num_experts - 1) {
+  if (a.experts_min < 0 || a.experts_min > most)
+    fail("experts_min must be between 0 and ", most, ", got ", a.experts_min);
+  if (a.experts_max != kLastExpertPassed && known(num_experts) &&
+      a.experts_max != a.experts_min + num_experts - 1) {
     fail("experts_max must be experts_min + ", num_experts, " - 1 = ", a.experts_min + num_experts - 1,
-         " (the range is inclusive and ", num_experts, " experts were passed), got experts_min=", a.experts_min,
-         ", experts_max=", a.experts_max);
+         " (the range is inclusive and ", num_experts,
+         " experts were passed), got experts_min=", a.experts_min, ", experts_max=", a.experts_max);
   }
   if (a.chunk_size < 0) fail("chunk_size must be at least 0 (0: chosen), got ", a.chunk_size);
   p.first_expert = a.experts_min;
@@ -373,7 +403,8 @@ GateProblem resolve_gate(const Tensor& hidden_states, const Tensor& gate_weight)
   p.num_experts = gate_weight.shape[1];
   expect_shape("gate_weight", gate_weight, {p.hidden_size, -1}, "[H, E]");
   if (p.hidden_size == 0 || p.num_experts == 0) {
-    fail("gate_weight must have at least one row and one column, got the shape ", shape_text(gate_weight.shape));
+    fail("gate_weight must have at least one row and one column, got the shape ",
+         shape_text(gate_weight.shape));
   }
   if (gate_weight.data == nullptr) return p;
   expect_contiguous("hidden_states", hidden_states, 1);
@@ -391,19 +422,27 @@ RouteProblem resolve_route(const Tensor& logits, const Tensor& correction_bias, 
   p.num_tokens = logits.shape[0];
   p.num_experts = logits.shape[1];
   const int64_t num_experts = p.num_experts;
-  if (num_experts == 0) fail("logits must have at least one column (E >= 1), got the shape ", shape_text(logits.shape));
+  if (num_experts == 0)
+    fail("logits must have at least one column (E >= 1), got the shape ", shape_text(logits.shape));
   if (!correction_bias.shape.empty()) {
     expect_shape("correction_bias", correction_bias, {num_experts}, "[E]");
     expect_dtype("correction_bias", correction_bias, DType::kFloat32);
     expect_contiguous("correction_bias", correction_bias);
   }
-  if (o.scoring == "softmax") p.scoring = Scoring::kSoftmax;
-  else if (o.scoring == "sigmoid") p.scoring = Scoring::kSigmoid;
-  else if (o.scoring == "softmax_topk") p.scoring = Scoring::kSoftmaxTopK;
-  else fail("scoring must be one of softmax, sigmoid, softmax_topk, got '", o.scoring, "'");
-  if (o.group_score == "max") p.group_score = GroupScore::kMax;
-  else if (o.group_score == "top2_sum") p.group_score = GroupScore::kTop2Sum;
-  else fail("group_score must be one of max, top2_sum, got '", o.group_score, "'");
+  if (o.scoring == "softmax")
+    p.scoring = Scoring::kSoftmax;
+  else if (o.scoring == "sigmoid")
+    p.scoring = Scoring::kSigmoid;
+  else if (o.scoring == "softmax_topk")
+    p.scoring = Scoring::kSoftmaxTopK;
+  else
+    fail("scoring must be one of softmax, sigmoid, softmax_topk, got '", o.scoring, "'");
+  if (o.group_score == "max")
+    p.group_score = GroupScore::kMax;
+  else if (o.group_score == "top2_sum")
+    p.group_score = GroupScore::kTop2Sum;
+  else
+    fail("group_score must be one of max, top2_sum, got '", o.group_score, "'");
 
   if (o.num_groups < 1) fail("num_groups must be at least 1, got ", o.num_groups);
   if (known(num_experts) && num_experts % o.num_groups != 0) {

@@ -14,8 +14,17 @@ namespace paddle_moe {
 
 enum class DType {
   kUnknown,
-  kFloat32, kBFloat16, kFloat16, kInt32, kInt64,     // these the operators compute with
-  kFloat64, kInt16, kInt8, kUInt8, kBool, kOther,    // these only have names, for error messages
+  kFloat32,
+  kBFloat16,
+  kFloat16,
+  kInt32,
+  kInt64,  // these the operators compute with
+  kFloat64,
+  kInt16,
+  kInt8,
+  kUInt8,
+  kBool,
+  kOther,  // these only have names, for error messages
 };
 
 const char* dtype_name(DType dtype);
@@ -36,14 +45,15 @@ constexpr int64_t kLastExpertPassed = std::numeric_limits<int64_t>::min();
 
 // What the caller passed, by the names the caller used. Shapes are those of the public Python function.
 struct Arguments {
-  Tensor hidden_states;                 // [T, H] fp32 | bf16 | fp16
-  Tensor routing_table;                 // [T, K] int32 | int64, global expert ids
-  Tensor router_weights;                // [T, K] fp32 or the dtype of hidden_states
-  std::vector<Tensor> gate_up_weights;  // E_l x [H, 2I], or 2*E_l x [H, I] (gates, then ups), or one [E_l, H, 2I]
-  std::vector<Tensor> down_weights;     // E_l x [I, H], or one [E_l, I, H]
-  std::vector<Tensor> gate_up_bias;     // empty, or E_l x [2I], or 2*E_l x [I], or one [E_l, 2I]
-  std::vector<Tensor> down_bias;        // empty, or E_l x [H], or one [E_l, H]
-  bool permuted_weights = false;        // every matrix is stored transposed: [2I, H] and [H, I]
+  Tensor hidden_states;   // [T, H] fp32 | bf16 | fp16
+  Tensor routing_table;   // [T, K] int32 | int64, global expert ids
+  Tensor router_weights;  // [T, K] fp32 or the dtype of hidden_states
+  std::vector<Tensor>
+      gate_up_weights;  // E_l x [H, 2I], or 2*E_l x [H, I] (gates, then ups), or one [E_l, H, 2I]
+  std::vector<Tensor> down_weights;  // E_l x [I, H], or one [E_l, I, H]
+  std::vector<Tensor> gate_up_bias;  // empty, or E_l x [2I], or 2*E_l x [I], or one [E_l, 2I]
+  std::vector<Tensor> down_bias;     // empty, or E_l x [H], or one [E_l, H]
+  bool permuted_weights = false;     // every matrix is stored transposed: [2I, H] and [H, I]
   std::string activation = "silu";
   int64_t experts_min = 0;
   int64_t experts_max = kLastExpertPassed;  // inclusive
@@ -61,8 +71,9 @@ struct ActivationSpec {
 // Parses "silu", ..., "swigluoai", "swigluoai(alpha, limit)". Throws std::invalid_argument.
 ActivationSpec parse_activation(const std::string& text);
 
-// Element (i, o) of a weight that maps `in` features to `out` features lies at data[i * in_stride + o * out_stride].
-// Every layout the operator accepts is a pair of strides, so no back end needs to know which one it was.
+// Element (i, o) of a weight that maps `in` features to `out` features lies at data[i * in_stride + o *
+// out_stride]. Every layout the operator accepts is a pair of strides, so no back end needs to know which one
+// it was.
 struct Matrix {
   const void* data = nullptr;
   int64_t in_stride = 0;
@@ -70,11 +81,11 @@ struct Matrix {
 };
 
 struct Expert {
-  Matrix gate, up;                   // [H, I]
-  Matrix down;                       // [I, H]
-  const void* gate_bias = nullptr;   // [I] or null
-  const void* up_bias = nullptr;     // [I] or null
-  const void* down_bias = nullptr;   // [H] or null
+  Matrix gate, up;                  // [H, I]
+  Matrix down;                      // [I, H]
+  const void* gate_bias = nullptr;  // [I] or null
+  const void* up_bias = nullptr;    // [I] or null
+  const void* down_bias = nullptr;  // [H] or null
 };
 
 // A checked call. Sizes are -1 where an Arguments size was not known yet.
@@ -87,14 +98,14 @@ struct Problem {
   DType dtype = DType::kUnknown;  // of hidden_states, the weights and the output
 
   const void* hidden_states = nullptr;
-  int64_t hidden_states_stride = 0;  // elements from one token to the next
-  const void* routing_table = nullptr;   // contiguous [T, K]
+  int64_t hidden_states_stride = 0;     // elements from one token to the next
+  const void* routing_table = nullptr;  // contiguous [T, K]
   DType routing_table_dtype = DType::kUnknown;
   const void* router_weights = nullptr;  // contiguous [T, K]
   DType router_weights_dtype = DType::kUnknown;
 
-  std::vector<Expert> experts;           // E_l of them
-  DType bias_dtype = DType::kUnknown;    // dtype or fp32
+  std::vector<Expert> experts;         // E_l of them
+  DType bias_dtype = DType::kUnknown;  // dtype or fp32
   ActivationSpec activation;
   int64_t chunk_size = 0;
 
@@ -154,13 +165,14 @@ RouteProblem resolve_route(const Tensor& logits, const Tensor& correction_bias, 
 
 namespace cpu {
 
-// Threads to use by default: set_num_threads(); else PADDLE_MOE_NUM_THREADS; else OMP_NUM_THREADS where it is above 1
-// (importing Paddle writes the value 1 there, so a 1 says nothing about what the user wants); else this process's cores,
-// divided among the ranks that paddle.distributed.launch started on this machine.
+// Threads to use by default: set_num_threads(); else PADDLE_MOE_NUM_THREADS; else OMP_NUM_THREADS where it is
+// above 1 (importing Paddle writes the value 1 there, so a 1 says nothing about what the user wants); else
+// this process's cores, divided among the ranks that paddle.distributed.launch started on this machine.
 int num_threads();
 void set_num_threads(int num_threads);  // 0: the default again
 
-// Bytes of scratch that the call with the same arguments needs; 64-byte aligned, its contents mean nothing before or after.
+// Bytes of scratch that the call with the same arguments needs; 64-byte aligned, its contents mean nothing
+// before or after.
 size_t workspace_size(const Problem& problem, int num_threads);
 
 // out: [T, H] of problem.dtype, contiguous. amax: [E_l] fp32, or null when it is not wanted.
@@ -173,8 +185,9 @@ void gate(const GateProblem& problem, int num_threads, void* workspace, float* l
 // routing_table: int32 [T, K]; router_weights: fp32 [T, K].
 void route(const RouteProblem& problem, int num_threads, int32_t* routing_table, float* router_weights);
 
-// The limits of the machine, for benchmarks: fp32 operations per second of a loop of multiply-adds with the instruction
-// set in use, and bytes per second of reading `bytes` at `data` as `streams` parallel streams per thread.
+// The limits of the machine, for benchmarks: fp32 operations per second of a loop of multiply-adds with the
+// instruction set in use, and bytes per second of reading `bytes` at `data` as `streams` parallel streams per
+// thread.
 double measure_flops(int num_threads);
 double measure_read(const void* data, size_t bytes, int streams, int num_threads);
 

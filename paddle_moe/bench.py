@@ -1,11 +1,12 @@
-"""`python -m paddle_moe bench`: the operator beside what a user would run instead, and beside the machine's limits.
+"""`python -m paddle_moe bench`: the operator beside what a user would run instead, and the machine's limits.
 
-Machines are shared and their speed drifts, so only ratios taken in the same round mean anything. Each round measures the
-limits (a loop of multiply-adds, a loop of reads) and then every variant once with cold and once with warm weights; the
-tables show medians over the rounds with their spread. Inputs are random. A variant whose result is wrong is not timed.
+Machines are shared and their speed drifts, so only ratios taken in the same round mean anything. Each round
+measures the limits (a loop of multiply-adds, a loop of reads) and then every variant, with cold weights and
+with warm ones; the tables show medians over the rounds with their spread. Inputs are random. A variant whose
+result is wrong is not timed.
 
-The floor of a call is max(FLOPs / FLOP limit, bytes of the active experts' weights / read limit). The FLOP limit is that of
-fp32, so a processor that multiplies bf16 pairs directly can be below it.
+The floor of a call is max(FLOPs / FLOP limit, bytes of the active experts' weights / read limit). The FLOP
+limit is that of fp32, so a processor that multiplies bf16 pairs directly can be below it.
 """
 
 from __future__ import annotations
@@ -192,7 +193,10 @@ def _relative_error(result: object, case: Case, inputs: Inputs, weights: Weights
     table = inputs.table[:n]
     used = np.unique(table)
     expected = reference.mixture_of_experts(
-        inputs.hidden[:n], np.searchsorted(used, table), inputs.weights[:n], *(list(w[used]) for w in weights.fp32)
+        inputs.hidden[:n],
+        np.searchsorted(used, table),
+        inputs.weights[:n],
+        *(list(w[used]) for w in weights.fp32),
     )
     return float(np.linalg.norm(_as_float(result)[:n] - expected) / np.linalg.norm(expected))
 
@@ -282,8 +286,9 @@ def _run_case(case: Case, weights: Weights, names: list[str], rounds: int, limit
 def _print_case(result: dict) -> None:
     limits = result["limits"]
     title = (
-        f"E={result['num_experts']} K={result['top_k']} H={result['hidden_size']} I={result['intermediate_size']} "
-        f"T={result['num_tokens']} {result['dtype']}: {result['active_experts']} experts active; limits "
+        f"E={result['num_experts']} K={result['top_k']} H={result['hidden_size']} "
+        f"I={result['intermediate_size']} T={result['num_tokens']} {result['dtype']}: "
+        f"{result['active_experts']} experts active; limits "
         f"{limits['fp32_flops_per_second']['median'] / 1e9:.0f} GFLOP/s, "
         f"{limits['read_bytes_per_second']['median'] / 1e9:.1f} GB/s"
     )
@@ -328,7 +333,9 @@ def _save_picture(results: list[dict], path: Path) -> None:
     for result in results:
         key = tuple(result[k] for k in ("num_experts", "top_k", "hidden_size", "intermediate_size", "dtype"))
         groups.setdefault(key, []).append(result)
-    figure, axes = pyplot.subplots(1, len(groups), figsize=(5.2 * len(groups), 4.2), squeeze=False, sharey=True)
+    figure, axes = pyplot.subplots(
+        1, len(groups), figsize=(5.2 * len(groups), 4.2), squeeze=False, sharey=True
+    )
     for axis, (key, members) in zip(axes[0], groups.items()):
         for name in dict.fromkeys(name for member in members for name in member["variants"]):
             shown = [m for m in members if name in m["variants"]]
@@ -336,7 +343,11 @@ def _save_picture(results: list[dict], path: Path) -> None:
             tokens = [m["num_tokens"] for m in shown]
             (line,) = axis.plot(tokens, [s["median"] for s in spread], marker="o", label=name)
             axis.fill_between(
-                tokens, [s["min"] for s in spread], [s["max"] for s in spread], color=line.get_color(), alpha=0.15
+                tokens,
+                [s["min"] for s in spread],
+                [s["max"] for s in spread],
+                color=line.get_color(),
+                alpha=0.15,
             )
         axis.axhline(1, color="black", linewidth=1, linestyle="--", label="limit of the machine")
         axis.set(xscale="log", yscale="log", xlabel="tokens", title="E={} K={} H={} I={} {}".format(*key))
@@ -351,11 +362,15 @@ def _save_picture(results: list[dict], path: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the benchmark to its subcommand."""
-    parser.add_argument("--shapes", default=DEFAULT_SHAPES, help="ExKxHxI, comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--shapes", default=DEFAULT_SHAPES, help="ExKxHxI, comma-separated (default: %(default)s)"
+    )
     parser.add_argument("--tokens", default="1,8,64,512", help="comma-separated (default: %(default)s)")
     parser.add_argument("--dtypes", default="float32", help="float32,bfloat16 (default: %(default)s)")
     parser.add_argument(
-        "--variants", default=",".join(VARIANTS), help="comma-separated, quoted (default: all that are installed)"
+        "--variants",
+        default=",".join(VARIANTS),
+        help="comma-separated, quoted (default: all that are installed)",
     )
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="0: the default of the operator")
@@ -374,8 +389,8 @@ def main(arguments: argparse.Namespace) -> int:
         shapes, tokens = [], []
     if unknown or not tokens or arguments.rounds < 1 or any(len(s) != 4 or min(s) < 1 for s in shapes):
         print(
-            f"paddle_moe bench: --shapes must be like {DEFAULT_SHAPES}, --tokens like 1,8, --rounds at least 1, --dtypes "
-            f"from {', '.join(TOLERANCE)}, --variants from {', '.join(VARIANTS)}"
+            f"paddle_moe bench: --shapes must be like {DEFAULT_SHAPES}, --tokens like 1,8, --rounds at least "
+            f"1, --dtypes from {', '.join(TOLERANCE)}, --variants from {', '.join(VARIANTS)}"
             + (f"; got {', '.join(unknown)}" if unknown else ""),
             file=sys.stderr,
         )
@@ -402,9 +417,13 @@ def main(arguments: argparse.Namespace) -> int:
         "threads": core.num_threads(),
         "isa": core.isa_name(),
         "python": platform.python_version(),
-        "environment": {k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "PADDLE_MOE_ISA")},
+        "environment": {
+            k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "PADDLE_MOE_ISA")
+        },
         "versions": {
-            name: sys.modules[name].__version__ for name in ("numpy", "paddle", "torch") if name in sys.modules
+            name: sys.modules[name].__version__
+            for name in ("numpy", "paddle", "torch")
+            if name in sys.modules
         },
         "results": results,
     }

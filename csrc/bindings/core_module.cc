@@ -65,16 +65,20 @@ DType dtype_of(dlpack::DataType type) {
              : bits == 16 ? DType::kFloat16
              : bits == 64 ? DType::kFloat64
                           : DType::kOther;
-    case dlpack::kBfloat: return bits == 16 ? DType::kBFloat16 : DType::kOther;
+    case dlpack::kBfloat:
+      return bits == 16 ? DType::kBFloat16 : DType::kOther;
     case dlpack::kInt:
       return bits == 32   ? DType::kInt32
              : bits == 64 ? DType::kInt64
              : bits == 16 ? DType::kInt16
              : bits == 8  ? DType::kInt8
                           : DType::kOther;
-    case dlpack::kUInt: return bits == 8 ? DType::kUInt8 : DType::kOther;
-    case dlpack::kBool: return DType::kBool;
-    default: return DType::kOther;
+    case dlpack::kUInt:
+      return bits == 8 ? DType::kUInt8 : DType::kOther;
+    case dlpack::kBool:
+      return DType::kBool;
+    default:
+      return DType::kOther;
   }
 }
 
@@ -83,12 +87,18 @@ DType dtype_of(const py::dtype& type) {
   const auto size = static_cast<uint8_t>(8 * type.itemsize());
   if (type.byteorder() == '>') return DType::kOther;
   switch (type.kind()) {
-    case 'f': return dtype_of(dlpack::DataType{dlpack::kFloat, size, 1});
-    case 'i': return dtype_of(dlpack::DataType{dlpack::kInt, size, 1});
-    case 'u': return size == 16 ? DType::kBFloat16 : dtype_of(dlpack::DataType{dlpack::kUInt, size, 1});
-    case 'b': return DType::kBool;
-    case 'V': return type.attr("name").cast<std::string>() == "bfloat16" ? DType::kBFloat16 : DType::kOther;
-    default: return DType::kOther;
+    case 'f':
+      return dtype_of(dlpack::DataType{dlpack::kFloat, size, 1});
+    case 'i':
+      return dtype_of(dlpack::DataType{dlpack::kInt, size, 1});
+    case 'u':
+      return size == 16 ? DType::kBFloat16 : dtype_of(dlpack::DataType{dlpack::kUInt, size, 1});
+    case 'b':
+      return DType::kBool;
+    case 'V':
+      return type.attr("name").cast<std::string>() == "bfloat16" ? DType::kBFloat16 : DType::kOther;
+    default:
+      return DType::kOther;
   }
 }
 

@@ -21,18 +21,30 @@ using OptionalTensors = paddle::optional<PaddleTensors>;
 
 DType dtype_of(paddle::DataType dtype) {
   switch (dtype) {
-    case paddle::DataType::UNDEFINED: return DType::kUnknown;
-    case paddle::DataType::FLOAT32: return DType::kFloat32;
-    case paddle::DataType::BFLOAT16: return DType::kBFloat16;
-    case paddle::DataType::FLOAT16: return DType::kFloat16;
-    case paddle::DataType::INT32: return DType::kInt32;
-    case paddle::DataType::INT64: return DType::kInt64;
-    case paddle::DataType::FLOAT64: return DType::kFloat64;
-    case paddle::DataType::INT16: return DType::kInt16;
-    case paddle::DataType::INT8: return DType::kInt8;
-    case paddle::DataType::UINT8: return DType::kUInt8;
-    case paddle::DataType::BOOL: return DType::kBool;
-    default: return DType::kOther;
+    case paddle::DataType::UNDEFINED:
+      return DType::kUnknown;
+    case paddle::DataType::FLOAT32:
+      return DType::kFloat32;
+    case paddle::DataType::BFLOAT16:
+      return DType::kBFloat16;
+    case paddle::DataType::FLOAT16:
+      return DType::kFloat16;
+    case paddle::DataType::INT32:
+      return DType::kInt32;
+    case paddle::DataType::INT64:
+      return DType::kInt64;
+    case paddle::DataType::FLOAT64:
+      return DType::kFloat64;
+    case paddle::DataType::INT16:
+      return DType::kInt16;
+    case paddle::DataType::INT8:
+      return DType::kInt8;
+    case paddle::DataType::UINT8:
+      return DType::kUInt8;
+    case paddle::DataType::BOOL:
+      return DType::kBool;
+    default:
+      return DType::kOther;
   }
 }
 

@@ -32,8 +32,8 @@ struct GateLayout {
   size_t bytes;
 };
 
-void gate_block(const GateProblem& p, const GateLayout& layout, const GateScratch& scratch, int64_t first_token,
-                int64_t num_tokens, float* logits) {
+void gate_block(const GateProblem& p, const GateLayout& layout, const GateScratch& scratch,
+                int64_t first_token, int64_t num_tokens, float* logits) {
   for (int64_t i = 0; i < num_tokens; ++i) {
     kernels().copy_row(advance(p.hidden_states, (first_token + i) * p.hidden_states_stride, p.dtype), p.dtype,
                        p.hidden_size, Operand::kFloat32, scratch.rows + i * layout.row_stride * kUnitBytes);
@@ -43,9 +43,18 @@ void gate_block(const GateProblem& p, const GateLayout& layout, const GateScratc
     const int64_t columns = std::min(2 * width, p.num_experts - column);
     const int64_t first = std::min(width, columns);
     const Matrix weight = from_column(p.weight, column, p.weight_dtype);
-    kernels().gemm({scratch.rows, layout.row_stride, num_tokens, p.hidden_size, Operand::kFloat32, p.weight_dtype,
-                    {weight, from_column(weight, first, p.weight_dtype)}, {first, columns - first}, width,
-                    scratch.thread.result, 2 * width, scratch.thread.gemm});
+    kernels().gemm({scratch.rows,
+                    layout.row_stride,
+                    num_tokens,
+                    p.hidden_size,
+                    Operand::kFloat32,
+                    p.weight_dtype,
+                    {weight, from_column(weight, first, p.weight_dtype)},
+                    {first, columns - first},
+                    width,
+                    scratch.thread.result,
+                    2 * width,
+                    scratch.thread.gemm});
     for (int64_t i = 0; i < num_tokens; ++i) {
       std::memcpy(logits + (first_token + i) * p.num_experts + column, scratch.thread.result + i * 2 * width,
                   columns * sizeof(float));
@@ -68,8 +77,8 @@ void gate(const GateProblem& problem, int num_threads, void* workspace, float* l
   parallel(static_cast<int>(std::min<int64_t>(num_threads, num_tasks)), [&](int thread) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
       const int64_t token = i * tokens_per_task;
-      gate_block(problem, layout, layout.scratch[thread], token, std::min(tokens_per_task, problem.num_tokens - token),
-                 logits);
+      gate_block(problem, layout, layout.scratch[thread], token,
+                 std::min(tokens_per_task, problem.num_tokens - token), logits);
     }
   });
 }

@@ -16,9 +16,11 @@ std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512dq");
   if (has_avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kKernels);
   if (has_avx512) found.push_back(&avx512::kKernels);
   if (has_avx2) found.push_back(&avx2::kKernels);
@@ -36,8 +38,8 @@ const Kernels& choose() {
     if (std::strcmp(k->name, wanted) == 0) return *k;
     names += (names.empty() ? "" : ", ") + std::string(k->name);
   }
-  throw std::runtime_error("PADDLE_MOE_ISA must be one of the instruction sets of this processor (" + names + "), got '" +
-                              wanted + "'");
+  throw std::runtime_error("PADDLE_MOE_ISA must be one of the instruction sets of this processor (" + names +
+                           "), got '" + wanted + "'");
 }
 
 }  // namespace

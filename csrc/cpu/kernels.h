@@ -1,5 +1,5 @@
-// What one instruction set offers to the scheduler in moe.cc. The same template source, kernels.inc, is compiled once
-// per instruction set.
+// What one instruction set offers to the scheduler in moe.cc. The same template source, kernels.inc, is
+// compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -9,23 +9,25 @@
 namespace paddle_moe {
 namespace cpu {
 
-// How a GEMM reads its operands: in units of four bytes along the reduced dimension, each an fp32 value or a pair of
-// neighbouring bf16 values (only where the processor multiplies such pairs; VDPBF16PS takes subnormal bf16 values, below
-// 1.2e-38, for zero).
+// How a GEMM reads its operands: in units of four bytes along the reduced dimension, each an fp32 value or a
+// pair of neighbouring bf16 values (only where the processor multiplies such pairs; VDPBF16PS takes subnormal
+// bf16 values, below 1.2e-38, for zero).
 enum class Operand { kFloat32, kBf16Pairs };
 
 constexpr int64_t kUnitBytes = 4;
 
-// Units reduced in registers before the partial sum is added to the result. A constant of the contract, not only of
-// the cache: every result is the sum, in order, of such blocks, each summed in order, whatever the tile it was computed in.
+// Units reduced in registers before the partial sum is added to the result. A constant of the contract, not
+// only of the cache: every result is the sum, in order, of such blocks, each summed in order, whatever the
+// tile it was computed in.
 constexpr int64_t kBlockUnits = 256;
-// Rows of a GemmTask: 192 x 1 KiB of activations stay in L2 beside 128 KiB of packed weights. A multiple of all tile heights.
+// Rows of a GemmTask: 192 x 1 KiB of activations stay in L2 beside 128 KiB of packed weights. A multiple of
+// all tile heights.
 constexpr int64_t kBlockRows = 192;
-// Up to this many rows, weights that are stored row by row are multiplied as they stream by; above, or when they are
-// stored column by column, a block of them is packed first and then reused by every tile of rows.
+// Up to this many rows, weights that are stored row by row are multiplied as they stream by; above, or when
+// they are stored column by column, a block of them is packed first and then reused by every tile of rows.
 constexpr int64_t kStreamedRows = 32;
-// Columns of each of the two blocks of a GemmTask: two cache lines of bf16, four of fp32, where weights are packed; as
-// many as leave the results in L1 where they are streamed, because memory is fastest in long runs.
+// Columns of each of the two blocks of a GemmTask: two cache lines of bf16, four of fp32, where weights are
+// packed; as many as leave the results in L1 where they are streamed, because memory is fastest in long runs.
 constexpr int64_t kPackedColumns = 64;
 constexpr int64_t kStreamedResults = 4096;
 constexpr int64_t kMaxStreamedColumns = 1024;
@@ -33,7 +35,9 @@ constexpr int64_t kMaxStreamedColumns = 1024;
 constexpr int64_t kResultFloats = kBlockRows * 2 * kPackedColumns;
 constexpr int64_t kPackedBytes = kBlockUnits * 2 * kPackedColumns * kUnitBytes;
 
-inline bool is_streamed(const Matrix& weight, int64_t rows) { return weight.out_stride == 1 && rows <= kStreamedRows; }
+inline bool is_streamed(const Matrix& weight, int64_t rows) {
+  return weight.out_stride == 1 && rows <= kStreamedRows;
+}
 
 // Columns of each block of a GemmTask, a multiple of kPackedColumns; streamed blocks may be narrower.
 inline int64_t block_columns(const Matrix& weight, int64_t rows) {
@@ -43,8 +47,8 @@ inline int64_t block_columns(const Matrix& weight, int64_t rows) {
 }
 
 // result[r, c] = rows[r, :] * weight[0][:, c] for the first block of columns, and the same for weight[1] at
-// result[r, second_block + c]. The results are written in whole vectors: second_block columns of each block may be
-// overwritten.
+// result[r, second_block + c]. The results are written in whole vectors: second_block columns of each block
+// may be overwritten.
 struct GemmTask {
   const void* rows;
   int64_t row_stride;  // units
@@ -52,12 +56,13 @@ struct GemmTask {
   int64_t depth;       // elements
   Operand operand;
   DType weight_dtype;
-  Matrix weight[2];     // at their first column
-  int64_t columns[2];   // <= second_block; columns[1] <= columns[0]
-  int64_t second_block; // block_columns(weight[0], num_rows) or, where that is streamed, a smaller multiple of kPackedColumns
+  Matrix weight[2];      // at their first column
+  int64_t columns[2];    // <= second_block; columns[1] <= columns[0]
+  int64_t second_block;  // block_columns(weight[0], num_rows) or, where that is streamed, a smaller multiple
+                         // of kPackedColumns
   float* result;
   int64_t result_stride;
-  void* scratch;        // kPackedBytes
+  void* scratch;  // kPackedBytes
 };
 
 // out[r, c] = activation(gate) * up, rounded to dtype and stored as an operand of the second GEMM.
@@ -77,7 +82,8 @@ struct ActivateTask {
   uint32_t amax_bits;  // raised to the bits of max |value before rounding|; NaN is the largest
 };
 
-// out[t, :] = sum over k of weight[t, k] * (down[position[t, k], :] + bias of the expert), skipping position -1.
+// out[t, :] = sum over k of weight[t, k] * (down[position[t, k], :] + bias of the expert), skipping position
+// -1.
 struct CombineTask {
   const float* down;
   int64_t down_stride;
@@ -110,11 +116,19 @@ struct Kernels {
 const Kernels& kernels();
 
 #if defined(__x86_64__)
-namespace avx2 { extern const Kernels kKernels; }
-namespace avx512 { extern const Kernels kKernels; }
-namespace avx512_bf16 { extern const Kernels kKernels; }
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
 #endif
-namespace generic { extern const Kernels kKernels; }
+namespace generic {
+extern const Kernels kKernels;
+}
 
 }  // namespace cpu
 }  // namespace paddle_moe

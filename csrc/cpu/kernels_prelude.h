@@ -1,5 +1,6 @@
-// Everything that kernels.inc uses from outside, included before the target of the instruction set is switched on, so
-// that no inline function of a header is compiled with instructions that the processor may lack.
+// Everything that kernels.inc uses from outside, included before the target of the instruction set is
+// switched on, so that no inline function of a header is compiled with instructions that the processor may
+// lack.
 #pragma once
 
 #include <algorithm>

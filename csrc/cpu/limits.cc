@@ -33,8 +33,8 @@ double measure_flops(int num_threads) {
 double measure_read(const void* data, size_t bytes, int streams, int num_threads) {
   const int64_t count = static_cast<int64_t>(bytes / sizeof(float)) / num_threads;
   const float* floats = static_cast<const float*>(data);
-  const double elapsed =
-      seconds(num_threads, [&](int thread) { return kernels().read_loop(floats + thread * count, count, streams); });
+  const double elapsed = seconds(
+      num_threads, [&](int thread) { return kernels().read_loop(floats + thread * count, count, streams); });
   return static_cast<double>(count) * sizeof(float) * num_threads / elapsed;
 }
 

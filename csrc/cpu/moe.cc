@@ -5,8 +5,8 @@
 //   gemm 2  [rows, I] x [I, H] per expert; fp32 rows
 //   combine each token's rows, weighted, in the order of k
 //
-// All tasks of a chunk stand in one queue, stage after stage. A task waits only for what it reads: the second GEMM of
-// an expert for the first of the same expert, not for a barrier.
+// All tasks of a chunk stand in one queue, stage after stage. A task waits only for what it reads: the second
+// GEMM of an expert for the first of the same expert, not for a barrier.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -22,8 +22,8 @@ namespace paddle_moe {
 namespace cpu {
 namespace {
 
-// Where chunk_size is left to us, chunks are as large as this many bytes of rows allow: every chunk reads the weights
-// anew, so fewer are better.
+// Where chunk_size is left to us, chunks are as large as this many bytes of rows allow: every chunk reads the
+// weights anew, so fewer are better.
 constexpr int64_t kChunkBytes = int64_t{512} << 20;
 constexpr int64_t kRowsPerCopyTask = 32;
 constexpr int64_t kTokensPerCombineTask = 16;
@@ -34,9 +34,12 @@ constexpr int64_t kStreamedBlocksPerThread = 2;
 
 float load_float(const void* data, int64_t i, DType dtype) {
   switch (dtype) {
-    case DType::kBFloat16: return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
-    case DType::kFloat16: return f16_to_float(static_cast<const uint16_t*>(data)[i]);
-    default: return static_cast<const float*>(data)[i];
+    case DType::kBFloat16:
+      return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
+    case DType::kFloat16:
+      return f16_to_float(static_cast<const uint16_t*>(data)[i]);
+    default:
+      return static_cast<const float*>(data)[i];
   }
 }
 
@@ -51,7 +54,8 @@ struct Layout {
         inter_stride(operand_stride(p.intermediate_size, operand)),
         down_stride(round_up(p.hidden_size, 2 * kPackedColumns)) {
     const int64_t bytes_per_token = p.top_k * (hidden_stride + inter_stride + down_stride) * kUnitBytes;
-    const int64_t chunk = p.chunk_size > 0 ? p.chunk_size : std::max<int64_t>(64, kChunkBytes / bytes_per_token);
+    const int64_t chunk =
+        p.chunk_size > 0 ? p.chunk_size : std::max<int64_t>(64, kChunkBytes / bytes_per_token);
     tokens = std::min(chunk, std::max<int64_t>(1, p.num_tokens));
     Arena arena(workspace);
     const int64_t slots = tokens * p.top_k;
@@ -103,12 +107,14 @@ class Chunk {
     const int64_t bytes_per_expert =
         3 * p_.hidden_size * p_.intermediate_size * static_cast<int64_t>(dtype_size(p_.dtype));
     const int64_t useful = 1 + active_experts_ * bytes_per_expert / kWeightBytesPerThread;
-    parallel(static_cast<int>(std::min<int64_t>({threads_, useful, num_tasks_})), [this](int thread) { work(thread); });
+    parallel(static_cast<int>(std::min<int64_t>({threads_, useful, num_tasks_})),
+             [this](int thread) { work(thread); });
   }
 
  private:
   void sort() {
-    const int64_t num_experts = p_.num_experts(), slots = num_tokens_ * p_.top_k, base = first_token_ * p_.top_k;
+    const int64_t num_experts = p_.num_experts(), slots = num_tokens_ * p_.top_k,
+                  base = first_token_ * p_.top_k;
     begin_.assign(num_experts + 1, 0);
     for (int64_t i = 0; i < slots; ++i) {
       const int64_t id = p_.routing_table_dtype == DType::kInt64
@@ -148,7 +154,8 @@ class Chunk {
     num_tasks_ = copy_tasks_ + static_cast<int64_t>(first_.size() + second_.size()) + combine_tasks_;
   }
 
-  // The first GEMM computes the same columns of gate and up together, the second GEMM two neighbouring blocks of columns.
+  // The first GEMM computes the same columns of gate and up together, the second GEMM two neighbouring blocks
+  // of columns.
   void add_blocks(int64_t expert, int64_t columns, int64_t neighbours, const Matrix& weight,
                   std::vector<GemmBlock>* blocks) const {
     const int64_t begin = begin_[expert], end = begin_[expert + 1];
@@ -194,26 +201,38 @@ class Chunk {
     const int64_t end = std::min(num_rows_, (task + 1) * kRowsPerCopyTask);
     for (int64_t row = task * kRowsPerCopyTask; row < end; ++row) {
       const int64_t token = first_token_ + w_.slot_token[row];
-      kernels().copy_row(advance(p_.hidden_states, token * p_.hidden_states_stride, p_.dtype), p_.dtype, p_.hidden_size,
-                         w_.operand, w_.hidden_rows + row * w_.hidden_stride * kUnitBytes);
+      kernels().copy_row(advance(p_.hidden_states, token * p_.hidden_states_stride, p_.dtype), p_.dtype,
+                         p_.hidden_size, w_.operand, w_.hidden_rows + row * w_.hidden_stride * kUnitBytes);
     }
   }
 
   void first_gemm(const GemmBlock& block, const ThreadScratch& scratch) {
     const Expert& expert = p_.experts[block.expert];
     const int64_t result_stride = 2 * block.width;
-    kernels().gemm({w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes, w_.hidden_stride, block.num_rows,
-                    p_.hidden_size, w_.operand, p_.dtype,
+    kernels().gemm({w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes,
+                    w_.hidden_stride,
+                    block.num_rows,
+                    p_.hidden_size,
+                    w_.operand,
+                    p_.dtype,
                     {from_column(expert.gate, block.first_column, p_.dtype),
                      from_column(expert.up, block.first_column, p_.dtype)},
-                    {block.num_columns, block.num_columns}, block.width,
-                    scratch.result, result_stride, scratch.gemm});
+                    {block.num_columns, block.num_columns},
+                    block.width,
+                    scratch.result,
+                    result_stride,
+                    scratch.gemm});
     const int64_t out_bytes = w_.operand == Operand::kBf16Pairs ? 2 : kUnitBytes;
-    char* out = w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes + block.first_column * out_bytes;
+    char* out =
+        w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes + block.first_column * out_bytes;
     auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p_.bias_dtype) : nullptr; };
-    ActivateTask activate{scratch.result, scratch.result + block.width, result_stride, block.num_rows, block.num_columns,
-                          bias(expert.gate_bias), bias(expert.up_bias), p_.bias_dtype, p_.activation,
-                          p_.dtype, w_.operand, out, w_.inter_stride, 0};
+    ActivateTask activate{scratch.result,       scratch.result + block.width,
+                          result_stride,        block.num_rows,
+                          block.num_columns,    bias(expert.gate_bias),
+                          bias(expert.up_bias), p_.bias_dtype,
+                          p_.activation,        p_.dtype,
+                          w_.operand,           out,
+                          w_.inter_stride,      0};
     kernels().activate(&activate);
     if (amax_) raise(&amax_[block.expert], activate.amax_bits);
   }
@@ -221,25 +240,34 @@ class Chunk {
   void second_gemm(const GemmBlock& block, const ThreadScratch& scratch) {
     const int64_t first_columns = std::min(block.width, block.num_columns);
     const Matrix first = from_column(p_.experts[block.expert].down, block.first_column, p_.dtype);
-    kernels().gemm({w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes, w_.inter_stride, block.num_rows,
-                    p_.intermediate_size, w_.operand, p_.dtype,
+    kernels().gemm({w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes,
+                    w_.inter_stride,
+                    block.num_rows,
+                    p_.intermediate_size,
+                    w_.operand,
+                    p_.dtype,
                     {first, from_column(first, first_columns, p_.dtype)},
-                    {first_columns, block.num_columns - first_columns}, block.width,
-                    w_.down_rows + block.first_row * w_.down_stride + block.first_column, w_.down_stride, scratch.gemm});
+                    {first_columns, block.num_columns - first_columns},
+                    block.width,
+                    w_.down_rows + block.first_row * w_.down_stride + block.first_column,
+                    w_.down_stride,
+                    scratch.gemm});
   }
 
   void combine(int64_t task) {
     const int64_t token = task * kTokensPerCombineTask, slot = token * p_.top_k;
     char* out = static_cast<char*>(out_) +
                 (first_token_ + token) * p_.hidden_size * static_cast<int64_t>(dtype_size(p_.dtype));
-    kernels().combine({w_.down_rows, w_.down_stride, w_.position + slot, w_.local_expert + slot, w_.weight + slot,
-                       p_.experts.data(), p_.bias_dtype, p_.experts[0].down_bias != nullptr,
-                       std::min(kTokensPerCombineTask, num_tokens_ - token), p_.top_k, p_.hidden_size, p_.dtype, out});
+    kernels().combine({w_.down_rows, w_.down_stride, w_.position + slot, w_.local_expert + slot,
+                       w_.weight + slot, p_.experts.data(), p_.bias_dtype, p_.experts[0].down_bias != nullptr,
+                       std::min(kTokensPerCombineTask, num_tokens_ - token), p_.top_k, p_.hidden_size,
+                       p_.dtype, out});
   }
 
   static void raise(uint32_t* maximum, uint32_t value) {
     uint32_t seen = __atomic_load_n(maximum, __ATOMIC_RELAXED);
-    while (seen < value && !__atomic_compare_exchange_n(maximum, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    while (seen < value &&
+           !__atomic_compare_exchange_n(maximum, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
   }
 
@@ -254,12 +282,15 @@ class Chunk {
   int64_t num_rows_ = 0, active_experts_ = 0, copy_tasks_ = 0, combine_tasks_ = 0, num_tasks_ = 0;
 
   std::atomic<int64_t> next_task_{0}, copied_{0}, second_done_{0};
-  std::unique_ptr<std::atomic<int32_t>[]> first_left_;  // first GEMM blocks of each expert that are not finished
+  std::unique_ptr<std::atomic<int32_t>[]>
+      first_left_;  // first GEMM blocks of each expert that are not finished
 };
 
 }  // namespace
 
-size_t workspace_size(const Problem& problem, int num_threads) { return Layout(problem, nullptr, num_threads).bytes; }
+size_t workspace_size(const Problem& problem, int num_threads) {
+  return Layout(problem, nullptr, num_threads).bytes;
+}
 
 void mixture_of_experts(const Problem& problem, int num_threads, void* workspace, void* out, float* amax) {
   Layout layout(problem, workspace, num_threads);

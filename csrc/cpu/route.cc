@@ -1,4 +1,5 @@
-// Scores, selects and weighs the experts of each token. Scalar: a row of logits is small beside the experts' GEMMs.
+// Scores, selects and weighs the experts of each token. Scalar: a row of logits is small beside the experts'
+// GEMMs.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -37,7 +38,8 @@ class Best {
 
 class Router {
  public:
-  explicit Router(const RouteProblem& problem) : p_(problem), scores_(problem.num_experts), keys_(problem.num_experts) {}
+  explicit Router(const RouteProblem& problem)
+      : p_(problem), scores_(problem.num_experts), keys_(problem.num_experts) {}
 
   void route(const float* logits, int32_t* ids, float* weights) {
     if (!score(logits) || !select(logits, ids) || !weigh(ids, weights)) {
@@ -67,7 +69,8 @@ class Router {
   }
 
   bool select(const float* logits, int32_t* ids) {
-    // Softmax and sigmoid keep the order of the logits; ranking the logits themselves avoids ties made by rounding.
+    // Softmax and sigmoid keep the order of the logits; ranking the logits themselves avoids ties made by
+    // rounding.
     const bool plain = p_.correction_bias == nullptr && p_.num_groups == 1;
     bool valid = true;
     for (int64_t e = 0; e < p_.num_experts; ++e) {

@@ -3,7 +3,7 @@
 
 struct Simd {
   static constexpr int kLanes = 8;
-  static constexpr int kMaxRows = 6;        // 6 x 2 accumulators + 2 weights + 1 activation = 15 of 16 registers
+  static constexpr int kMaxRows = 6;  // 6 x 2 accumulators + 2 weights + 1 activation = 15 of 16 registers
   static constexpr int kAccumulators = 12;
   static constexpr bool kBf16Dot = false;
   typedef float V __attribute__((vector_size(32)));
@@ -23,7 +23,8 @@ struct Simd {
   }
   static void store_low_halves(uint16_t* p, VI v) {
     const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
   }
   static void store_f16(uint16_t* p, V v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));

@@ -3,9 +3,9 @@
 
 struct Simd {
   static constexpr int kLanes = 4;
-  static constexpr int kMaxRows = 6;          // rows of a register tile
-  static constexpr int kAccumulators = 12;    // registers that hold one
-  static constexpr bool kBf16Dot = false;     // multiplies bf16 pairs directly
+  static constexpr int kMaxRows = 6;        // rows of a register tile
+  static constexpr int kAccumulators = 12;  // registers that hold one
+  static constexpr bool kBf16Dot = false;   // multiplies bf16 pairs directly
   typedef float V __attribute__((vector_size(16)));
   typedef int32_t VI __attribute__((vector_size(16)));
 

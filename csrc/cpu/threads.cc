@@ -19,7 +19,8 @@ namespace paddle_moe {
 namespace cpu {
 namespace {
 
-// Long enough to bridge the Python code between the layers of a decoding step, short enough not to be seen in `top`.
+// Long enough to bridge the Python code between the layers of a decoding step, short enough not to be seen in
+// `top`.
 constexpr std::chrono::microseconds kSpinBeforeSleep{50};
 
 class Pool {

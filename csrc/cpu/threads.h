@@ -1,7 +1,7 @@
 // A small persistent thread pool.
 //
-// Not OpenMP: importing Paddle sets OMP_NUM_THREADS=1, static splits stall when another process takes a core, and
-// ThreadSanitizer cannot see through libgomp.
+// Not OpenMP: importing Paddle sets OMP_NUM_THREADS=1, static splits stall when another process takes a core,
+// and ThreadSanitizer cannot see through libgomp.
 #pragma once
 
 #include <functional>
@@ -9,10 +9,10 @@
 namespace paddle_moe {
 namespace cpu {
 
-// Calls body(i) once each for some of i = 0 .. num_threads-1, always for i = 0 and on the calling thread; returns
-// when all calls have. Threads that are still asleep when the work is finished are not waited for, so body must
-// take its work from a shared counter and not rely on the number of calls. When the pool is busy with another
-// caller, or was asked for from inside itself, body(0) alone runs.
+// Calls body(i) once each for some of i = 0 .. num_threads-1, always for i = 0 and on the calling thread;
+// returns when all calls have. Threads that are still asleep when the work is finished are not waited for, so
+// body must take its work from a shared counter and not rely on the number of calls. When the pool is busy
+// with another caller, or was asked for from inside itself, body(0) alone runs.
 void parallel(int num_threads, const std::function<void(int)>& body);
 
 void pause_briefly(int round);

@@ -21,7 +21,8 @@ inline Matrix from_column(Matrix m, int64_t column, DType dtype) {
   return m;
 }
 
-// Whole cache lines, and one more so that rows do not all fall into the same cache sets when the size is a power of two.
+// Whole cache lines, and one more so that rows do not all fall into the same cache sets when the size is a
+// power of two.
 inline int64_t operand_stride(int64_t elements, Operand operand) {
   return round_up(operand == Operand::kBf16Pairs ? divide_up(elements, 2) : elements, 16) + 16;
 }

@@ -1,0 +1,78 @@
+"""`python -m paddle_moe bench` at a tiny size: what it writes, and what it refuses to time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from paddle_moe import bench
+
+TINY = ["--shapes", "4x2x32x16", "--rounds", "2", "--tokens", "1,5"]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "paddle_moe", "bench", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_figures_and_picture(tmp_path):
+    out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    variants = "paddle_moe,paddle_moe.core,numpy loop,paddle loop"
+    options = ["--dtypes", "float32,bfloat16", "--variants", variants, "--out", out, "--picture", picture]
+    done = run(*TINY, *options)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert [(r["num_tokens"], r["dtype"]) for r in report["results"]] == [
+        (1, "float32"),
+        (5, "float32"),
+        (1, "bfloat16"),
+        (5, "bfloat16"),
+    ]
+    for result in report["results"]:
+        assert set(result["variants"]) == set(variants.split(",")), result["left_out"]
+        assert result["limits"]["read_bytes_per_second"]["min"] > 0
+        for name, figures in result["variants"].items():
+            assert figures["relative_error"] < bench.TOLERANCE[result["dtype"]], name
+            for state in ("cold", "warm"):
+                ratio = figures[state]["times_floor"]
+                assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+        assert result["variants"]["paddle_moe"]["cold"]["times_paddle_moe"]["median"] == 1.0
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    assert done.stdout.count("paddle loop") == 4
+
+
+def test_a_wrong_peer_is_not_timed_and_a_wrong_operator_fails(monkeypatch, capsys):
+    right = bench.VARIANTS["paddle_moe.core"]
+
+    def wrong(inputs, weights):
+        call = right(inputs, weights)
+        return lambda: 1.01 * call()
+
+    case = bench.Case(4, 2, 32, 16, 5, "float32")
+    weights = bench.Weights(case, np.random.default_rng(0))
+    monkeypatch.setitem(bench.VARIANTS, "peer", wrong)
+    monkeypatch.setitem(bench.VARIANTS, "paddle_moe.wrong", wrong)
+    result = bench._run_case(case, weights, ["peer", "paddle_moe.wrong"], 1, bench.Limits(1))
+    assert result["left_out"]["peer"] == pytest.approx(0.01, rel=1e-3)
+    assert result["variants"]["paddle_moe.wrong"]["relative_error"] == pytest.approx(0.01, rel=1e-3)
+    bench._print_case(result)
+    assert "peer: relative error 1.0e-02: not timed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--shapes", "4x2x32"],
+        ["--tokens", "many"],
+        ["--dtypes", "int4"],
+        ["--variants", "abacus"],
+        ["--rounds", "0"],
+    ],
+)
+def test_bad_options(options):
+    done = run(*TINY, *options)
+    assert done.returncode == 2 and "--shapes must be like" in done.stderr, done.stderr
