@@ -20,8 +20,8 @@ from paddle.base.layer_helper import LayerHelper
 from paddle.framework import in_dynamic_mode, in_dynamic_or_pir_mode
 from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
-from paddle_moe import _core
 from paddle_moe._options import array_list, experts_options, flag, integer, optional_array_list, route_options
+from paddle_moe.core import _core  # says what to do where it is missing
 
 try:
     from paddle.jit.marker import unified
