@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+struct CUstream_st;  // of the CUDA runtime
+
 namespace paddle_moe {
 
 enum class DType {
@@ -196,4 +198,27 @@ const char* isa_name();
 std::vector<std::string> available_isas();  // best first
 
 }  // namespace cpu
+
+// ---------------------------------------------------------------- the CUDA back end
+
+namespace cuda {
+
+// All pointers of a problem, the workspace and the results lie in the memory of the current device. Calls
+// only enqueue work on the stream: they never wait, allocate or copy, so they can be captured into a CUDA
+// graph. Errors of a launch throw std::runtime_error that names the kernel and its sizes.
+using Stream = ::CUstream_st*;  // cudaStream_t
+
+// Bytes of scratch, aligned to 256; the contents mean nothing before or after. Depends on the current device.
+size_t workspace_size(const Problem& problem);
+
+// out: [T, H] of problem.dtype, contiguous. amax: [E_l] fp32, or null when it is not wanted.
+void mixture_of_experts(const Problem& problem, Stream stream, void* workspace, void* out, float* amax);
+
+// logits: [T, E] fp32.
+void gate(const GateProblem& problem, Stream stream, float* logits);
+
+// routing_table: int32 [T, K]; router_weights: fp32 [T, K].
+void route(const RouteProblem& problem, Stream stream, int32_t* routing_table, float* router_weights);
+
+}  // namespace cuda
 }  // namespace paddle_moe

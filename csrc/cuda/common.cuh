@@ -1,0 +1,82 @@
+// Helpers that every kernel file uses.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/ptx.cuh"
+#include "moe.h"
+
+namespace paddle_moe {
+namespace cuda {
+
+constexpr int kWarpSize = 32;
+constexpr uint32_t kFullWarp = 0xffffffff;
+
+__host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Hands out consecutive pieces of the workspace; with a null base it only measures.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    constexpr int64_t kAlignment = 256;
+    char* piece = base_ ? base_ + used_ : nullptr;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), kAlignment);
+    return reinterpret_cast<T*>(piece);
+  }
+  size_t used() const { return static_cast<size_t>(used_); }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Starts `blocks` blocks, or nothing when there are none: a launch without blocks is an error in CUDA.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
+            Stream stream, const Arguments&... arguments) {
+  constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+  if (blocks == 0) return;
+  cudaError_t error = cudaErrorInvalidConfiguration;
+  if (blocks <= kMaxBlocks) {
+    error = launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, stream,
+                          arguments...);
+  }
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("CUDA kernel ") + name + " with " + std::to_string(blocks) +
+                             " blocks of " + std::to_string(threads) + " threads and " +
+                             std::to_string(shared_bytes) +
+                             " bytes of shared memory was not started: " + cudaGetErrorString(error));
+  }
+}
+
+// Calls body with a value of the element type that dtype names.
+template <class Body>
+void with_element(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return body(Bf16{});
+    case DType::kFloat16:
+      return body(Fp16{});
+    default:
+      return body(float{});
+  }
+}
+
+// Element i of an array whose dtype is only known at run time: for biases and router weights.
+__device__ inline float load_as_float(const void* data, int64_t i, DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return to_float(static_cast<const Bf16*>(data)[i]);
+    case DType::kFloat16:
+      return to_float(static_cast<const Fp16*>(data)[i]);
+    default:
+      return static_cast<const float*>(data)[i];
+  }
+}
+
+}  // namespace cuda
+}  // namespace paddle_moe
