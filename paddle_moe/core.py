@@ -1,14 +1,18 @@
-"""The kernels without Paddle: the same operators on NumPy arrays and on any CPU array with ``__dlpack__``.
+"""The kernels without Paddle: the same operators on NumPy arrays and on any array with ``__dlpack__``.
 
-Arguments and errors are those of the functions of the same name in :mod:`paddle_moe`. NumPy has no bfloat16,
-so a ``uint16`` array means bfloat16 bits; an array of ``ml_dtypes.bfloat16`` is understood too. Results are
-NumPy arrays (``float32``, ``float16``, or the bfloat16 kind that ``hidden_states`` came in). Nothing is
-copied: weights may have any strides, ``hidden_states`` and biases must be contiguous in their last dimension,
-the routing altogether. Read-only NumPy arrays are welcome.
+Arguments and errors are those of the functions of the same name in :mod:`paddle_moe`. Nothing is copied:
+weights may have any strides, ``hidden_states`` and biases must be contiguous in their last dimension, the
+routing altogether. Two keyword arguments exist only here. ``out`` receives the result instead of a new array.
+``workspace`` is the scratch memory, a ``uint8`` array of at least :func:`workspace_size` bytes, instead of a
+new one on each call.
 
-Two keyword arguments exist only here. ``out`` receives the result instead of a new array. ``workspace`` is
-the scratch memory, a ``uint8`` array of at least :func:`workspace_size` bytes, instead of a new one on each
-call.
+On the CPU results are NumPy arrays (``float32``, ``float16``, or the bfloat16 kind that ``hidden_states``
+came in). NumPy has no bfloat16, so a ``uint16`` array means bfloat16 bits; an array of ``ml_dtypes.bfloat16``
+is understood too. Read-only NumPy arrays are welcome.
+
+On a GPU, in a build with the CUDA back end, the first argument of a call is a PyTorch or CuPy array; results
+and scratch are arrays of that library, and the work is enqueued on its current stream, as that of any of its
+own functions. No call waits for the GPU. Given ``out`` and ``workspace`` none allocates memory either.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ __all__ = [
     "workspace_size",
 ]
 
-Array = Any  # a NumPy array, or anything with __dlpack__ that lies on the CPU
+Array = Any  # a NumPy array, or anything with __dlpack__
 
 
 def _experts(

@@ -389,9 +389,18 @@ def test_an_array_on_another_device_is_named():
             raise AssertionError("the device has to be looked at first")
 
     with pytest.raises(
-        ValueError, match=exactly("gate_weight must be on the CPU, got the DLPack device type 2")
+        ValueError,
+        match=exactly("gate_weight must be on the device of hidden_states, the CPU, got the GPU 0"),
     ):
         core.gate(zeros(T, H), OnGpu())
+    if core._core.has_cuda():  # then the library of the array has to say what the current stream is
+        expected = "the first argument of a call on a GPU must be a PyTorch or CuPy array"
+        with pytest.raises(ValueError, match=f"^{expected}"):
+            core.gate(OnGpu(), zeros(H, E))
+    else:
+        expected = "hidden_states is on a GPU, but this build of paddle_moe has only the CPU back end"
+        with pytest.raises(RuntimeError, match=f"^{expected}"):
+            core.gate(OnGpu(), zeros(H, E))
 
 
 def test_an_array_that_refuses_to_be_exported_is_named():

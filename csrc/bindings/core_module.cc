@@ -12,14 +12,14 @@
 #include <utility>
 #include <vector>
 
-#include "moe.h"
+#include "dispatch.h"
 
 namespace py = pybind11;
 
 // DLPack's in-memory layout, from its public specification: version 0, that of the "dltensor" capsule.
 namespace dlpack {
 
-constexpr int32_t kCpu = 1;
+constexpr int32_t kCpu = 1, kCuda = 2, kCudaManaged = 13;
 enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 
 struct Device {
@@ -122,60 +122,122 @@ struct Array {
   py::object owner;
 };
 
-Array from_numpy(const std::string& name, const py::array& array) {
-  Array result;
-  result.owner = array;
-  result.dtype = array.dtype();
-  result.writable = array.writeable();
-  result.view.data = array.data();
-  result.view.dtype = dtype_of(array.dtype());
-  const py::ssize_t item = array.itemsize();
-  for (py::ssize_t i = 0; i < array.ndim(); ++i) {
-    if (array.strides(i) % item != 0) fail(name + " must have strides that are multiples of its item size");
-    result.view.shape.push_back(array.shape(i));
-    result.view.strides.push_back(array.strides(i) / item);
-  }
-  return result;
-}
-
-Array from_dlpack(const std::string& name, const py::object& object) {
-  Array result;
-  try {
-    const py::tuple device = object.attr("__dlpack_device__")();
-    const int type = py::int_(device[0]);  // int(): most libraries return an enumeration
-    if (type != dlpack::kCpu) {
-      fail(name + " must be on the CPU, got the DLPack device type " + std::to_string(type));
+// Reads the arrays of one call. The first one decides on which device the call runs, and on a GPU the current
+// stream of its library is the stream of the call. All others must lie there too.
+class Reader {
+ public:
+  Array read(const std::string& name, const py::object& object) {
+    if (py::isinstance<Tensor>(object)) return {object.cast<Tensor>(), false, {}, object};
+    if (py::isinstance<py::array>(object)) {
+      settle(name, object, {dlpack::kCpu, 0});
+      return from_numpy(name, py::reinterpret_borrow<py::array>(object));
     }
-    result.owner = object.attr("__dlpack__")();
-  } catch (const py::error_already_set& error) {
-    fail(name + " cannot be read through DLPack: " + error.what());
+    if (py::hasattr(object, "__dlpack__")) return from_dlpack(name, object);
+    fail(name + " must be a NumPy array or have __dlpack__, got " +
+         py::type::of(object).attr("__name__").cast<std::string>());
   }
-  // The capsule stays unconsumed, so destroying it is what gives the array back.
-  const auto* managed =
-      static_cast<const dlpack::ManagedTensor*>(PyCapsule_GetPointer(result.owner.ptr(), "dltensor"));
-  if (managed == nullptr) throw py::error_already_set();
-  const dlpack::Tensor& tensor = managed->tensor;
-  result.view.data = static_cast<const char*>(tensor.data) + tensor.byte_offset;
-  result.view.dtype = dtype_of(tensor.dtype);
-  result.view.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
-  if (tensor.strides != nullptr) result.view.strides.assign(tensor.strides, tensor.strides + tensor.ndim);
-  if (result.view.dtype != DType::kOther) result.dtype = numpy_dtype(result.view.dtype);
-  return result;
-}
 
-Array array_of(const std::string& name, const py::object& object) {
-  if (py::isinstance<Tensor>(object)) return {object.cast<Tensor>(), false, {}, object};
-  if (py::isinstance<py::array>(object)) return from_numpy(name, py::reinterpret_borrow<py::array>(object));
-  if (py::hasattr(object, "__dlpack__")) return from_dlpack(name, object);
-  fail(name + " must be a NumPy array or have __dlpack__, got " +
-       py::type::of(object).attr("__name__").cast<std::string>());
-}
+  // A new array on the device of the call; `dtype` is that of the NumPy array that would hold it.
+  py::object empty(const py::dtype& dtype, const std::vector<int64_t>& shape) const {
+    if (!on_gpu()) return py::array(dtype, shape);
+    return library().attr("empty")(first_, dtype_name(dtype_of(dtype)), shape);
+  }
+
+  const Device& device() const { return device_; }
+
+ private:
+  bool on_gpu() const { return device_.kind == Device::Kind::kCuda; }
+  static py::module_ library() { return py::module_::import("paddle_moe._cuda_arrays"); }
+
+  static std::string text(dlpack::Device device) {
+    if (device.type == dlpack::kCpu) return "the CPU";
+    if (device.type == dlpack::kCuda) return "the GPU " + std::to_string(device.id);
+    return "the DLPack device type " + std::to_string(device.type);
+  }
+
+  void settle(const std::string& name, const py::object& object, dlpack::Device device) {
+    if (device.type == dlpack::kCudaManaged) device.type = dlpack::kCuda;
+    if (first_name_.empty()) {
+      if (device.type == dlpack::kCuda) {
+        device_ = dispatch::cuda_device(name.c_str(), device.id, nullptr);
+        const auto stream = library().attr("current_stream")(object).cast<uintptr_t>();
+        device_.stream = reinterpret_cast<cuda::Stream>(stream);
+      } else if (device.type != dlpack::kCpu) {
+        fail(name + " must be on the CPU or on a CUDA GPU, got " + text(device));
+      }
+      first_ = object;
+      first_name_ = name;
+      dlpack_device_ = device;
+    } else if (device.type != dlpack_device_.type || device.id != dlpack_device_.id) {
+      fail(name + " must be on the device of " + first_name_ + ", " + text(dlpack_device_) + ", got " +
+           text(device));
+    }
+  }
+
+  static dlpack::Device dlpack_device_of(const std::string& name, const py::object& object) {
+    try {
+      const py::tuple device = object.attr("__dlpack_device__")();
+      const int type = py::int_(device[0]);        // int(): most libraries return an enumeration
+      if (type == dlpack::kCpu) return {type, 0};  // Paddle's CPU has the number None
+      return {type, device[1].cast<int32_t>()};
+    } catch (const py::error_already_set& error) {
+      fail(name + " cannot be read through DLPack: " + error.what());
+    }
+  }
+
+  static Array from_numpy(const std::string& name, const py::array& array) {
+    Array result;
+    result.owner = array;
+    result.dtype = array.dtype();
+    result.writable = array.writeable();
+    result.view.data = array.data();
+    result.view.dtype = dtype_of(array.dtype());
+    const py::ssize_t item = array.itemsize();
+    for (py::ssize_t i = 0; i < array.ndim(); ++i) {
+      if (array.strides(i) % item != 0) fail(name + " must have strides that are multiples of its item size");
+      result.view.shape.push_back(array.shape(i));
+      result.view.strides.push_back(array.strides(i) / item);
+    }
+    return result;
+  }
+
+  Array from_dlpack(const std::string& name, const py::object& object) {
+    settle(name, object, dlpack_device_of(name, object));
+    Array result;
+    try {
+      // The library makes the stream wait for the array if it is still being computed on another one. DLPack
+      // calls the default stream, whose handle is null, 1.
+      const auto stream = reinterpret_cast<uintptr_t>(device_.stream);
+      result.owner = on_gpu() ? object.attr("__dlpack__")(py::arg("stream") = stream == 0 ? 1 : stream)
+                              : object.attr("__dlpack__")();
+    } catch (const py::error_already_set& error) {
+      fail(name + " cannot be read through DLPack: " + error.what());
+    }
+    // The capsule stays unconsumed, so destroying it is what gives the array back.
+    const auto* managed =
+        static_cast<const dlpack::ManagedTensor*>(PyCapsule_GetPointer(result.owner.ptr(), "dltensor"));
+    if (managed == nullptr) throw py::error_already_set();
+    const dlpack::Tensor& tensor = managed->tensor;
+    result.view.data = static_cast<const char*>(tensor.data) + tensor.byte_offset;
+    result.view.dtype = dtype_of(tensor.dtype);
+    result.view.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
+    if (tensor.strides != nullptr) result.view.strides.assign(tensor.strides, tensor.strides + tensor.ndim);
+    if (result.view.dtype != DType::kOther) result.dtype = numpy_dtype(result.view.dtype);
+    return result;
+  }
+
+  Device device_ = dispatch::cpu_device();
+  dlpack::Device dlpack_device_{dlpack::kCpu, 0};
+  py::object first_;
+  std::string first_name_;
+};
 
 // An array that a kernel writes: the caller's `given`, checked, or a new one.
 class Output {
  public:
-  Output(const char* name, const py::object& given, const py::dtype& dtype, const std::vector<int64_t>& shape)
-      : result_(given.is_none() ? py::array(dtype, shape) : given), array_(array_of(name, result_)) {
+  Output(const char* name, const py::object& given, const py::dtype& dtype, const std::vector<int64_t>& shape,
+         Reader* reader)
+      : result_(given.is_none() ? reader->empty(dtype, shape) : given), array_(reader->read(name, result_)) {
     const Tensor& view = array_.view;
     const DType expected = dtype_of(dtype);
     if (view.dtype != expected) {
@@ -208,15 +270,15 @@ class Output {
   Array array_;
 };
 
-constexpr size_t kAlignment = 64;
+constexpr size_t kAlignment = dispatch::kWorkspaceAlignment;
 
 // The caller's bytes, checked, or new ones; aligned for the kernels.
 class Workspace {
  public:
-  Workspace(const py::object& given, size_t bytes) {
+  Workspace(const py::object& given, size_t bytes, Reader* reader) {
     const size_t needed = bytes + kAlignment;
-    owner_ = given.is_none() ? array_of("workspace", py::array(py::dtype("uint8"), needed))
-                             : array_of("workspace", given);
+    const std::vector<int64_t> shape{static_cast<int64_t>(needed)};
+    owner_ = reader->read("workspace", given.is_none() ? reader->empty(py::dtype("uint8"), shape) : given);
     const Tensor& view = owner_.view;
     if (view.dtype != DType::kUInt8 || view.shape.size() != 1 ||
         static_cast<size_t>(view.shape[0]) < needed || (!view.strides.empty() && view.strides[0] != 1) ||
@@ -261,24 +323,28 @@ class Experts {
     problem_ = resolve(arguments);
   }
 
-  size_t workspace_size() const { return cpu::workspace_size(problem_, num_threads_) + kAlignment; }
+  size_t workspace_size() const { return dispatch::workspace_size(reader_.device(), problem_) + kAlignment; }
 
-  py::object run(const py::object& out, const py::object& workspace) const {
-    const Output output("out", out, dtype_, {problem_.num_tokens, problem_.hidden_size});
-    const Workspace scratch(workspace, cpu::workspace_size(problem_, num_threads_));
-    py::array_t<float> amax(measurement_mode_ ? problem_.num_experts() : 0);
-    float* amax_data = measurement_mode_ ? amax.mutable_data() : nullptr;
+  py::object run(const py::object& out, const py::object& workspace) {
+    const Output output("out", out, dtype_, {problem_.num_tokens, problem_.hidden_size}, &reader_);
+    const Workspace scratch(workspace, dispatch::workspace_size(reader_.device(), problem_), &reader_);
+    std::optional<Output> amax;
+    if (measurement_mode_) {
+      amax.emplace("amax", py::none(), numpy_dtype(DType::kFloat32), std::vector{problem_.num_experts()},
+                   &reader_);
+    }
     {
       py::gil_scoped_release release;
-      cpu::mixture_of_experts(problem_, num_threads_, scratch.data(), output.data(), amax_data);
+      dispatch::mixture_of_experts(reader_.device(), problem_, scratch.data(), output.data(),
+                                   amax ? amax->data<float>() : nullptr);
     }
-    if (measurement_mode_) return py::make_tuple(output.result(), amax);
+    if (amax) return py::make_tuple(output.result(), amax->result());
     return output.result();
   }
 
  private:
   Tensor keep(const std::string& name, const py::object& object) {
-    arrays_.push_back(array_of(name, object));
+    arrays_.push_back(reader_.read(name, object));
     return arrays_.back().view;
   }
 
@@ -290,37 +356,39 @@ class Experts {
     return views;
   }
 
+  Reader reader_;
   std::vector<Array> arrays_;
   py::dtype dtype_;
   Problem problem_;
-  int num_threads_ = cpu::num_threads();
   bool measurement_mode_;
 };
 
 class Gate {
  public:
   Gate(const py::object& hidden_states, const py::object& gate_weight)
-      : hidden_states_(array_of("hidden_states", hidden_states)),
-        gate_weight_(array_of("gate_weight", gate_weight)),
+      : hidden_states_(reader_.read("hidden_states", hidden_states)),
+        gate_weight_(reader_.read("gate_weight", gate_weight)),
         problem_(resolve_gate(hidden_states_.view, gate_weight_.view)) {}
 
-  size_t workspace_size() const { return cpu::gate_workspace_size(problem_, num_threads_) + kAlignment; }
+  size_t workspace_size() const {
+    return dispatch::gate_workspace_size(reader_.device(), problem_) + kAlignment;
+  }
 
-  py::object run(const py::object& out, const py::object& workspace) const {
-    const Output logits("out", out, numpy_dtype(DType::kFloat32),
-                        {problem_.num_tokens, problem_.num_experts});
-    const Workspace scratch(workspace, cpu::gate_workspace_size(problem_, num_threads_));
+  py::object run(const py::object& out, const py::object& workspace) {
+    const Output logits("out", out, numpy_dtype(DType::kFloat32), {problem_.num_tokens, problem_.num_experts},
+                        &reader_);
+    const Workspace scratch(workspace, dispatch::gate_workspace_size(reader_.device(), problem_), &reader_);
     {
       py::gil_scoped_release release;
-      cpu::gate(problem_, num_threads_, scratch.data(), logits.data<float>());
+      dispatch::gate(reader_.device(), problem_, scratch.data(), logits.data<float>());
     }
     return logits.result();
   }
 
  private:
+  Reader reader_;
   Array hidden_states_, gate_weight_;
   GateProblem problem_;
-  int num_threads_ = cpu::num_threads();
 };
 
 class Route {
@@ -328,24 +396,26 @@ class Route {
   Route(const py::object& logits, const py::object& correction_bias, int64_t top_k,
         const std::string& scoring, int64_t num_groups, int64_t topk_groups, const std::string& group_score,
         float group_mask_fill, bool renormalize, float renormalize_eps, float scaling_factor)
-      : logits_(array_of("logits", logits)),
-        correction_bias_(correction_bias.is_none() ? Array{} : array_of("correction_bias", correction_bias)),
+      : logits_(reader_.read("logits", logits)),
+        correction_bias_(correction_bias.is_none() ? Array{}
+                                                   : reader_.read("correction_bias", correction_bias)),
         problem_(resolve_route(logits_.view, correction_bias_.view,
                                {top_k, scoring, num_groups, topk_groups, group_score, group_mask_fill,
                                 renormalize, renormalize_eps, scaling_factor})) {}
 
-  py::tuple run(const py::object& out_table, const py::object& out_weights) const {
+  py::tuple run(const py::object& out_table, const py::object& out_weights) {
     const std::vector<int64_t> shape{problem_.num_tokens, problem_.top_k};
-    const Output table("out[0]", out_table, numpy_dtype(DType::kInt32), shape);
-    const Output weights("out[1]", out_weights, numpy_dtype(DType::kFloat32), shape);
+    const Output table("out[0]", out_table, numpy_dtype(DType::kInt32), shape, &reader_);
+    const Output weights("out[1]", out_weights, numpy_dtype(DType::kFloat32), shape, &reader_);
     {
       py::gil_scoped_release release;
-      cpu::route(problem_, cpu::num_threads(), table.data<int32_t>(), weights.data<float>());
+      dispatch::route(reader_.device(), problem_, table.data<int32_t>(), weights.data<float>());
     }
     return py::make_tuple(table.result(), weights.result());
   }
 
  private:
+  Reader reader_;
   Array logits_, correction_bias_;
   RouteProblem problem_;
 };
@@ -376,6 +446,7 @@ PYBIND11_MODULE(_core, module) {
                     const std::string&, float, bool, float, float>())
       .def("run", &Route::run);
   module.attr("LAST_EXPERT_PASSED") = kLastExpertPassed;
+  module.def("has_cuda", &dispatch::has_cuda);
   module.def("set_num_threads", &cpu::set_num_threads);
   module.def("num_threads", &cpu::num_threads);
   module.def("measure_flops", [](int num_threads) {

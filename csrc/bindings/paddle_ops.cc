@@ -1,15 +1,20 @@
 // The Paddle binding, three custom operators: the only file that includes Paddle.
-#include <paddle/phi/core/enforce.h>
 #include <paddle/extension.h>
 
-#include <algorithm>
+#ifdef PADDLE_WITH_CUDA  // defined by setup.py where Paddle is a CUDA build
+#define PADDLE_MOE_GPU_TENSORS
+// With it enforce.h asks for the headers of cuBLAS, cuDNN and others, none of which is needed here.
+#undef PADDLE_WITH_CUDA
+#endif
+#include <paddle/phi/core/enforce.h>
+
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "moe.h"
+#include "dispatch.h"
 
 namespace paddle_moe {
 namespace {
@@ -122,12 +127,14 @@ void expect_place(const char* name, const OptionalTensors& tensors, const paddle
   if (tensors) expect_place(name, *tensors, expected);
 }
 
-void expect_back_end(const char* name, const paddle::Tensor& tensor) {
-  if (!tensor.is_cpu()) {
-    throw std::runtime_error(
-        std::string(name) + " is on " + tensor.place().DebugString() +
-        ", but this build of paddle_moe has only the CPU back end; move the arguments to the CPU");
-  }
+// Where the call runs: on the device of its first argument.
+Device device_of(const char* name, const paddle::Tensor& tensor) {
+  if (tensor.is_cpu()) return dispatch::cpu_device();
+#ifdef PADDLE_MOE_GPU_TENSORS
+  if (tensor.is_gpu()) return dispatch::cuda_device(name, tensor.place().GetDeviceId(), tensor.stream());
+#endif
+  throw std::runtime_error(std::string(name) + " is on " + tensor.place().DebugString() +
+                           ", which paddle_moe has no back end for; move the arguments to the CPU");
 }
 
 class Workspace {
@@ -142,7 +149,7 @@ class Workspace {
   }
 
  private:
-  static constexpr size_t kAlignment = 64;
+  static constexpr size_t kAlignment = dispatch::kWorkspaceAlignment;
   paddle::Tensor buffer_;
 };
 
@@ -164,16 +171,15 @@ PaddleTensors experts(const paddle::Tensor& hidden_states, const paddle::Tensor&
       resolve({view(hidden_states), view(routing_table), view(router_weights), views(gate_up_weights),
                views(down_weights), views(gate_up_bias), views(down_bias), permuted_weights, activation,
                experts_min, experts_max, chunk_size});
-  expect_back_end("hidden_states", hidden_states);
+  const Device device = device_of("hidden_states", hidden_states);
 
   paddle::Tensor out = paddle::empty({problem.num_tokens, problem.hidden_size}, hidden_states.dtype(), place);
   paddle::Tensor amax = paddle::empty({problem.num_experts()}, paddle::DataType::FLOAT32, place);
-  const int num_threads = cpu::num_threads();
-  Workspace workspace(cpu::workspace_size(problem, num_threads), place);
-  cpu::mixture_of_experts(problem, num_threads, workspace.data(), out.data(),
-                          measurement_mode ? amax.data<float>() : nullptr);
+  Workspace workspace(dispatch::workspace_size(device, problem), place);
+  dispatch::mixture_of_experts(device, problem, workspace.data(), out.data(),
+                               measurement_mode ? amax.data<float>() : nullptr);
   // Not computed then, but an operator has to return it, and Paddle 2.6 refuses an empty one.
-  if (!measurement_mode) std::fill_n(amax.data<float>(), amax.numel(), 0.0f);
+  if (!measurement_mode) dispatch::set_to_zero(device, amax.data(), amax.numel() * sizeof(float));
   return {out, amax};
 }
 
@@ -201,12 +207,11 @@ DataTypes experts_dtypes(paddle::DataType hidden_states) {
 PaddleTensors gate(const paddle::Tensor& hidden_states, const paddle::Tensor& gate_weight) {
   expect_place("gate_weight", gate_weight, hidden_states.place());
   const GateProblem problem = resolve_gate(view(hidden_states), view(gate_weight));
-  expect_back_end("hidden_states", hidden_states);
+  const Device device = device_of("hidden_states", hidden_states);
   paddle::Tensor logits = paddle::empty({problem.num_tokens, problem.num_experts}, paddle::DataType::FLOAT32,
                                         hidden_states.place());
-  const int num_threads = cpu::num_threads();
-  Workspace workspace(cpu::gate_workspace_size(problem, num_threads), hidden_states.place());
-  cpu::gate(problem, num_threads, workspace.data(), logits.data<float>());
+  Workspace workspace(dispatch::gate_workspace_size(device, problem), hidden_states.place());
+  dispatch::gate(device, problem, workspace.data(), logits.data<float>());
   return {logits};
 }
 
@@ -227,11 +232,11 @@ PaddleTensors route(const paddle::Tensor& logits, const paddle::optional<paddle:
   const RouteProblem problem = resolve_route(view(logits), view(correction_bias),
                                              {top_k, scoring, num_groups, topk_groups, group_score,
                                               group_mask_fill, renormalize, renormalize_eps, scaling_factor});
-  expect_back_end("logits", logits);
+  const Device device = device_of("logits", logits);
   paddle::Tensor table = paddle::empty({problem.num_tokens, top_k}, paddle::DataType::INT32, logits.place());
   paddle::Tensor weights =
       paddle::empty({problem.num_tokens, top_k}, paddle::DataType::FLOAT32, logits.place());
-  cpu::route(problem, cpu::num_threads(), table.data<int32_t>(), weights.data<float>());
+  dispatch::route(device, problem, table.data<int32_t>(), weights.data<float>());
   return {table, weights};
 }
 

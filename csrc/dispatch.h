@@ -1,0 +1,41 @@
+// Where a call runs, and the back end that runs it there. Both bindings go through this file, so that they do
+// not need to know which back ends were built.
+#pragma once
+
+#include "moe.h"
+
+namespace paddle_moe {
+
+struct Device {
+  enum class Kind { kCpu, kCuda };
+  Kind kind = Kind::kCpu;
+  int num_threads = 1;            // of the CPU
+  int index = 0;                  // of the GPU
+  cuda::Stream stream = nullptr;  // of the GPU: where the inputs are ready and the work is enqueued
+};
+
+namespace dispatch {
+
+bool has_cuda();  // whether this build has the CUDA back end
+
+Device cpu_device();  // with as many threads as cpu::num_threads() says now
+
+// Throws std::runtime_error in a build without the CUDA back end. `name`: the argument that lies on the GPU.
+Device cuda_device(const char* name, int index, cuda::Stream stream);
+
+constexpr size_t kWorkspaceAlignment = 256;
+
+// See cpu and cuda in moe.h. All pointers lie in the memory of `device`; it is the current one meanwhile.
+size_t workspace_size(const Device& device, const Problem& problem);
+void mixture_of_experts(const Device& device, const Problem& problem, void* workspace, void* out,
+                        float* amax);
+
+size_t gate_workspace_size(const Device& device, const GateProblem& problem);
+void gate(const Device& device, const GateProblem& problem, void* workspace, float* logits);
+
+void route(const Device& device, const RouteProblem& problem, int32_t* routing_table, float* router_weights);
+
+void set_to_zero(const Device& device, void* data, size_t bytes);
+
+}  // namespace dispatch
+}  // namespace paddle_moe
