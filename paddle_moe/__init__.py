@@ -15,6 +15,7 @@ _HOME = {
     "FusedMoE": "layers",
     "MoEParams": "params",
     "ParallelContext": "distributed",
+    "balanced_correction_bias": "policies",
     "fused_gate_moe": "functional",
     "gate": "functional",
     "generate_moe_params": "params",
@@ -22,10 +23,15 @@ _HOME = {
     "get_num_threads": "functional",
     "get_rank_logger": "logs",
     "init_distributed": "distributed",
+    "jitter": "policies",
+    "limit_capacity": "policies",
+    "load_balancing_loss": "losses",
     "mixture_of_experts": "functional",
     "rank_grid": "distributed",
     "route": "functional",
+    "router_z_loss": "losses",
     "set_num_threads": "functional",
+    "tokens_per_expert": "policies",
 }
 
 __all__ = ["__version__", *_HOME]

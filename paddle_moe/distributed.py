@@ -1,4 +1,4 @@
-"""Expert parallel (EP) and tensor parallel (TP) groups that never hang and never give a wrong sum.
+"""Expert, tensor and data parallel (EP, TP, DP) groups that never hang and never give a wrong sum.
 
 The ranks form a grid of ep_size rows and tp_size columns, with ep_rank = rank // tp_size and
 tp_rank = rank % tp_size. With ep_size = tp_size = 2:
@@ -8,6 +8,9 @@ tp_rank = rank % tp_size. With ep_size = tp_size = 2:
     1      0         1         [0, 1]                   [1, 3]
     2      1         0         [2, 3]                   [0, 2]
     3      1         1         [2, 3]                   [1, 3]
+
+With dp_size > 1 there are as many such grids, one after the other: replicas, each with tokens of its own. The
+ranks at the same place of all grids form the dp_group.
 
 Start the ranks with `python -m paddle.distributed.launch`. When a rank dies, fails or does not arrive, all of
 them end and say which one it was: see watchdog.py.
@@ -52,39 +55,52 @@ _GET_INTERFACE_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
 @dataclass(frozen=True)
 class GridRank:
-    """The place of one rank in the grid, and the global ranks of its groups."""
+    """The place of one rank, and the global ranks of its groups, each in the order of the ranks."""
 
     rank: int
     ep_rank: int
     tp_rank: int
-    ep_group: tuple[int, ...]  # same tp_rank: together they hold all experts
-    tp_group: tuple[int, ...]  # same ep_rank: together they hold the whole intermediate dimension
+    ep_group: tuple[int, ...]  # same dp_rank and tp_rank: together they hold all experts
+    tp_group: tuple[int, ...]  # same dp_rank and ep_rank: together the whole intermediate dimension
+    dp_rank: int
+    dp_group: tuple[int, ...]  # same ep_rank and tp_rank: they hold the same shard, and different tokens
+    grid_group: tuple[int, ...]  # same dp_rank: they hold the same tokens
 
 
-def rank_grid(world_size: int, ep_size: int, tp_size: int) -> list[GridRank]:
-    """The grid as data, one entry per rank.
+def rank_grid(world_size: int, ep_size: int, tp_size: int, dp_size: int = 1) -> list[GridRank]:
+    """The grid as data, one entry per rank: rank = (dp_rank * ep_size + ep_rank) * tp_size + tp_rank.
 
     Raises:
-        ValueError: a size is less than 1, or ep_size * tp_size is not world_size.
+        ValueError: a size is less than 1, or ep_size * tp_size * dp_size is not world_size.
     """
-    for name, value in (("world_size", world_size), ("ep_size", ep_size), ("tp_size", tp_size)):
+    for name, value in (
+        ("world_size", world_size),
+        ("ep_size", ep_size),
+        ("tp_size", tp_size),
+        ("dp_size", dp_size),
+    ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if ep_size * tp_size != world_size:
+    product = ep_size * tp_size * dp_size
+    if product != world_size:
         raise ValueError(
-            f"ep_size * tp_size must be the number of ranks, got ep_size={ep_size}, tp_size={tp_size}"
-            f" (product {ep_size * tp_size}) and world_size={world_size}; change the sizes, or start"
-            f" {ep_size * tp_size} ranks"
+            f"ep_size * tp_size * dp_size must be the number of ranks, got ep_size={ep_size},"
+            f" tp_size={tp_size}, dp_size={dp_size} (product {product}) and world_size={world_size}; change"
+            f" the sizes, or start {product} ranks"
         )
+    ranks = np.arange(world_size).reshape([dp_size, ep_size, tp_size])
     return [
         GridRank(
-            rank=rank,
-            ep_rank=rank // tp_size,
-            tp_rank=rank % tp_size,
-            ep_group=tuple(range(rank % tp_size, world_size, tp_size)),
-            tp_group=tuple(range(rank - rank % tp_size, rank - rank % tp_size + tp_size)),
+            rank=int(ranks[dp_rank, ep_rank, tp_rank]),
+            ep_rank=ep_rank,
+            tp_rank=tp_rank,
+            ep_group=tuple(ranks[dp_rank, :, tp_rank].tolist()),
+            tp_group=tuple(ranks[dp_rank, ep_rank].tolist()),
+            dp_rank=dp_rank,
+            dp_group=tuple(ranks[:, ep_rank, tp_rank].tolist()),
+            grid_group=tuple(ranks[dp_rank].ravel().tolist()),
         )
-        for rank in range(world_size)
+        for dp_rank, ep_rank, tp_rank in np.ndindex(dp_size, ep_size, tp_size)
     ]
 
 
@@ -100,7 +116,10 @@ class ParallelContext:
         rank, world_size: of paddle.distributed.
         ep_rank, ep_size, ep_group: position in and size of the group of ranks that hold the other experts.
         tp_rank, tp_size, tp_group: position in and size of the group that holds the other slices of I.
-        grid_group: all ranks of the grid; None if there is no such group, "grid" is then EP followed by TP.
+        dp_rank, dp_size, dp_group: position in and size of the group that holds the same shard, and other
+            tokens.
+        grid_group: all ranks of the EP x TP grid of this replica; None if there is no such group, "grid" is
+            then EP followed by TP.
 
     The groups are paddle.distributed groups and work with its functions. Those of size 1 communicate nothing.
     """
@@ -110,18 +129,25 @@ class ParallelContext:
         ep_group: Group,
         tp_group: Group,
         grid_group: Group | None = None,
+        dp_group: Group | None = None,
         watchdog: Watchdog | None = None,
     ):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.ep_group, self.tp_group, self.grid_group = ep_group, tp_group, grid_group
+        self.dp_group = Group(0, 0, [self.rank]) if dp_group is None else dp_group
         self.ep_rank, self.ep_size = _position(ep_group, self.rank), ep_group.nranks
         self.tp_rank, self.tp_size = _position(tp_group, self.rank), tp_group.nranks
+        self.dp_rank, self.dp_size = _position(self.dp_group, self.rank), self.dp_group.nranks
         self._watchdog = watchdog
         self._grid = self._self_test()
 
     @classmethod
     def from_groups(
-        cls, ep_group: Group, tp_group: Group, grid_group: Group | None = None
+        cls,
+        ep_group: Group,
+        tp_group: Group,
+        grid_group: Group | None = None,
+        dp_group: Group | None = None,
     ) -> ParallelContext:
         """A context on groups that exist already, for example those of fleet's hybrid topology.
 
@@ -130,9 +156,10 @@ class ParallelContext:
 
         Raises:
             ValueError: this rank is not in a group.
-            RuntimeError: a group does not sum over its ranks, or the groups form no grid.
+            RuntimeError: a group does not sum over its ranks, the groups form no grid, or dp_group joins
+                different places of the grids.
         """
-        return cls(ep_group, tp_group, grid_group)
+        return cls(ep_group, tp_group, grid_group, dp_group)
 
     def all_reduce(
         self, tensor: paddle.Tensor, group: str | Group, op: str = "sum", *, fp32: bool = False
@@ -145,7 +172,7 @@ class ParallelContext:
         Args:
             tensor: any shape; float16, bfloat16, float32, float64, int8, uint8, int32 or int64. On gloo
                 float16 is always summed in fp32, because its own sum over more than two ranks is wrong.
-            group: "ep", "tp", "grid", or one of the groups of this context.
+            group: "ep", "tp", "grid", "dp", or one of the groups of this context.
             op: "sum" or "max".
             fp32: sum float16 and bfloat16 in fp32 and round once at the end.
 
@@ -175,11 +202,11 @@ class ParallelContext:
         return tensor
 
     def barrier(self) -> None:
-        """Waits for all ranks of the grid, up to the timeout_seconds of `init_distributed`."""
+        """Waits for all ranks of all grids, up to the timeout_seconds of `init_distributed`."""
         if self._watchdog is not None:
             self._watchdog.exchange(None, "barrier")
         else:
-            self.all_reduce(paddle.zeros([1], "int32"), "grid")
+            self.all_reduce(self.all_reduce(paddle.zeros([1], "int32"), "grid"), "dp")
 
     def check_same_routing(
         self, routing_table: paddle.Tensor, router_weights: paddle.Tensor | None = None
@@ -229,13 +256,15 @@ class ParallelContext:
         self.shutdown()
 
     def _groups(self) -> dict[str, Group | None]:
-        return {"ep": self.ep_group, "tp": self.tp_group, "grid": self.grid_group}
+        return {"ep": self.ep_group, "tp": self.tp_group, "grid": self.grid_group, "dp": self.dp_group}
 
     def _slot(self, group: str | Group) -> str:
         for slot, own in self._groups().items():
             if group is own or group == slot:
                 return slot
-        raise ValueError(f"group: expected 'ep', 'tp', 'grid' or a group of this context, got {group!r}")
+        raise ValueError(
+            f"group: expected 'ep', 'tp', 'grid', 'dp' or a group of this context, got {group!r}"
+        )
 
     def _waiting(self, slot: str, what: str) -> contextlib.AbstractContextManager[None]:
         if self._watchdog is None:
@@ -271,6 +300,16 @@ class ParallelContext:
                 f"the EP and TP groups of rank {self.rank} form no grid: gathering the rank ids over EP and"
                 f" then TP gave {grid.tolist()}; each TP group must meet each EP group in one rank"
             )
+        place = [self.ep_rank, self.tp_rank, self.ep_size, self.tp_size]
+        ends = paddle.to_tensor(place + [-number for number in place])
+        if self.all_reduce(ends, "dp", "max").tolist()[:4] != place or ends.tolist()[4:] != [
+            -n for n in place
+        ]:
+            raise RuntimeError(
+                f"the dp group of rank {self.rank}, {list(self.dp_group.ranks)}, joins ranks at different places"
+                f" of their grids; this one has ep_rank {self.ep_rank} of {self.ep_size} and tp_rank"
+                f" {self.tp_rank} of {self.tp_size}"
+            )
         return grid
 
 
@@ -290,7 +329,11 @@ def _hash(tensor: paddle.Tensor) -> int:
 
 
 def init_distributed(
-    ep_size: int = 1, tp_size: int = 1, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    ep_size: int = 1,
+    tp_size: int = 1,
+    dp_size: int = 1,
+    *,
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
 ) -> ParallelContext:
     """Starts paddle.distributed unless it runs already, and builds and tests the groups of this rank.
 
@@ -303,10 +346,11 @@ def init_distributed(
     Args:
         ep_size: number of expert shards.
         tp_size: number of slices of the intermediate dimension.
+        dp_size: number of EP x TP grids, each of which gets tokens of its own.
         timeout_seconds: how long a rank waits for the others here, in `barrier` and in `all_reduce`.
 
     Raises:
-        ValueError: ep_size * tp_size is not the number of ranks, or the ranks were given different sizes; the
+        ValueError: ep_size * tp_size * dp_size is not the number of ranks, or the ranks were given different sizes; the
             text names the ranks and their values, on every rank.
         RuntimeError: a rank does not come within timeout_seconds, or a group fails its self-test.
     """
@@ -315,27 +359,37 @@ def init_distributed(
     rank = int(os.environ.get("PADDLE_TRAINER_ID", "0"))
     world_size = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
     if world_size == 1:
-        rank_grid(1, ep_size, tp_size)
+        rank_grid(1, ep_size, tp_size, dp_size)
         return ParallelContext(*(Group(0, 0, [0]) for _ in range(3)))
 
     watchdog = Watchdog(rank, timeout_seconds)
     _report_the_end(watchdog)
     host, port = _rendezvous(watchdog, rank)
-    hosts = watchdog.join(host, port, {"ep_size": ep_size, "tp_size": tp_size, "world_size": world_size})
-    grid = rank_grid(world_size, ep_size, tp_size)
+    sizes = {"ep_size": ep_size, "tp_size": tp_size, "dp_size": dp_size, "world_size": world_size}
+    hosts = watchdog.join(host, port, sizes)
+    grid = rank_grid(world_size, ep_size, tp_size, dp_size)
     own = grid[rank]
-    watchdog.set_groups({"grid": list(range(world_size)), "ep": own.ep_group, "tp": own.tp_group})
+    watchdog.set_groups(
+        {
+            "world": list(range(world_size)),
+            "grid": own.grid_group,
+            "ep": own.ep_group,
+            "tp": own.tp_group,
+            "dp": own.dp_group,
+        }
+    )
     if len(set(hosts)) > 1:
         _let_gloo_use_the_route_to(host, port)
-    with watchdog.waiting("grid", "paddle.distributed.init_parallel_env"):
-        grid_group = dist.init_parallel_env()
+    with watchdog.waiting("world", "paddle.distributed.init_parallel_env"):
+        world_group = dist.init_parallel_env()
 
-    rank_lists = [
-        list(ranks) for ranks in sorted({one.ep_group for one in grid} | {one.tp_group for one in grid})
-    ]
-    build = _build_gloo_groups if grid_group.backend == "GLOO" else _build_groups
-    groups = build(rank_lists, grid_group, watchdog, [address or host for address in hosts])
-    context = ParallelContext(groups[own.ep_group], groups[own.tp_group], grid_group, watchdog)
+    rank_lists = {one.ep_group for one in grid} | {one.tp_group for one in grid}
+    rank_lists |= {one.dp_group for one in grid} | {one.grid_group for one in grid}
+    build = _build_gloo_groups if world_group.backend == "GLOO" else _build_groups
+    addresses = [address or host for address in hosts]
+    groups = build([list(ranks) for ranks in sorted(rank_lists)], world_group, watchdog, addresses)
+    own_groups = (groups[ranks] for ranks in (own.ep_group, own.tp_group, own.grid_group, own.dp_group))
+    context = ParallelContext(*own_groups, watchdog)
     watchdog.exchange(None, "init_distributed")
     return context
 
@@ -407,17 +461,17 @@ def _let_gloo_use_the_route_to(host: str, port: int) -> None:
 
 
 def _build_gloo_groups(
-    rank_lists: list[list[int]], grid_group: Group, watchdog: Watchdog, hosts: list[str]
+    rank_lists: list[list[int]], world_group: Group, watchdog: Watchdog, hosts: list[str]
 ) -> dict[tuple[int, ...], Group]:
     """The groups of this rank, by their global ranks.
 
     Paddle connects a gloo group through the keys "0", "1", ... of its store, so two groups on one store read
     each other's addresses. Here the first rank of each group opens a store that serves this group alone.
     """
-    rank = grid_group.rank
+    rank = world_group.rank
     own_stores = {}
     for index, ranks in enumerate(rank_lists):
-        if rank == ranks[0] and 1 < len(ranks) < grid_group.nranks:
+        if rank == ranks[0] and 1 < len(ranks) < world_group.nranks:
             own_stores[index] = _open_store(hosts[rank])
     ports_of = watchdog.exchange({index: port for index, (_, port) in own_stores.items()}, "building groups")
 
@@ -426,12 +480,12 @@ def _build_gloo_groups(
         group_id = collective._new_ring_id()  # on every rank, so that a group has the same id everywhere
         if rank not in ranks:
             continue
-        if len(ranks) == grid_group.nranks:
-            groups[tuple(ranks)] = grid_group
+        if len(ranks) == world_group.nranks:
+            groups[tuple(ranks)] = world_group
             continue
         process_group = None
         if len(ranks) > 1:
-            with watchdog.waiting("grid", f"building the group {ranks}"):
+            with watchdog.waiting("world", f"building the group {ranks}"):
                 if index in own_stores:
                     store = own_stores[index][0]
                 else:
@@ -465,16 +519,16 @@ def _register(ranks: list[int], rank: int, group_id: int, process_group: Any) ->
 
 
 def _build_groups(
-    rank_lists: list[list[int]], grid_group: Group, watchdog: Watchdog, hosts: list[str]
+    rank_lists: list[list[int]], world_group: Group, watchdog: Watchdog, hosts: list[str]
 ) -> dict[tuple[int, ...], Group]:
     groups = {}
     for ranks in rank_lists:
-        if len(ranks) == grid_group.nranks:
-            groups[tuple(ranks)] = grid_group
+        if len(ranks) == world_group.nranks:
+            groups[tuple(ranks)] = world_group
             continue
-        with watchdog.waiting("grid", f"building the group {ranks}"):
+        with watchdog.waiting("world", f"building the group {ranks}"):
             group = dist.new_group(ranks)
-            dist.all_reduce(paddle.ones([1], "int32"), group=grid_group)
-        if grid_group.rank in ranks:
+            dist.all_reduce(paddle.ones([1], "int32"), group=world_group)
+        if world_group.rank in ranks:
             groups[tuple(ranks)] = group
     return groups

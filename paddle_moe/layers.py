@@ -11,7 +11,10 @@ import paddle
 from paddle import nn
 
 from . import functional
+from .collectives import enter_shards, leave_shards, no_contribution
+from .losses import load_balancing_loss, router_z_loss
 from .params import random_expert, random_gate_weight, shard_experts, shard_range, slice_intermediate
+from .policies import balanced_correction_bias, check_capacity, count_ids, jitter, limit_capacity
 
 if TYPE_CHECKING:
     from .distributed import ParallelContext
@@ -42,7 +45,9 @@ class FusedMoE(nn.Layer):
     shared experts are one whose intermediate size is the sum of theirs. Its intermediate dimension is
     sliced over the whole EP x TP grid, so every rank does an equal part of it and the sum counts it once.
 
-    Inference only: gradients do not flow through the operator yet; call eval() before paddle.jit.to_static.
+    Training: every rank gets the whole gradient of hidden_states, of the router and of the shared gate, and
+    that of its own shard of the experts. Jitter, capacity, the auxiliary losses and the counts behind
+    update_correction_bias are parts of training mode only; eval() turns them off. See docs/training.md.
 
     Parameters of this rank, E_l experts and I_l columns of each (shapes of the shard, see
     params.shard_experts):
@@ -52,17 +57,28 @@ class FusedMoE(nn.Layer):
         shared_down_weight [1, Is_l, H], shared_gate_weight [H, 1] in gate_dtype.
         Those that were not asked for are None.
 
+    Sharded parameters carry the flags that fleet and PaddleNLP know: is_distributed, expert, no_sync (which
+    keeps paddle.DataParallel from averaging different shards) and color.
+
     Args:
         hidden_size: H. intermediate_size: I of one expert. num_experts: E over all ranks. top_k: per token.
         parallel: result of init_distributed; None: this process holds everything.
         activation: see mixture_of_experts.
         reduce: "two": all-reduce over ep_group, then over tp_group. "one": a single all-reduce over the
             grid instead; the same sum with less traffic, rounded differently.
-        fp32_reduce: add the partial sums in fp32 and round once at the end.
+        fp32_reduce: add the partial sums, and those of the gradients, in fp32 and round once at the end.
         gate_up_bias, down_bias: experts have biases (zero until loaded).
         shared_intermediate_size: I of the shared expert, 0: none. shared_gate: weigh it by a sigmoid gate.
         scoring, num_groups, topk_groups, group_score, group_mask_fill, renormalize, renormalize_eps,
             scaling_factor: see route. correction_bias: the selection has a bias (zero until loaded).
+        balance_loss_weight: weight of load_balancing_loss in the auxiliary loss.
+        balance_loss: the tokens whose load is balanced: "batch", those of this call; "sequence", each
+            sequence of hidden_states [..., S, H]; "global", those of all data-parallel replicas.
+        z_loss_weight: weight of router_z_loss in the auxiliary loss.
+        jitter_epsilon: see policies.jitter; of the router's input only. 0: none.
+        capacity_factor, drop_policy: see policies.limit_capacity; over the tokens of this call. None:
+            dropless.
+        bias_update_speed: of update_correction_bias, 0: correction_bias is left alone.
         chunk_size: see mixture_of_experts.
         dtype: of the expert weights and the hidden states; None: paddle.get_default_dtype().
         gate_dtype: of the gate weights, "float32" or dtype.
@@ -100,6 +116,13 @@ class FusedMoE(nn.Layer):
         renormalize: bool = True,
         renormalize_eps: float = 1e-20,
         scaling_factor: float = 1.0,
+        balance_loss_weight: float = 0.0,
+        balance_loss: str = "batch",
+        z_loss_weight: float = 0.0,
+        jitter_epsilon: float = 0.0,
+        capacity_factor: float | None = None,
+        drop_policy: str = "probability",
+        bias_update_speed: float = 0.0,
         chunk_size: int = 0,
         dtype: str | None = None,
         gate_dtype: str = "float32",
@@ -124,6 +147,21 @@ class FusedMoE(nn.Layer):
             raise ValueError("shared_gate=True needs a shared expert, got shared_intermediate_size=0")
         if reduce not in ("two", "one"):
             raise ValueError(f"reduce must be 'two' or 'one', got {reduce!r}")
+        if balance_loss not in ("batch", "sequence", "global"):
+            raise ValueError(f"balance_loss must be 'batch', 'sequence' or 'global', got {balance_loss!r}")
+        for name, value in (
+            ("balance_loss_weight", balance_loss_weight),
+            ("z_loss_weight", z_loss_weight),
+            ("bias_update_speed", bias_update_speed),
+        ):
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if bias_update_speed and not correction_bias:
+            raise ValueError("bias_update_speed needs a bias to update, got correction_bias=False")
+        if not 0 <= jitter_epsilon < 1:
+            raise ValueError(f"jitter_epsilon must be at least 0 and below 1, got {jitter_epsilon}")
+        if capacity_factor is not None:
+            check_capacity(capacity_factor, drop_policy, "drop_policy")
         dtype = dtype or paddle.get_default_dtype()
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}")
@@ -133,7 +171,12 @@ class FusedMoE(nn.Layer):
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.num_experts, self.top_k = num_experts, top_k
         self.activation, self.reduce, self.fp32_reduce = activation, reduce, fp32_reduce
-        self.shared_intermediate_size, self.chunk_size = shared_intermediate_size, chunk_size
+        self.shared_intermediate_size = shared_intermediate_size
+        self.chunk_size = chunk_size
+        self.balance_loss_weight, self.balance_loss = balance_loss_weight, balance_loss
+        self.z_loss_weight, self.jitter_epsilon = z_loss_weight, jitter_epsilon
+        self.capacity_factor, self.drop_policy = capacity_factor, drop_policy
+        self.bias_update_speed = bias_update_speed
         self.route_options = dict(
             scoring=scoring,
             num_groups=num_groups,
@@ -178,6 +221,10 @@ class FusedMoE(nn.Layer):
         self.shared_down_weight = weight([1, shared_columns, hidden_size], dtype, shared)
         self.shared_gate_weight = weight([hidden_size, 1], gate_dtype, shared_gate)
         self.register_buffer("correction_bias", paddle.zeros([num_experts]) if correction_bias else None)
+        # Tokens per expert since the last update_correction_bias.
+        counts = paddle.zeros([num_experts], "int64") if bias_update_speed else None
+        self.register_buffer("expert_counts", counts, persistable=False)
+        self._mark_shards()
         if seed is not None:
             self._draw_weights(seed)
 
@@ -286,6 +333,24 @@ class FusedMoE(nn.Layer):
             shared_down_weight=slice_intermediate(down, rank, size, axis=-2)[None],
         )
 
+    def _mark_shards(self) -> None:
+        """The flags by which fleet and PaddleNLP know parameters that differ between ranks."""
+        if self.ep_size * self.tp_size == 1:
+            return
+        # What holds the same shard, and may share its optimizer state, is the data-parallel group.
+        color = {"color": "moe_expert", "group": self.parallel.dp_group}
+        for parameter in (
+            self.gate_up_weight,
+            self.down_weight,
+            self.gate_up_bias,
+            self.down_bias,
+            self.shared_gate_up_weight,
+            self.shared_down_weight,
+        ):
+            if parameter is not None:
+                parameter.is_distributed = parameter.expert = parameter.no_sync = True
+                parameter.color = color
+
     @paddle.no_grad()
     def _draw_weights(self, seed: int) -> None:
         self._load(gate_weight=random_gate_weight(seed, self.hidden_size, self.num_experts))
@@ -304,60 +369,122 @@ class FusedMoE(nn.Layer):
             self._load(shared_gate_weight=random_gate_weight(seed, self.hidden_size, 1))
 
     def route(self, hidden_states: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """(routing_table int32 [T, K], router_weights fp32 [T, K]) for hidden_states [T, H]."""
-        logits = functional.gate(hidden_states, self.gate_weight)
+        """(routing_table int32 [T, K], router_weights fp32 [T, K]) for hidden_states [T, H].
+
+        In training mode with jitter and drops, like `forward`.
+        """
+        routing_table, router_weights = self._choose(self._logits(hidden_states))
+        return self._limit_capacity(routing_table, router_weights)
+
+    def _logits(self, hidden_states: paddle.Tensor) -> paddle.Tensor:
+        if self.training and self.jitter_epsilon:
+            hidden_states = jitter(hidden_states, self.jitter_epsilon, self.parallel)
+        return functional.gate(hidden_states, self.gate_weight)
+
+    def _choose(self, logits: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
         bias = self.correction_bias
         return functional.route(logits, self.top_k, correction_bias=bias, **self.route_options)
+
+    def _limit_capacity(
+        self, routing_table: paddle.Tensor, router_weights: paddle.Tensor
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        if not self.training or self.capacity_factor is None:
+            return routing_table, router_weights
+        return limit_capacity(
+            routing_table, router_weights, self.num_experts, self.capacity_factor, self.drop_policy
+        )
+
+    def _aux_loss(
+        self, logits: paddle.Tensor, routing_table: paddle.Tensor, leading: list[int]
+    ) -> paddle.Tensor:
+        loss = paddle.zeros([])
+        if self.balance_loss_weight:
+            balance = load_balancing_loss(
+                logits,
+                routing_table,
+                scoring=self.route_options["scoring"],
+                sequence_length=leading[-1] if self.balance_loss == "sequence" else None,
+                parallel=self.parallel if self.balance_loss == "global" else None,
+            )
+            loss = loss + self.balance_loss_weight * balance
+        if self.z_loss_weight:
+            loss = loss + self.z_loss_weight * router_z_loss(logits)
+        return loss
 
     def partial_output(
         self, hidden_states: paddle.Tensor, routing_table: paddle.Tensor, router_weights: paddle.Tensor
     ) -> paddle.Tensor:
         """What this rank adds to the output: [T, H], fp32 with fp32_reduce, else the dtype of hidden_states.
 
-        The sum over all ranks of the grid is the output. Arguments are [T, H], [T, K], [T, K].
+        The sum over all ranks of the grid is the output. Arguments are [T, H], [T, K], [T, K]. The gradients
+        of hidden_states, router_weights and the shared gate are sums over the grid, so all ranks run the
+        backward together.
         """
+        return self._partial_output(hidden_states, routing_table, router_weights)[0]
+
+    def _partial_output(
+        self,
+        hidden_states: paddle.Tensor,
+        routing_table: paddle.Tensor,
+        router_weights: paddle.Tensor,
+        measure: bool = False,
+    ) -> tuple[paddle.Tensor, paddle.Tensor | None]:
+        """partial_output, and with `measure` the amax [E_l] of this rank's experts."""
         dtype = "float32" if self.fp32_reduce else hidden_states.dtype
-        # With more ranks than experts a rank may have nothing to add, but the others wait for its zeros.
-        if not self._holds_experts and not self._holds_shared:
-            return paddle.zeros_like(hidden_states, dtype=dtype)
-        if not self._holds_shared:
-            return self._routed_output(hidden_states, routing_table, router_weights).astype(dtype)
-        if not self._holds_experts:
-            return self._shared_output(hidden_states).astype(dtype)
-        routed = self._routed_output(hidden_states, routing_table, router_weights)
+        replicated = [hidden_states, router_weights]
+        if self.shared_intermediate_size:
+            replicated.append(self._shared_share(hidden_states))
+        hidden_states, router_weights, *share = enter_shards(
+            replicated, self.parallel, self.reduce, self.fp32_reduce
+        )
+        routed, amax = self._routed_output(hidden_states, routing_table, router_weights, measure)
+        if not share:
+            return routed.astype(dtype), amax
         # In fp32, also because the CPU has no half-precision addition.
-        total = routed.astype("float32") + self._shared_output(hidden_states).astype("float32")
-        return total.astype(dtype)
+        shared = self._shared_output(hidden_states, *share)
+        return (routed.astype("float32") + shared.astype("float32")).astype(dtype), amax
 
     def _routed_output(
-        self, hidden_states: paddle.Tensor, routing_table: paddle.Tensor, router_weights: paddle.Tensor
-    ) -> paddle.Tensor:
-        return functional.mixture_of_experts(
+        self,
+        hidden_states: paddle.Tensor,
+        routing_table: paddle.Tensor,
+        router_weights: paddle.Tensor,
+        measure: bool,
+    ) -> tuple[paddle.Tensor, paddle.Tensor | None]:
+        weights = self.gate_up_weight, self.down_weight, self.gate_up_bias, self.down_bias
+        if not self._holds_experts:
+            # With more ranks than experts a rank may have nothing to add, but the others wait for its zeros.
+            amax = paddle.zeros([0]) if measure else None
+            return no_contribution(hidden_states, router_weights, *weights), amax
+        result = functional.mixture_of_experts(
             hidden_states,
             routing_table,
             router_weights,
-            self.gate_up_weight,
-            self.down_weight,
-            self.gate_up_bias,
-            self.down_bias,
+            *weights,
             activation=self.activation,
             experts_min=self.experts_min,
             experts_max=self.experts_max,
+            measurement_mode=measure,
             chunk_size=self.chunk_size,
         )
+        return result if measure else (result, None)
 
-    def _shared_output(self, hidden_states: paddle.Tensor) -> paddle.Tensor:
-        """The shared expert as a mixture of one expert that every token goes to."""
+    def _shared_share(self, hidden_states: paddle.Tensor) -> paddle.Tensor:
+        """The weight of the shared expert in each token, [T, 1] fp32."""
         if self.shared_gate_weight is None:
-            weights = paddle.ones_like(hidden_states[:, :1], dtype="float32")
-        else:
-            weights = nn.functional.sigmoid(functional.gate(hidden_states, self.shared_gate_weight))
+            return paddle.ones_like(hidden_states[:, :1], dtype="float32")
+        return nn.functional.sigmoid(functional.gate(hidden_states, self.shared_gate_weight))
+
+    def _shared_output(self, hidden_states: paddle.Tensor, share: paddle.Tensor) -> paddle.Tensor:
+        """The shared expert as a mixture of one expert that every token goes to."""
+        weights = self.shared_gate_up_weight, self.shared_down_weight
+        if not self._holds_shared:
+            return no_contribution(hidden_states, share, *weights)
         return functional.mixture_of_experts(
             hidden_states,
-            paddle.zeros_like(weights, dtype="int32"),
-            weights,
-            self.shared_gate_up_weight,
-            self.shared_down_weight,
+            paddle.zeros_like(share, dtype="int32"),
+            share,
+            *weights,
             activation=self.activation,
             chunk_size=self.chunk_size,
         )
@@ -368,25 +495,34 @@ class FusedMoE(nn.Layer):
         routing_table: paddle.Tensor | None = None,
         router_weights: paddle.Tensor | None = None,
         return_routing: bool = False,
-    ) -> paddle.Tensor | tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+        return_aux_loss: bool = False,
+        return_amax: bool = False,
+    ) -> paddle.Tensor | tuple[paddle.Tensor, ...]:
         """The output of the whole layer, the same on every rank.
 
         With PADDLE_MOE_CHECK=1 in the environment of every rank, ranks that disagree on the routing raise a
         RuntimeError that names them.
 
         Args:
-            hidden_states: [..., H], the same on every rank.
+            hidden_states: [..., H], the same on every rank of the grid.
             routing_table, router_weights: [..., K] ids (int32 or int64) and weights (fp32 or the dtype of
                 hidden_states) to use instead of the router's, for example those that an earlier call
-                returned. Both or neither.
+                returned. Both or neither. They are used as they are: no jitter, no drops, no counts.
             return_routing: also return the routing.
+            return_aux_loss: also return the auxiliary loss, to be added to the loss of the model.
+            return_amax: also return the largest intermediates.
 
         Returns:
-            out [..., H] in the dtype of hidden_states; with return_routing (out, routing_table [T, K],
-            router_weights [T, K]), T being the product of the leading dimensions.
+            out [..., H] in the dtype of hidden_states; with any return_* a tuple, in this order:
+            return_routing: routing_table [T, K], router_weights [T, K], T being the product of the leading
+                dimensions; -1 and 0 where capacity dropped a slot.
+            return_aux_loss: scalar fp32, balance_loss_weight * load_balancing_loss + z_loss_weight *
+                router_z_loss, the same on every rank of the grid.
+            return_amax: [E] fp32, the amax of mixture_of_experts over all ranks of the grid.
 
         Raises:
-            ValueError: a shape or dtype does not fit.
+            ValueError: a shape or dtype does not fit, or in training mode the layer has auxiliary losses but
+                return_aux_loss is False.
         """
         if (routing_table is None) != (router_weights is None):
             missing = "routing_table" if routing_table is None else "router_weights"
@@ -396,28 +532,65 @@ class FusedMoE(nn.Layer):
                 f"hidden_states must have the shape [..., H] with H = {self.hidden_size}, "
                 f"got {list(hidden_states.shape)}"
             )
+        replayed = routing_table is not None
+        if replayed and return_aux_loss:
+            raise ValueError("return_aux_loss=True needs the router, but routing_table was passed")
+        if not replayed and not return_aux_loss and self.training and self._has_aux_loss():
+            raise ValueError(
+                "this layer has auxiliary losses (balance_loss_weight, z_loss_weight), which would be lost: "
+                "pass return_aux_loss=True and add what it returns to the loss, or call eval()"
+            )
+        if return_aux_loss and self.balance_loss == "sequence" and len(hidden_states.shape) < 3:
+            raise ValueError(
+                "hidden_states must have the shape [..., S, H] for balance_loss='sequence', "
+                f"got {list(hidden_states.shape)}"
+            )
         tokens = hidden_states.reshape([-1, self.hidden_size])
-        if routing_table is None:
-            routing_table, router_weights = self.route(tokens)
-        else:
+        aux_loss = None
+        if replayed:
             routing_table = routing_table.reshape([-1, routing_table.shape[-1]])
             router_weights = router_weights.reshape([-1, router_weights.shape[-1]])
+        else:
+            logits = self._logits(tokens)
+            routing_table, router_weights = self._choose(logits)
+            if return_aux_loss:
+                aux_loss = self._aux_loss(logits, routing_table, hidden_states.shape[:-1])
+            # Recompute runs the forward twice, the first time without gradients.
+            if self.training and self.expert_counts is not None and paddle.is_grad_enabled():
+                counts = self.expert_counts + count_ids(routing_table, self.num_experts)
+                paddle.assign(counts, output=self.expert_counts)
+            routing_table, router_weights = self._limit_capacity(routing_table, router_weights)
         if self.parallel is not None and os.environ.get("PADDLE_MOE_CHECK") == "1":
             self.parallel.check_same_routing(routing_table, router_weights)
 
-        output = self._timed_output(tokens, routing_table, router_weights).astype(tokens.dtype)
-        output = output.reshape(hidden_states.shape)
-        return (output, routing_table, router_weights) if return_routing else output
+        output, amax = self._timed_output(tokens, routing_table, router_weights, return_amax)
+        output = output.astype(tokens.dtype).reshape(hidden_states.shape)
+        result = [output]
+        if return_routing:
+            result += [routing_table, router_weights]
+        if return_aux_loss:
+            result.append(aux_loss)
+        if return_amax:
+            result.append(self._gathered_amax(amax))
+        return output if len(result) == 1 else tuple(result)
+
+    def _has_aux_loss(self) -> bool:
+        return bool(self.balance_loss_weight or self.z_loss_weight)
 
     def _timed_output(
-        self, tokens: paddle.Tensor, routing_table: paddle.Tensor, router_weights: paddle.Tensor
-    ) -> paddle.Tensor:
+        self,
+        tokens: paddle.Tensor,
+        routing_table: paddle.Tensor,
+        router_weights: paddle.Tensor,
+        measure: bool,
+    ) -> tuple[paddle.Tensor, paddle.Tensor | None]:
         if self.logger is None:
-            return self._all_reduce(self.partial_output(tokens, routing_table, router_weights))
+            partial, amax = self._partial_output(tokens, routing_table, router_weights, measure)
+            return leave_shards(partial, self.parallel, self.reduce), amax
         started = _now(tokens)
-        partial = self.partial_output(tokens, routing_table, router_weights)
+        partial, amax = self._partial_output(tokens, routing_table, router_weights, measure)
         computed = _now(partial)
-        output = self._all_reduce(partial)
+        output = leave_shards(partial, self.parallel, self.reduce)
         reduced = _now(output)
         slots = routing_table.numpy().ravel() - self.experts_min
         experts = self.experts_max - self.experts_min + 1
@@ -431,14 +604,32 @@ class FusedMoE(nn.Layer):
             kernel_ms=1e3 * (computed - started),
             collective_ms=1e3 * (reduced - computed),
         )
-        return output
+        return output, amax
 
-    def _all_reduce(self, partial: paddle.Tensor) -> paddle.Tensor:
+    def _gathered_amax(self, amax: paddle.Tensor) -> paddle.Tensor:
+        """The amax of all experts, [E], from that of this rank's experts and columns."""
         if self.parallel is None:
-            return partial
-        if self.reduce == "one":
-            return self.parallel.all_reduce(partial, "grid")
-        return self.parallel.all_reduce(self.parallel.all_reduce(partial, "ep"), "tp")
+            return amax
+        before, after = self.experts_min, self.num_experts - self.experts_max - 1
+        everywhere = paddle.concat([paddle.zeros([before]), amax, paddle.zeros([after])])
+        return self.parallel.all_reduce(everywhere, "grid", "max")
+
+    def update_correction_bias(self) -> None:
+        """Moves correction_bias by bias_update_speed towards balance, see policies.balanced_correction_bias.
+
+        Call it after each optimizer step, on all ranks. It uses the choices of all forwards in training mode
+        since the last call that recorded gradients, summed over the data-parallel replicas.
+
+        Raises:
+            ValueError: the layer was made with bias_update_speed = 0.
+        """
+        if not self.bias_update_speed:
+            raise ValueError("update_correction_bias needs a layer with bias_update_speed > 0")
+        bias = balanced_correction_bias(
+            self.correction_bias, self.expert_counts, self.bias_update_speed, self.parallel
+        )
+        self.correction_bias.set_value(bias)
+        self.expert_counts.zero_()
 
     def extra_repr(self) -> str:
         start, stop = shard_range(self.intermediate_size, self.tp_rank, self.tp_size)

@@ -30,7 +30,7 @@ import tempfile
 import time
 from typing import Any, Iterator
 
-SLOTS = ("grid", "ep", "tp")  # one counter of collectives for each group of a rank
+SLOTS = ("world", "grid", "ep", "tp", "dp")  # one counter of collectives for each group of a rank
 _SLOT = struct.Struct("=QQd80s")  # entered, left, time.monotonic() of the last entry, what it is
 
 _TICK_SECONDS = 0.25

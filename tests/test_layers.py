@@ -36,6 +36,7 @@ class Shard(NamedTuple):
     ep_size: int
     tp_rank: int
     tp_size: int
+    dp_group: None = None
 
 
 def grid(ep_size: int, tp_size: int) -> list[Shard]:

@@ -44,7 +44,7 @@ def test_groups_follow_from_the_places(ep_size, tp_size):
 
 
 def test_sizes_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"ep_size=3, tp_size=2 \(product 6\) and world_size=4"):
+    with pytest.raises(ValueError, match=r"ep_size=3, tp_size=2, dp_size=1 \(product 6\) and world_size=4"):
         rank_grid(4, 3, 2)
     for sizes in ((0, 1, 1), (1, 0, 1), (1, 1, -1)):
         with pytest.raises(ValueError, match="must be at least 1"):

@@ -35,9 +35,9 @@ reduced_groups = []
 all_reduce = parallel.all_reduce
 
 
-def all_reduce_and_note(tensor: paddle.Tensor, group: str) -> paddle.Tensor:
+def all_reduce_and_note(tensor: paddle.Tensor, group: str, **options) -> paddle.Tensor:
     reduced_groups.append(group)
-    return all_reduce(tensor, group)
+    return all_reduce(tensor, group, **options)
 
 
 def record(name: str, output: paddle.Tensor) -> None:

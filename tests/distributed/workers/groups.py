@@ -100,7 +100,7 @@ if "quick" not in sys.argv:
     # Bad arguments.
     fails_with(ValueError, "got bool", context.all_reduce, paddle.zeros([1], "bool"), "ep")
     fails_with(ValueError, "got 'min'", context.all_reduce, paddle.zeros([1]), "ep", "min")
-    fails_with(ValueError, "got 'dp'", context.all_reduce, paddle.zeros([1]), "dp")
+    fails_with(ValueError, "got 'pp'", context.all_reduce, paddle.zeros([1]), "pp")
 
     # Groups that exist already; without a group for the grid it is EP followed by TP.
     for grid_group in (None, context.grid_group):

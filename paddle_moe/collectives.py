@@ -1,0 +1,104 @@
+"""The collectives of FusedMoE with their gradients.
+
+Tokens are replicated, experts are sharded. Where replicated tensors enter the sharded part, each rank of the
+grid gets a part of their gradient, and the backward adds these parts up. Where partial outputs leave it, the
+forward adds them up, and every rank has the whole gradient already. These are the conjugate operators f and g
+of Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism"
+(2019), section 3.
+
+Every rank must run the same collectives in the same order in the backward too, and Paddle orders its nodes by
+the shape of the graph. So the graph has the same shape everywhere: `no_contribution` stands where a rank has
+no experts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import paddle
+from paddle.autograd import PyLayer
+
+if TYPE_CHECKING:
+    from paddle_moe.distributed import ParallelContext
+
+__all__ = ["enter_shards", "leave_shards", "no_contribution"]
+
+
+def enter_shards(
+    tensors: list[paddle.Tensor], parallel: ParallelContext | None, reduce: str, fp32: bool
+) -> list[paddle.Tensor]:
+    """`tensors`, replicated on the grid, with gradients that are summed over it.
+
+    Args:
+        reduce: "two": EP group, then TP group. "one": the grid.
+        fp32: sum bfloat16 and float16 in float32.
+    """
+    trained = [index for index, tensor in enumerate(tensors) if not tensor.stop_gradient]
+    if not _spans_ranks(parallel) or not trained or not paddle.is_grad_enabled():
+        return tensors
+    entered = _Enter.apply(parallel, reduce, fp32, *[tensors[index] for index in trained])
+    result = list(tensors)
+    for index, tensor in zip(trained, entered):
+        result[index] = tensor
+    return result
+
+
+def leave_shards(partial: paddle.Tensor, parallel: ParallelContext | None, reduce: str) -> paddle.Tensor:
+    """The sum of `partial` over the grid; the gradient of the sum is that of each part."""
+    if not _spans_ranks(parallel):
+        return partial
+    if partial.stop_gradient or not paddle.is_grad_enabled():
+        return sum_over_grid(partial, parallel, reduce)
+    return _Leave.apply(partial, parallel, reduce)
+
+
+def no_contribution(like: paddle.Tensor, *inputs: paddle.Tensor | None) -> paddle.Tensor:
+    """Zeros of the shape and dtype of `like`, which depend on `inputs` with the gradient zero."""
+    return _NoContribution.apply(like, *[tensor for tensor in inputs if tensor is not None])
+
+
+def sum_over_grid(
+    tensor: paddle.Tensor, parallel: ParallelContext, reduce: str, fp32: bool = False
+) -> paddle.Tensor:
+    """All-reduces `tensor` in place, over the EP group and then the TP group ("two") or the grid ("one")."""
+    if reduce == "one":
+        return parallel.all_reduce(tensor, "grid", fp32=fp32)
+    return parallel.all_reduce(parallel.all_reduce(tensor, "ep", fp32=fp32), "tp", fp32=fp32)
+
+
+def _spans_ranks(parallel: ParallelContext | None) -> bool:
+    return parallel is not None and parallel.ep_size * parallel.tp_size > 1
+
+
+class _Enter(PyLayer):
+    @staticmethod
+    def forward(ctx, parallel: ParallelContext, reduce: str, fp32: bool, *tensors: paddle.Tensor):
+        ctx.options = parallel, reduce, fp32
+        return tuple(tensor.clone() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients: paddle.Tensor):
+        # Copies, because other consumers of the input may hold the same tensor as their gradient.
+        return tuple(sum_over_grid(gradient.clone(), *ctx.options) for gradient in gradients)
+
+
+class _Leave(PyLayer):
+    @staticmethod
+    def forward(ctx, partial: paddle.Tensor, parallel: ParallelContext, reduce: str):
+        return sum_over_grid(partial.clone(), parallel, reduce)
+
+    @staticmethod
+    def backward(ctx, gradient: paddle.Tensor):
+        return gradient.clone()
+
+
+class _NoContribution(PyLayer):
+    @staticmethod
+    def forward(ctx, *inputs: paddle.Tensor):
+        ctx.inputs = [(tensor.shape, tensor.dtype, tensor.stop_gradient) for tensor in inputs]
+        return paddle.zeros_like(inputs[0])
+
+    @staticmethod
+    def backward(ctx, gradient: paddle.Tensor):
+        gradients = [None if fixed else paddle.zeros(shape, dtype) for shape, dtype, fixed in ctx.inputs]
+        return gradients[0] if len(gradients) == 1 else tuple(gradients)

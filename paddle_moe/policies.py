@@ -1,0 +1,161 @@
+"""What a router may do besides choosing: jitter, capacity, and a selection bias that balances the load.
+
+T tokens, E experts over all ranks, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import paddle
+
+if TYPE_CHECKING:
+    from paddle_moe.distributed import ParallelContext
+
+__all__ = ["balanced_correction_bias", "jitter", "limit_capacity", "tokens_per_expert"]
+
+DROP_POLICIES = ("probability", "position")
+
+
+def count_ids(ids: paddle.Tensor, num_experts: int, *, per_row: bool = False) -> paddle.Tensor:
+    """How often each expert occurs in ids, -1 not counted: [E], or per row of ids [R, E]. int64."""
+    rows = ids if per_row else ids.reshape([1, -1])
+    rows = rows.astype("int64")
+    # From a row of `rows`, so that the number of rows may be unknown while a graph is built.
+    zeros = paddle.zeros_like(rows.sum(axis=1, keepdim=True)).tile([1, num_experts])
+    counted = (rows >= 0).astype("int64")
+    counts = paddle.put_along_axis(zeros, rows.clip(min=0), counted, axis=1, reduce="add")
+    return counts if per_row else counts[0]
+
+
+def tokens_per_expert(routing_table: paddle.Tensor, num_experts: int) -> paddle.Tensor:
+    """The rows that each expert gets: [E] int64.
+
+    Args:
+        routing_table: [..., K], int32 or int64; ids of -1 count for no expert.
+        num_experts: E.
+    """
+    return count_ids(routing_table, num_experts)
+
+
+def jitter(
+    hidden_states: paddle.Tensor, epsilon: float, parallel: ParallelContext | None = None
+) -> paddle.Tensor:
+    """The router's input times uniform noise in [1 - epsilon, 1 + epsilon], for exploration in training.
+
+    Fedus et al., "Switch Transformers" (2021), section 2.4. The noise comes from Paddle's generator, so
+    recompute repeats it. On a grid all ranks use that of the first one, at the price of an all-reduce.
+
+    Args:
+        hidden_states: [T, H], the same on every rank of the grid.
+        epsilon: between 0 and 1.
+        parallel: the grid whose ranks hold the same tokens.
+
+    Returns:
+        [T, H] in the dtype of ``hidden_states``.
+
+    Raises:
+        ValueError: epsilon is out of its range.
+    """
+    if not 0 <= epsilon < 1:
+        raise ValueError(f"epsilon must be at least 0 and below 1, got {epsilon}")
+    noise = paddle.uniform(hidden_states.shape, "float32", min=1 - epsilon, max=1 + epsilon)
+    if parallel is not None:
+        first = parallel.ep_rank == parallel.tp_rank == 0
+        noise = parallel.all_reduce(noise if first else paddle.zeros_like(noise), "grid")
+    return (hidden_states.astype("float32") * noise).astype(hidden_states.dtype)
+
+
+def limit_capacity(
+    routing_table: paddle.Tensor,
+    router_weights: paddle.Tensor,
+    num_experts: int,
+    capacity_factor: float,
+    policy: str = "probability",
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    r"""Drops what an expert was given beyond its capacity; a dropped slot has the id -1 and the weight 0.
+
+    .. math::
+        capacity = \lceil capacity\_factor \cdot T K / E \rceil
+
+    tokens per expert, computed in float64, over the T tokens of this call. Deterministic.
+
+    Args:
+        routing_table: [T, K], int32 or int64. Ids of -1 take no capacity.
+        router_weights: [T, K]. The other weights stay as they are.
+        num_experts: E.
+        capacity_factor: positive.
+        policy: which slots stay. "probability": those with the largest weights, of equal ones the earlier
+            token (batch prioritized routing by slot, Riquelme et al., "Scaling Vision with Sparse Mixture of
+            Experts", 2021). "position": the first choices of all tokens in their order, then the second
+            choices, and so on (Lepikhin et al., "GShard", 2020).
+
+    Returns:
+        (routing_table, router_weights) of the same shapes and dtypes. The gradient of a dropped weight is 0.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    check_capacity(capacity_factor, policy)
+    top_k = routing_table.shape[1]
+    ids = routing_table.flatten().astype("int64")
+    slots = paddle.ones_like(ids).cumsum() - 1
+    if policy == "position":
+        order = slots.reshape([-1, top_k]).transpose([1, 0]).flatten()
+    else:
+        order = paddle.argsort(-router_weights.detach().flatten().astype("float32"), stable=True)
+    # By expert, and within an expert by priority. Slots of no expert come first.
+    order = paddle.gather(order, paddle.argsort(paddle.gather(ids, order), stable=True))
+    sorted_ids = paddle.gather(ids, order)
+    counts = count_ids(routing_table, num_experts)
+    starts = (ids < 0).astype("int64").sum() + counts.cumsum() - counts
+    place_in_expert = slots - paddle.gather(starts, sorted_ids.clip(min=0))
+    capacity = paddle.ceil(capacity_factor * paddle.ones_like(ids).sum().astype("float64") / num_experts)
+    stays = (sorted_ids >= 0) & (place_in_expert.astype("float64") < capacity)
+    stays = paddle.scatter(paddle.zeros_like(ids), order, stays.astype("int64")).reshape([-1, top_k])
+    dropped = paddle.full_like(routing_table, -1)
+    return (
+        paddle.where(stays > 0, routing_table, dropped),
+        paddle.where(stays > 0, router_weights, paddle.zeros_like(router_weights)),
+    )
+
+
+def check_capacity(capacity_factor: float, policy: str, policy_name: str = "policy") -> None:
+    if not capacity_factor > 0:
+        raise ValueError(f"capacity_factor must be positive, got {capacity_factor}")
+    if policy not in DROP_POLICIES:
+        raise ValueError(f"{policy_name} must be one of {', '.join(DROP_POLICIES)}, got {policy!r}")
+
+
+@paddle.no_grad()
+def balanced_correction_bias(
+    correction_bias: paddle.Tensor,
+    counts: paddle.Tensor,
+    update_speed: float = 1e-3,
+    parallel: ParallelContext | None = None,
+) -> paddle.Tensor:
+    r"""The selection bias after one step of load balancing without an auxiliary loss.
+
+    .. math::
+        b_e + update\_speed \cdot sign\Big(\frac{1}{E} \sum_{e'} c_{e'} - c_e\Big)
+
+    Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (2024), algorithm 1;
+    DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 2.1.2, where update_speed is 1e-3 (gamma).
+
+    Args:
+        correction_bias: [E] float32.
+        counts: [E] integers, the tokens per expert since the last step, over all micro-batches.
+        update_speed: positive.
+        parallel: counts are summed over the data-parallel replicas, so that all of them get the same bias.
+
+    Returns:
+        [E] float32.
+    """
+    if not update_speed > 0:
+        raise ValueError(f"update_speed must be positive, got {update_speed}")
+    counts = counts.astype("int64")
+    if parallel is not None:
+        counts = parallel.all_reduce(counts.clone(), "dp")
+    # The mean times E, in integers: a mean that is not exact would move experts that are at it.
+    direction = paddle.sign((counts.sum() - counts * counts.shape[0]).astype("float32"))
+    return correction_bias + update_speed * direction
