@@ -1,6 +1,7 @@
 // Helpers that every kernel file uses.
 #pragma once
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -76,6 +77,14 @@ __device__ inline float load_as_float(const void* data, int64_t i, DType dtype) 
     default:
       return static_cast<const float*>(data)[i];
   }
+}
+
+// 16 bytes at once. destination is aligned to 16.
+template <class T, int kCount>
+__device__ inline void store_vector(T* destination, const T (&values)[kCount], int first = 0) {
+  uint4 bytes;
+  memcpy(&bytes, values + first, sizeof bytes);
+  *reinterpret_cast<uint4*>(destination) = bytes;
 }
 
 }  // namespace cuda

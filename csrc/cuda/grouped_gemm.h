@@ -35,6 +35,7 @@ struct GroupedGemm {
   const Tile* tiles = nullptr;
   const int32_t* num_tiles = nullptr;
   int64_t max_tiles = 0;  // known on the host: *num_tiles is at most this
+  int32_t block_m = 0;    // of the tiles
 
   // gate_up: the intermediate in the dtype of `a`; columns past `columns` up to out_stride are never read.
   // down: fp32 rows.

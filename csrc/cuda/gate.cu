@@ -1,0 +1,94 @@
+// logits = hidden_states x gate_weight in fp32, by multiply-adds: the gate is a small part of the layer, and
+// its rounding would move the routing. Both kernels sum in the order of fp32_tile.cuh, so a token's logits do
+// not depend on which one ran.
+#include "cuda/fp32_tile.cuh"
+
+namespace paddle_moe {
+namespace cuda {
+namespace {
+
+constexpr int64_t kFewTokens = 128;
+constexpr int kWarps = 16;  // of a block of gate_few: so many blocks of a sum run side by side
+
+template <class Hidden, class Weight>
+__global__ void __launch_bounds__(Fp32Tile::kThreads)
+    gate_tiles(const __grid_constant__ GateProblem p, int blocks_n, float* logits) {
+  constexpr int kColumns = 2 * Fp32Tile::kHalfN;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) / blocks_n * Fp32Tile::kBlockM;
+  const int64_t first_expert = static_cast<int64_t>(blockIdx.x) % blocks_n * kColumns;
+  Fp32Tile sums;
+  sums.multiply(
+      *static_cast<Fp32Tile::Shared*>(shared_memory()), p.hidden_size, p.weight.in_stride == 1,
+      [&](int row, int64_t k) {
+        if (first_token + row >= p.num_tokens) return 0.0f;
+        return to_float(
+            static_cast<const Hidden*>(p.hidden_states)[(first_token + row) * p.hidden_states_stride + k]);
+      },
+      [&](int half, int64_t k, int column) {
+        const int64_t n = first_expert + half * Fp32Tile::kHalfN + column;
+        if (n >= p.num_experts) return 0.0f;
+        return to_float(
+            static_cast<const Weight*>(p.weight.data)[k * p.weight.in_stride + n * p.weight.out_stride]);
+      });
+  sums.for_each([&](int half, int row, int column, float sum) {
+    const int64_t n = first_expert + half * Fp32Tile::kHalfN + column;
+    if (first_token + row < p.num_tokens && n < p.num_experts) {
+      logits[(first_token + row) * p.num_experts + n] = sum;
+    }
+  });
+}
+
+// A block computes 32 logits of one token, one per lane; warp w the blocks w, w + kWarps, ... of each sum.
+template <class Hidden, class Weight>
+__global__ void __launch_bounds__(kWarps* kWarpSize)
+    gate_few(const __grid_constant__ GateProblem p, int blocks_n, float* logits) {
+  auto* sums = static_cast<float (*)[kWarpSize]>(shared_memory());
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t token = blockIdx.x / blocks_n;
+  const int64_t expert = static_cast<int64_t>(blockIdx.x) % blocks_n * kWarpSize + lane;
+  const auto* hidden = static_cast<const Hidden*>(p.hidden_states) + token * p.hidden_states_stride;
+  const auto* weight = static_cast<const Weight*>(p.weight.data) + expert * p.weight.out_stride;
+  float total = 0.0f;
+  for (int64_t round = 0; round < p.hidden_size; round += kWarps * kSumBlock) {
+    const int64_t first = round + warp * kSumBlock;
+    const int64_t end = first + kSumBlock < p.hidden_size ? first + kSumBlock : p.hidden_size;
+    float sum = 0.0f;
+    if (expert < p.num_experts) {
+#pragma unroll 16
+      for (int64_t k = first; k < end; ++k) {
+        sum = fmaf(to_float(hidden[k]), to_float(weight[k * p.weight.in_stride]), sum);
+      }
+    }
+    sums[warp][lane] = sum;
+    __syncthreads();
+    for (int w = 0; w < kWarps && round + w * kSumBlock < p.hidden_size; ++w) total += sums[w][lane];
+    __syncthreads();
+  }
+  if (warp == 0 && expert < p.num_experts) logits[token * p.num_experts + expert] = total;
+}
+
+template <class Hidden, class Weight>
+void start(const GateProblem& p, Stream stream, float* logits) {
+  if (p.num_tokens <= kFewTokens) {
+    const int64_t blocks_n = divide_up(p.num_experts, kWarpSize);
+    launch("gate_few", gate_few<Hidden, Weight>, p.num_tokens * blocks_n, kWarps * kWarpSize,
+           kWarps * kWarpSize * sizeof(float), stream, p, static_cast<int>(blocks_n), logits);
+    return;
+  }
+  const int64_t blocks_n = divide_up(p.num_experts, 2 * Fp32Tile::kHalfN);
+  launch("gate_tiles", gate_tiles<Hidden, Weight>, divide_up(p.num_tokens, Fp32Tile::kBlockM) * blocks_n,
+         Fp32Tile::kThreads, sizeof(Fp32Tile::Shared), stream, p, static_cast<int>(blocks_n), logits);
+}
+
+}  // namespace
+
+void gate(const GateProblem& p, Stream stream, float* logits) {
+  with_element(p.dtype, [&](auto hidden) {
+    using Hidden = decltype(hidden);
+    p.weight_dtype == DType::kFloat32 ? start<Hidden, float>(p, stream, logits)
+                                      : start<Hidden, Hidden>(p, stream, logits);
+  });
+}
+
+}  // namespace cuda
+}  // namespace paddle_moe

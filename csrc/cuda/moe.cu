@@ -1,0 +1,181 @@
+// The four stages of mixture_of_experts on a stream, chunk by chunk:
+//
+//   sort     slots (token, k) by local expert, and the tiles of the GEMMs          (sort.cu)
+//   gate_up  gathered rows x [H, 2I] per expert, activation; rows of the intermediate
+//   down     [rows, I] x [I, H] per expert; fp32 rows                              (grouped_gemm_*.cu)
+//   combine  each token's rows, weighted, in the order of k                        (combine.cu)
+//
+// The host never learns the routing: grids are sized for the worst case, and blocks without a tile return.
+#include <algorithm>
+
+#include "cuda/combine.h"
+#include "cuda/common.cuh"
+#include "cuda/grouped_gemm.h"
+#include "cuda/sort.h"
+
+namespace paddle_moe {
+namespace cuda {
+namespace {
+
+// Where chunk_size is left to us, chunks are as large as this many bytes of rows allow: every chunk reads the
+// weights anew, so fewer are better.
+constexpr int64_t kChunkBytes = int64_t{4} << 30;
+constexpr int64_t kMinChunkTokens = 64;
+constexpr int64_t kMaxChunkSlots = int64_t{1} << 30;  // positions are 32-bit
+
+void expect(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(error));
+  }
+}
+
+int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  expect(cudaGetDevice(&device), "cudaGetDevice");
+  expect(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  expect(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  return 10 * major + minor;
+}
+
+// The implementation of the grouped GEMM that a problem gets on the current device.
+struct Implementation {
+  int (*block_m)(const Problem&, int64_t);
+  void (*run)(Stage, const Problem&, const GroupedGemm&, Stream);
+};
+
+Implementation choose_implementation(const Problem& p) {
+  if (p.dtype == DType::kFloat32) return {block_m_fp32, grouped_gemm_fp32};
+  const int capability = compute_capability();
+  if (capability < 80) {
+    throw std::runtime_error("mixture_of_experts in " + std::string(dtype_name(p.dtype)) +
+                             " needs a GPU of compute capability 8.0 or higher, got " +
+                             std::to_string(capability / 10) + "." + std::to_string(capability % 10));
+  }
+  return {block_m_sm80, grouped_gemm_sm80};
+}
+
+struct Layout {
+  Layout(const Problem& p, void* workspace)
+      : implementation(choose_implementation(p)),
+        inter_stride(round_up(p.intermediate_size, 8)),
+        rows_stride(round_up(p.hidden_size, 8)) {
+    const int64_t element = static_cast<int64_t>(dtype_size(p.dtype)), k = p.top_k;
+    const int64_t bytes_per_token = k * (inter_stride * element + rows_stride * int64_t{sizeof(float)});
+    const int64_t wanted =
+        p.chunk_size > 0 ? p.chunk_size : std::max(kMinChunkTokens, kChunkBytes / bytes_per_token);
+    tokens = std::min({wanted, std::max<int64_t>(1, p.num_tokens), std::max<int64_t>(1, kMaxChunkSlots / k)});
+    // One tile size for all chunks. The last one may be smaller; the sums do not depend on it.
+    block_m = implementation.block_m(p, tokens);
+    const int64_t slots = tokens * k, experts_count = p.num_experts();
+    tiles_count = max_tiles(slots, experts_count, block_m);
+    Arena arena(workspace);
+    experts = arena.take<Expert>(experts_count);
+    expert_rows = arena.take<int32_t>(experts_count);
+    counts = arena.take<int32_t>(sort_scratch(slots, experts_count));
+    tiles = arena.take<Tile>(tiles_count);
+    num_tiles = arena.take<int32_t>(1);
+    local_expert = arena.take<int32_t>(slots);
+    position = arena.take<int32_t>(slots);
+    row_slot = arena.take<int32_t>(slots);
+    intermediate = arena.take<char>(slots * inter_stride * element);
+    rows = arena.take<float>(slots * rows_stride);
+    bytes = arena.used();
+  }
+
+  Implementation implementation;
+  int64_t inter_stride, rows_stride;  // elements; whole 16-byte vectors
+  int64_t tokens, tiles_count;
+  int block_m;
+  Expert* experts;
+  Tile* tiles;
+  int32_t *expert_rows, *counts, *num_tiles, *local_expert, *position, *row_slot;
+  char* intermediate;
+  float* rows;
+  size_t bytes;
+};
+
+const void* advance(const void* data, int64_t elements, DType dtype) {
+  return static_cast<const char*>(data) + elements * static_cast<int64_t>(dtype_size(dtype));
+}
+
+void run_chunk(const Problem& p, const Layout& w, int64_t first_token, int64_t num_tokens, Stream stream,
+               void* out, uint32_t* amax) {
+  const int64_t first_slot = first_token * p.top_k, num_slots = num_tokens * p.top_k;
+  Sort sort;
+  sort.routing_table = advance(p.routing_table, first_slot, p.routing_table_dtype);
+  sort.routing_table_dtype = p.routing_table_dtype;
+  sort.first_expert = p.first_expert;
+  sort.num_experts = static_cast<int32_t>(p.num_experts());
+  sort.num_slots = static_cast<int32_t>(num_slots);
+  sort.block_m = w.block_m;
+  sort.local_expert = w.local_expert;
+  sort.position = w.position;
+  sort.row_slot = w.row_slot;
+  sort.expert_rows = w.expert_rows;
+  sort.tiles = w.tiles;
+  sort.num_tiles = w.num_tiles;
+  sort.experts = w.experts;
+  sort.counts = w.counts;
+  sort_slots(sort, p.experts, stream);
+
+  GroupedGemm gemm;
+  gemm.depth = p.hidden_size;
+  gemm.columns = p.intermediate_size;
+  gemm.a = advance(p.hidden_states, first_token * p.hidden_states_stride, p.dtype);
+  gemm.a_stride = p.hidden_states_stride;
+  gemm.row_slot = w.row_slot;
+  gemm.top_k = static_cast<int32_t>(p.top_k);
+  gemm.experts = w.experts;
+  gemm.tiles = w.tiles;
+  gemm.num_tiles = w.num_tiles;
+  gemm.max_tiles = max_tiles(num_slots, p.num_experts(), w.block_m);
+  gemm.block_m = w.block_m;
+  gemm.out = w.intermediate;
+  gemm.out_stride = w.inter_stride;
+  gemm.activation = p.activation;
+  gemm.bias_dtype = p.bias_dtype;
+  gemm.amax = amax;
+  w.implementation.run(Stage::kGateUp, p, gemm, stream);
+
+  gemm.depth = p.intermediate_size;
+  gemm.columns = p.hidden_size;
+  gemm.a = w.intermediate;
+  gemm.a_stride = w.inter_stride;
+  gemm.row_slot = nullptr;
+  gemm.out = w.rows;
+  gemm.out_stride = w.rows_stride;
+  w.implementation.run(Stage::kDown, p, gemm, stream);
+
+  Combine sum;
+  sum.num_tokens = num_tokens;
+  sum.hidden_size = p.hidden_size;
+  sum.top_k = static_cast<int32_t>(p.top_k);
+  sum.rows = w.rows;
+  sum.rows_stride = w.rows_stride;
+  sum.position = w.position;
+  sum.local_expert = w.local_expert;
+  sum.router_weights = advance(p.router_weights, first_slot, p.router_weights_dtype);
+  sum.router_weights_dtype = p.router_weights_dtype;
+  sum.experts = p.experts[0].down_bias != nullptr ? w.experts : nullptr;
+  sum.bias_dtype = p.bias_dtype;
+  sum.out = static_cast<char*>(out) + first_token * p.hidden_size * static_cast<int64_t>(dtype_size(p.dtype));
+  combine(sum, p.dtype, stream);
+}
+
+}  // namespace
+
+size_t workspace_size(const Problem& problem) { return Layout(problem, nullptr).bytes; }
+
+void mixture_of_experts(const Problem& problem, Stream stream, void* workspace, void* out, float* amax) {
+  const Layout layout(problem, workspace);
+  if (amax != nullptr) {
+    expect(cudaMemsetAsync(amax, 0, problem.num_experts() * sizeof(float), stream), "cudaMemsetAsync");
+  }
+  for (int64_t t = 0; t < problem.num_tokens; t += layout.tokens) {
+    run_chunk(problem, layout, t, std::min(layout.tokens, problem.num_tokens - t), stream, out,
+              reinterpret_cast<uint32_t*>(amax));
+  }
+}
+
+}  // namespace cuda
+}  // namespace paddle_moe
