@@ -12,10 +12,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "ClipGradByGlobalNorm": "training",
     "FusedMoE": "layers",
     "MoEParams": "params",
     "ParallelContext": "distributed",
+    "average_gradients": "training",
     "balanced_correction_bias": "policies",
+    "broadcast_parameters": "training",
     "fused_gate_moe": "functional",
     "gate": "functional",
     "generate_moe_params": "params",

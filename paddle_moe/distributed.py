@@ -306,8 +306,8 @@ class ParallelContext:
             -n for n in place
         ]:
             raise RuntimeError(
-                f"the dp group of rank {self.rank}, {list(self.dp_group.ranks)}, joins ranks at different places"
-                f" of their grids; this one has ep_rank {self.ep_rank} of {self.ep_size} and tp_rank"
+                f"the dp group of rank {self.rank}, {list(self.dp_group.ranks)}, joins ranks at different"
+                f" places of their grids; this one has ep_rank {self.ep_rank} of {self.ep_size} and tp_rank"
                 f" {self.tp_rank} of {self.tp_size}"
             )
         return grid
@@ -350,8 +350,8 @@ def init_distributed(
         timeout_seconds: how long a rank waits for the others here, in `barrier` and in `all_reduce`.
 
     Raises:
-        ValueError: ep_size * tp_size * dp_size is not the number of ranks, or the ranks were given different sizes; the
-            text names the ranks and their values, on every rank.
+        ValueError: ep_size * tp_size * dp_size is not the number of ranks, or the ranks were given different
+            sizes; the text names the ranks and their values, on every rank.
         RuntimeError: a rank does not come within timeout_seconds, or a group fails its self-test.
     """
     if timeout_seconds <= 0:

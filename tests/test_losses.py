@@ -1,4 +1,4 @@
-"""Losses and policies of the router against NumPy in double precision, and gradients by finite differences."""
+"""Losses and policies of the router against NumPy in double precision, gradients by finite differences."""
 
 from __future__ import annotations
 

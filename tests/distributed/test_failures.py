@@ -76,14 +76,17 @@ def test_rank_that_finishes_early_disturbs_nobody(tmp_path):
 
 def test_ranks_with_different_sizes(tmp_path):
     reason = (
-        r"ValueError: the ranks of this job do not agree: ep_size=2, tp_size=2, dp_size=1, world_size=4 on ranks "
-        r"\[0, 1, 3\]; ep_size=4, tp_size=1, dp_size=1, world_size=4 on rank 2"
+        r"ValueError: the ranks of this job do not agree: ep_size=2, tp_size=2, dp_size=1, world_size=4 on"
+        r" ranks \[0, 1, 3\]; ep_size=4, tp_size=1, dp_size=1, world_size=4 on rank 2"
     )
     assert_refused(run("sizes", tmp_path), reason)
 
 
 def test_rank_with_another_world_size(tmp_path):
-    reason = r"ValueError: .* world_size=4 on ranks \[0, 1, 3\]; ep_size=2, tp_size=2, dp_size=1, world_size=8 on rank 2"
+    reason = (
+        r"ValueError: .* world_size=4 on ranks \[0, 1, 3\]; ep_size=2, tp_size=2, dp_size=1, world_size=8"
+        r" on rank 2"
+    )
     assert_refused(run("world", tmp_path), reason)
 
 
