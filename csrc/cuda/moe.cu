@@ -51,6 +51,9 @@ Implementation choose_implementation(const Problem& p) {
                              " needs a GPU of compute capability 8.0 or higher, got " +
                              std::to_string(capability / 10) + "." + std::to_string(capability % 10));
   }
+#ifndef PADDLE_MOE_NO_SM90A  // not compiled for it
+  if (capability == 90 && accepts_sm90(p)) return {block_m_sm90, grouped_gemm_sm90};
+#endif
   return {block_m_sm80, grouped_gemm_sm80};
 }
 

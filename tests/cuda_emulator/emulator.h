@@ -18,6 +18,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 #include <tuple>
@@ -109,6 +110,17 @@ struct Fiber {
   void* waiting_for = nullptr;
   std::vector<std::vector<Copy>> copy_groups;  // committed and unfinished, oldest first
   std::vector<Copy> open_group;
+  // emulator_sm90.h: products of wgmma, as above, and until when it has fenced what cp.async wrote.
+  std::vector<std::vector<std::function<void()>>> products;
+  std::vector<std::function<void()>> open_products;
+  bool wgmma_begun = false;
+  uint64_t fenced = 0;
+};
+
+// emulator_sm90.h: what happens when a thread waits for this barrier.
+struct LateArrival {
+  const void* barrier;
+  std::function<void()> happen;
 };
 
 struct Warp {
@@ -129,6 +141,11 @@ struct Block {
   ucontext_t scheduler;
   Fiber* running = nullptr;
   std::unique_ptr<void, void (*)(void*)> shared{nullptr, std::free};
+  size_t shared_bytes = 0;
+  std::vector<LateArrival> late;
+  // When cp.async wrote each 16 bytes of shared memory; 0: it did not.
+  std::vector<uint64_t> written;
+  uint64_t clock = 0;
   void (*body)(void*) = nullptr;
   void* body_arguments = nullptr;
   const void* scheduler_stack = nullptr;
@@ -233,6 +250,8 @@ inline void wait_at_barrier(int id, unsigned threads) {
 inline void perform(const Copy& copy) {
   std::memcpy(copy.destination, copy.source, copy.bytes);
   std::memset(static_cast<char*>(copy.destination) + copy.bytes, 0, copy.zeros);
+  const size_t offset = static_cast<char*>(copy.destination) - static_cast<char*>(block->shared.get());
+  if (offset < block->shared_bytes) block->written[offset / 16] = ++block->clock;
 }
 
 inline void* aligned_bytes(size_t bytes) {
@@ -268,6 +287,9 @@ cudaError_t launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_byt
     state.warps.assign(threads / 32, {});
     for (Barrier& barrier : state.barriers) barrier = {};
     state.shared.reset(aligned_bytes(shared_bytes));
+    state.shared_bytes = shared_bytes;
+    state.written.assign(shared_bytes / 16 + 1, 0);
+    state.clock = 0;
     state.alive = threads;
     for (Fiber& fiber : state.fibers) {
       getcontext(&fiber.context);
@@ -278,8 +300,13 @@ cudaError_t launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_byt
       fiber.ready = nullptr;
       fiber.copy_groups.clear();
       fiber.open_group.clear();
+      fiber.fenced = 0;
     }
     run_block();
+    expect(state.late.empty(), "a block ends before its asynchronous copies");
+    for (const Fiber& fiber : state.fibers) {
+      expect(fiber.products.empty() && fiber.open_products.empty(), "a thread ends before its wgmma");
+    }
   }
   block = nullptr;
   return cudaSuccess;
