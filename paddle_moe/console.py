@@ -1,10 +1,11 @@
-"""Tables for people: rich in a terminal when it is installed, aligned plain text everywhere else."""
+"""Tables and progress for people: rich in a terminal when it is installed, plain text everywhere else."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Callable
 
 
 def rich_console() -> Any | None:
@@ -74,3 +75,33 @@ def print_status(status: str, name: str, detail: str, advice: str = "") -> None:
             from rich.text import Text
 
             console.print(Text.assemble((label, _STATUS_STYLES[status]), " ", text), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress_bar(description: str | None, total: int, unit: str = "") -> Iterator[Callable[..., None]]:
+    """Yields advance(amount, description=None), which moves a bar that a terminal with rich shows.
+
+    Args:
+        description: the text beside the bar, which `advance` may change. None: no bar.
+        total: what the amounts add up to.
+        unit: "bytes" shows megabytes and their rate, "" the count.
+    """
+    console = rich_console() if description is not None else None
+    if console is None:
+        yield lambda amount, description=None: None
+        return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    amounts = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
+    columns = [TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn()]
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda amount, description=None: progress.update(task, advance=amount, description=description)

@@ -208,6 +208,22 @@ class ParallelContext:
         else:
             self.all_reduce(self.all_reduce(paddle.zeros([1], "int32"), "grid"), "dp")
 
+    def exchange(self, value: Any, what: str) -> list[Any]:
+        """The values of all ranks of all grids, in the same order on each; any that JSON can hold.
+
+        `what` says in messages what the ranks are doing.
+        """
+        if self._watchdog is not None:
+            return self._watchdog.exchange(value, what)
+        values = [value]
+        grid_groups = [self.ep_group, self.tp_group] if self.grid_group is None else [self.grid_group]
+        for group in (*grid_groups, self.dp_group):
+            if group.nranks > 1:
+                gathered: list[Any] = []
+                dist.all_gather_object(gathered, values, group=group)
+                values = [value for part in gathered for value in part]
+        return values
+
     def check_same_routing(
         self, routing_table: paddle.Tensor, router_weights: paddle.Tensor | None = None
     ) -> None:

@@ -13,7 +13,7 @@ from paddle import nn
 from . import functional
 from .collectives import enter_shards, leave_shards, no_contribution
 from .losses import load_balancing_loss, router_z_loss
-from .params import random_expert, random_gate_weight, shard_experts, shard_range, slice_intermediate
+from .params import Part, random_expert, random_gate_weight, shard_experts, shard_range, slice_intermediate
 from .policies import balanced_correction_bias, check_capacity, count_ids, jitter, limit_capacity
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ class FusedMoE(nn.Layer):
             renormalize_eps=renormalize_eps,
             scaling_factor=scaling_factor,
         )
+        self._has_down_bias = down_bias
         self.parallel, self.logger = parallel, logger
         if parallel is None:
             self.ep_rank, self.ep_size, self.tp_rank, self.tp_size = 0, 1, 0, 1
@@ -350,6 +351,37 @@ class FusedMoE(nn.Layer):
             if parameter is not None:
                 parameter.is_distributed = parameter.expert = parameter.no_sync = True
                 parameter.color = color
+
+    def parts(self, *, dense: bool = False) -> dict[str, Part]:
+        """Which part of the dense weights each parameter and buffer is; with dense, on a single rank.
+
+        Dimensions: E experts, H hidden, G gate and up, I intermediate, S intermediate of the shared expert. A
+        rank whose down_bias is None, because another holds it, has an empty part of it.
+        """
+        ep_rank, ep_size, tp_rank, tp_size = (
+            (0, 1, 0, 1) if dense else (self.ep_rank, self.ep_size, self.tp_rank, self.tp_size)
+        )
+        rank, size = ep_rank * tp_size + tp_rank, ep_size * tp_size
+        hidden, all_experts = {"H": (0, self.hidden_size)}, {"E": (0, self.num_experts)}
+        experts = {"E": shard_range(self.num_experts, ep_rank, ep_size)}
+        columns = {"I": shard_range(self.intermediate_size, tp_rank, tp_size)}
+        shared = {"S": shard_range(self.shared_intermediate_size, rank, size)}
+        halves = {"G": (0, 2)}
+        parts = {
+            "gate_weight": Part("H E", {**hidden, **all_experts}),
+            "gate_up_weight": Part("E H (G I)", {**experts, **hidden, **halves, **columns}),
+            "down_weight": Part("E I H", {**experts, **columns, **hidden}),
+            "gate_up_bias": Part("E (G I)", {**experts, **halves, **columns}),
+            "down_bias": Part("E H", {**(experts if tp_rank == 0 else {"E": (0, 0)}), **hidden}),
+            "correction_bias": Part("E", all_experts),
+            "shared_gate_up_weight": Part("1 H (G S)", {**hidden, **halves, **shared}),
+            "shared_down_weight": Part("1 S H", {**shared, **hidden}),
+            "shared_gate_weight": Part("H 1", hidden),
+        }
+        held = {name for name in parts if getattr(self, name) is not None}
+        if self._has_down_bias:
+            held.add("down_bias")
+        return {name: part for name, part in parts.items() if name in held}
 
     @paddle.no_grad()
     def _draw_weights(self, seed: int) -> None:

@@ -9,6 +9,8 @@ ranks gives the dense layer.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +141,63 @@ def shard_experts(
         experts_min=experts.start,
         experts_max=experts.stop - 1,
     )
+
+
+# ---------------------------------------------------------------- parts of dense tensors
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array that holds a box of a dense tensor.
+
+    Attributes:
+        pattern: the dimensions of the array, outermost first, as names of dimensions of the dense tensor.
+            Names in parentheses share one dimension, the last varying fastest: "E H (G I)" has all gate
+            columns, then all up columns, "E H (I G)" interleaves them. "1" is a dimension of size 1.
+        ranges: {name: (start, stop)} of the box, for every dimension of the dense tensor. One that is not in
+            the pattern has the length 1.
+    """
+
+    pattern: str
+    ranges: Mapping[str, tuple[int, int]]
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """The names of each dimension of the array."""
+        words = re.findall(r"\(([^)]*)\)|(\S+)", self.pattern)
+        return [folded.split() if folded else [] if single == "1" else [single] for folded, single in words]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for group in self.groups for name in group]
+
+    @property
+    def shape(self) -> list[int]:
+        return [math.prod(map(self.length, group)) for group in self.groups]
+
+    @property
+    def size(self) -> int:
+        return math.prod(stop - start for start, stop in self.ranges.values())
+
+    def length(self, name: str) -> int:
+        start, stop = self.ranges[name]
+        return stop - start
+
+    def overlap(self, other: Part) -> dict[str, tuple[int, int]] | None:
+        """The ranges that both hold; None if there is nothing."""
+        common = {}
+        for name, (start, stop) in self.ranges.items():
+            other_start, other_stop = other.ranges[name]
+            common[name] = max(start, other_start), min(stop, other_stop)
+            if common[name][0] >= common[name][1]:
+                return None
+        return common
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Part:
+        """All of a tensor whose dimensions have no meaning here."""
+        names = [f"d{index}" for index in range(len(shape))]
+        return cls(" ".join(names), {name: (0, size) for name, size in zip(names, shape)})
 
 
 # ---------------------------------------------------------------- values from a seed

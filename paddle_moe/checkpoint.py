@@ -1,0 +1,488 @@
+"""Checkpoints of models with FusedMoE layers: saved on one EP x TP grid, loaded on any other, bit by bit.
+
+Every rank writes what it alone holds, and the first rank of the grid also what all hold alike. A directory
+has, for N ranks,
+
+    model.safetensors.index.json                   which file has which key; the commit point
+    model-TAG-0000R-of-0000N.safetensors           parameters and buffers
+    optimizer-TAG-0000R-of-0000N.safetensors       what the optimizer keeps for each parameter
+    state-TAG-0000R-of-0000N.json                  random number generators of the rank
+
+A tensor that one rank holds whole is stored under its name, as in any safetensors file; a part of one as
+`name[E=0:4,I=0:512]` with the ranges that it has of the dense tensor (see FusedMoE.parts). Files of a save
+have a tag of their own, and the index is replaced at the end, by a rename: whenever a save is killed, the
+directory still has the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import secrets
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import paddle
+from paddle import nn
+from paddle.base.core import GeneratorState
+from paddle.optimizer.lr import LRScheduler
+from safetensors import SafetensorError, safe_open
+from safetensors.paddle import save_file
+
+from .layers import FusedMoE
+from .params import Part
+from .tensor_files import (
+    INDEX_NAME,
+    CheckpointError,
+    Plan,
+    Problem,
+    Source,
+    Target,
+    TensorFiles,
+    exchange,
+    execute,
+)
+
+if TYPE_CHECKING:
+    from .distributed import ParallelContext
+
+__all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
+
+FORMAT, VERSION = "paddle_moe", 1
+_OWN_FILE = re.compile(r"(model|optimizer|state)-[0-9a-f]{8}-\d{5}-of-\d{5}\.(safetensors|json)")
+_KEY = re.compile(r"(?P<name>[^\[]+)(\[(?P<ranges>.*)\])?")
+
+
+# ---------------------------------------------------------------- what a rank holds
+
+
+def parallel_of(model: nn.Layer, parallel: ParallelContext | None) -> ParallelContext | None:
+    for layer in model.sublayers(include_self=True):
+        if isinstance(layer, FusedMoE) and layer.parallel is not None:
+            parallel = parallel or layer.parallel
+            if layer.parallel is not parallel:
+                raise ValueError("model: its FusedMoE layers must all have the given parallel context")
+    if parallel is None and paddle.distributed.get_world_size() > 1:
+        raise ValueError(
+            "parallel must be what init_distributed returned when several ranks hold a model without"
+            " FusedMoE layers, got None"
+        )
+    return parallel
+
+
+def _holdings(model: nn.Layer) -> dict[str, tuple[paddle.Tensor | None, Part, Part]]:
+    """{name: (tensor, the part that it is, the whole)} of parameters and buffers, a shared one once.
+
+    The tensor is None where only other ranks hold a part.
+    """
+    holdings = {}
+    for prefix, layer in model.named_sublayers(include_self=True):
+        if isinstance(layer, FusedMoE):
+            dense = layer.parts(dense=True)
+            for attribute, part in layer.parts().items():
+                name, tensor = f"{prefix}.{attribute}".lstrip("."), getattr(layer, attribute)
+                if tensor is not None and list(tensor.shape) != part.shape:
+                    raise ValueError(f"model: {name} should have the shape {part.shape}, got {tensor.shape}")
+                holdings[name] = tensor, part, dense[attribute]
+    seen = {id(tensor) for tensor, _, _ in holdings.values()}
+    for name, tensor in model.state_dict().items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if getattr(tensor, "is_distributed", False):
+            raise ValueError(f"model: {name} is split over ranks, which is supported in FusedMoE layers only")
+        holdings[name] = tensor, *[Part.whole(tensor.shape)] * 2
+    return holdings
+
+
+def _optimizer_holdings(
+    optimizer: paddle.optimizer.Optimizer, holdings: Mapping[str, tuple[paddle.Tensor | None, Part, Part]]
+) -> dict[str, tuple[paddle.Tensor | None, Part, Part]]:
+    """The same for what the optimizer keeps, by `parameter.accumulator`.
+
+    Creates what the first step would create, so that the state does not depend on which parameters have had a
+    gradient yet on which rank.
+    """
+    if not isinstance(optimizer, paddle.optimizer.Optimizer):
+        raise ValueError(f"optimizer must be a paddle.optimizer.Optimizer, got {type(optimizer).__name__}")
+    trained = []
+    for one in optimizer._parameter_list:
+        trained += one["params"] if isinstance(one, dict) else [one]
+    trained = [parameter for parameter in trained if not parameter.stop_gradient]
+    optimizer._create_accumulators(paddle.static.default_main_program().global_block(), trained)
+    name_of = {tensor.name: name for name, (tensor, _, _) in holdings.items() if tensor is not None}
+    foreign = [parameter.name for parameter in trained if parameter.name not in name_of]
+    if foreign:
+        raise ValueError(f"optimizer: its parameters {foreign} are not in model")
+
+    masters = optimizer._master_weights
+    kept = {(owner, "master_weight"): master for owner, master in masters.items()}
+    owner_of = {**{owner: owner for owner in name_of}, **{one.name: owner for owner, one in masters.items()}}
+    for accumulator, by_parameter in optimizer._accumulators.items():
+        kept.update({(owner_of[name], accumulator): tensor for name, tensor in by_parameter.items()})
+    result = {}
+    for (owner, kind), tensor in kept.items():
+        parameter, part, whole = holdings[name_of[owner]]
+        if tensor.shape != parameter.shape:  # one value for the whole parameter, the same on every rank
+            if tensor.size != 1:
+                raise ValueError(
+                    f"optimizer: {kind} of {name_of[owner]} has the shape {tensor.shape}; only that of the"
+                    f" parameter, {parameter.shape}, and single values can be saved"
+                )
+            part = whole = Part.whole(tensor.shape)
+        result[f"{name_of[owner]}.{kind}"] = tensor, part, whole
+    return result
+
+
+# ---------------------------------------------------------------- saving
+
+
+def save_checkpoint(
+    path: str | os.PathLike,
+    model: nn.Layer,
+    optimizer: paddle.optimizer.Optimizer | None = None,
+    *,
+    state: Any = None,
+    parallel: ParallelContext | None = None,
+) -> None:
+    """Writes model, optimizer and random number generators to a directory that all ranks see. All ranks call.
+
+    A checkpoint that was in the directory stays whole until the new one is, and is then removed. With data
+    parallel ranks, those of the first replica write.
+
+    Args:
+        path: the directory, made when missing.
+        model: any layer; its FusedMoE layers may be split over ranks, everything else is the same on all.
+        optimizer: its moments, master weights and learning rate scheduler are saved.
+        state: what else the job needs to go on, for example the step and the position in the data; anything
+            that JSON can hold. `load_checkpoint` returns it.
+        parallel: the ranks; None: those of the FusedMoE layers of the model.
+
+    Raises:
+        ValueError: path holds an index that save_checkpoint did not write, state is not for JSON, a parameter
+            outside FusedMoE is split over ranks, or the optimizer keeps something of another shape.
+        RuntimeError: a rank could not write, on every rank, with the reason.
+    """
+    path, parallel = Path(path), parallel_of(model, parallel)
+    _refuse_foreign_index(path)
+    holdings = _holdings(model)
+    kept = {"model": holdings}
+    index = {"metadata": {"format": FORMAT, "version": VERSION}, "state": state}
+    if optimizer is not None:
+        kept["optimizer"] = _optimizer_holdings(optimizer, holdings)
+        index["optimizer"] = type(optimizer).__name__
+        if isinstance(optimizer._learning_rate, LRScheduler):
+            index["lr_scheduler"] = optimizer._learning_rate.state_dict()
+    try:
+        json.dumps(index)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"state and the learning rate scheduler must be fit for JSON: {error}") from error
+    tensors = {kind: pieces_to_write(held, parallel) for kind, held in kept.items()}
+    write_files(path, tensors, index, parallel, state=_random_state())
+
+
+def pieces_to_write(
+    holdings: Mapping[str, tuple[paddle.Tensor | None, Part, Part]], parallel: ParallelContext | None
+) -> dict[str, paddle.Tensor]:
+    """By key: the first rank of the grid writes what all hold alike, each rank what it alone holds."""
+    first = parallel is None or parallel.ep_rank == parallel.tp_rank == 0
+    if parallel is not None and parallel.dp_rank > 0:
+        return {}
+    return {
+        part_key(name, part, whole): tensor
+        for name, (tensor, part, whole) in holdings.items()
+        if tensor is not None and part.size and (first or part.ranges != whole.ranges)
+    }
+
+
+def part_key(name: str, part: Part, whole: Part) -> str:
+    """The key of a part of a tensor: its name, and the ranges of the dimensions that are cut."""
+    cut = [dim for dim, span in part.ranges.items() if span != whole.ranges[dim]]
+    ranges = ",".join(f"{dim}={part.ranges[dim][0]}:{part.ranges[dim][1]}" for dim in cut)
+    return f"{name}[{ranges}]" if cut else name
+
+
+def write_files(
+    path: Path,
+    tensors: Mapping[str, Mapping[str, paddle.Tensor]],
+    index: Mapping[str, Any],
+    parallel: ParallelContext | None,
+    *,
+    state: Any = None,
+    tagged: bool = True,
+    file_format: str = "paddle",
+) -> None:
+    """Writes what each rank has, {kind: {key: tensor}}, and then an index of it all; all ranks call it.
+
+    Args:
+        index: its further entries, the same on every rank.
+        state: of this rank; anything that JSON can hold, or None.
+        tagged: the names of the files belong to this save alone.
+        file_format: in the metadata of the files: the library that wrote them, "pt" for most readers.
+
+    Raises:
+        RuntimeError: a rank could not write, on every rank.
+    """
+    rank = 0 if parallel is None else parallel.rank
+    everyone = exchange(parallel, [rank, secrets.token_hex(4)], f"starting to save {path}")
+    number, tag = [other for other, _ in everyone].index(rank), f"-{everyone[0][1]}" if tagged else ""
+
+    def name_of(kind: str, suffix: str) -> Path:
+        return path / f"{kind}{tag}-{number + 1:05}-of-{len(everyone):05}.{suffix}"
+
+    written, failure = [], None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for kind, by_key in tensors.items():
+            if by_key:
+                written.append(name_of(kind, "safetensors"))
+                dense = {key: tensor.detach().contiguous() for key, tensor in by_key.items()}
+                written[-1].touch()
+                mode = written[-1].stat().st_mode  # safetensors replaces the file by one for its owner alone
+                save_file(dense, str(written[-1]), metadata={"format": file_format})
+                written[-1].chmod(mode)
+                _flush(written[-1])
+        if state is not None:
+            written.append(name_of("state", "json"))
+            _write_text(written[-1], json.dumps(state))
+    except (OSError, SafetensorError) as error:
+        failure = f"{type(error).__name__}: {error}"
+    reports = exchange(parallel, [[file.name for file in written], failure], f"saving {path}")
+    failures = [f"rank {other}: {why}" for (other, _), (_, why) in zip(everyone, reports) if why]
+    if not failures and number == 0:
+        try:
+            _commit(path, [name for names, _ in reports for name in names], tensors, index)
+        except (OSError, SafetensorError) as error:
+            failure = f"{type(error).__name__}: {error}"
+    failures += [f"rank {rank}: {why}" for why in exchange(parallel, failure, f"saving {path}") if why]
+    if failures:
+        for file in written:
+            with contextlib.suppress(OSError):
+                file.unlink()
+        raise RuntimeError(
+            f"{path} was not saved; what was there before is unchanged. {'; '.join(dict.fromkeys(failures))}"
+        )
+
+
+def _refuse_foreign_index(path: Path) -> None:
+    try:
+        found = json.loads((path / INDEX_NAME).read_text())["metadata"]["format"]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        found = None
+    if found != FORMAT:
+        raise ValueError(
+            f"path must be a new directory, or hold a checkpoint to replace; {path} has another {INDEX_NAME}"
+        )
+
+
+def _commit(path: Path, files: list[str], kinds: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+    """Writes the index of what lies in `files`, and removes the files of earlier saves."""
+    maps: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
+    total = 0
+    for name in files:
+        if name.endswith(".safetensors"):
+            with safe_open(str(path / name), framework="paddle") as opened:
+                maps[name.partition("-")[0]].update(dict.fromkeys(opened.keys(), name))
+            total += (path / name).stat().st_size
+    states = [name for name in files if name.endswith(".json")]
+    content = {
+        "metadata": {**index["metadata"], "total_size": total},
+        "weight_map": maps.pop("model"),
+        **{f"{kind}_map": by_key for kind, by_key in maps.items()},
+        **({"state_files": states} if states else {}),
+        **{key: value for key, value in index.items() if key != "metadata"},
+    }
+    temporary = path / f"{INDEX_NAME}.{os.getpid()}.tmp"
+    _write_text(temporary, json.dumps(content, indent=1))
+    temporary.replace(path / INDEX_NAME)
+    _flush(path)
+    for file in path.iterdir():
+        if _OWN_FILE.fullmatch(file.name) and file.name not in files:
+            file.unlink(missing_ok=True)
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text)
+    _flush(file)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_checkpoint(
+    path: str | os.PathLike,
+    model: nn.Layer,
+    optimizer: paddle.optimizer.Optimizer | None = None,
+    *,
+    parallel: ParallelContext | None = None,
+    progress: bool = False,
+) -> Any:
+    """Fills the model, and the optimizer if one is given, from what `save_checkpoint` wrote. All ranks call.
+
+    The grid may differ from that of the save. Each rank reads its slices only, and every value arrives bit by
+    bit: names, shapes and dtypes must be those of the model.
+
+    With an optimizer the job goes on where it was: the learning rate scheduler is set, and so are the random
+    number generators of Paddle, NumPy and Python, if as many ranks load as have saved (else a warning).
+
+    Args:
+        path: the directory. model, optimizer, parallel: as in save_checkpoint.
+        progress: show a bar in a terminal.
+
+    Returns:
+        `state` of save_checkpoint.
+
+    Raises:
+        CheckpointError: a ValueError, on every rank, that lists file, key, what was expected and what found,
+            for all that is missing, unmatched, doubled, truncated, of another shape or dtype. Nothing was
+            assigned.
+    """
+    path, parallel = Path(path), parallel_of(model, parallel)
+    holdings = _holdings(model)
+    kept = {"weight_map": holdings}
+    if optimizer is not None:
+        kept["optimizer_map"] = _optimizer_holdings(optimizer, holdings)
+    with contextlib.ExitStack() as opened:
+        plans, problems = [], []
+        for map_name, held in kept.items():
+            files = opened.enter_context(TensorFiles(path, map_name))
+            plans.append(
+                _plan(path, files, held, [name for name, (one, _, _) in holdings.items() if one is None])
+            )
+        index = files.index
+        if index or not files.problems:
+            problems += _check_index(path, index, optimizer)
+        random_state = None
+        if optimizer is not None and not problems:
+            random_state, unreadable = _read_random_state(path, index, parallel)
+            problems += unreadable
+        execute(plans, path, parallel, problems=problems, progress=f"loading {path}" if progress else None)
+    if optimizer is not None:
+        if "lr_scheduler" in index:
+            optimizer._learning_rate.set_state_dict(index["lr_scheduler"])
+        if random_state is None:
+            warnings.warn(
+                f"{path} was saved by {len(index['state_files'])} ranks: random generators were left alone",
+                stacklevel=2,
+            )
+        else:
+            _set_random_state(random_state)
+    return index["state"]
+
+
+def _check_index(path: Path, index: Mapping[str, Any], optimizer: Any) -> list[Problem]:
+    def differs(key: str, expected: Any, found: Any) -> list[Problem]:
+        return [] if found == expected else [Problem(str(path / INDEX_NAME), key, str(expected), str(found))]
+
+    metadata = index.get("metadata", {})
+    problems = differs("metadata.format", FORMAT, metadata.get("format"))
+    problems = problems or differs("metadata.version", VERSION, metadata.get("version"))
+    if problems or optimizer is None:
+        return problems
+    problems = differs("optimizer", type(optimizer).__name__, index.get("optimizer"))
+    scheduled = isinstance(optimizer._learning_rate, LRScheduler)
+    return problems + differs("lr_scheduler", _there(scheduled), _there("lr_scheduler" in index))
+
+
+def _there(is_there: bool) -> str:
+    return "a learning rate scheduler" if is_there else "none"
+
+
+def _plan(
+    path: Path,
+    files: TensorFiles,
+    holdings: Mapping[str, tuple[paddle.Tensor | None, Part, Part]],
+    elsewhere: list[str],
+) -> Plan:
+    """elsewhere: parameters of which this rank holds nothing, and so knows no optimizer state either."""
+    sources, problems = stored_parts(files, {name: whole for name, (_, _, whole) in holdings.items()})
+    targets = {
+        name: Target(tensor, part) for name, (tensor, part, _) in holdings.items() if tensor is not None
+    }
+    skipped = tuple(f"{name}." for name in elsewhere)
+    return Plan(
+        files,
+        targets,
+        sources,
+        path=path,
+        must_match=lambda key: not key.startswith(skipped),
+        problems=problems,
+    )
+
+
+def stored_parts(files: TensorFiles, wholes: Mapping[str, Part]) -> tuple[list[Source], list[Problem]]:
+    """What the files of a checkpoint hold of the tensors `wholes`, by the keys."""
+    sources, problems = [], []
+    for key in files.keys():
+        matched = _KEY.fullmatch(key)
+        name, cuts = matched["name"], re.findall(r"(\w+)=(\d+):(\d+)", matched["ranges"] or "")
+        if name not in wholes:
+            continue
+        whole = wholes[name]
+        outside = [dim for dim, _, stop in cuts if int(stop) > whole.ranges.get(dim, (0, 0))[1]]
+        if outside:
+            expected = ", ".join(f"{dim} up to {whole.ranges.get(dim, (0, 0))[1]}" for dim in outside)
+            problems.append(Problem(files.file(key), key, expected, matched["ranges"]))
+        ranges = {dim: (int(start), int(stop)) for dim, start, stop in cuts if dim in whole.ranges}
+        sources.append(Source(key, name, Part(whole.pattern, {**whole.ranges, **ranges})))
+    return sources, problems
+
+
+# ---------------------------------------------------------------- random number generators
+
+
+def _random_state() -> dict[str, Any]:
+    """Of Paddle on the current device, NumPy and Python, in what JSON can hold."""
+    paddle_states = []
+    for generator in paddle.get_rng_state():
+        *numbers, engine = generator.__getstate__()  # device, seed, offset, and the engine's text as bytes
+        paddle_states.append([*numbers, bytes(engine).decode()])
+    name, keys, *rest = np.random.get_state()
+    version, words, gauss = random.getstate()
+    return {"paddle": paddle_states, "numpy": [name, keys.tolist(), *rest], "python": [version, words, gauss]}
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    generators = []
+    for *numbers, engine in state["paddle"]:
+        generators.append(GeneratorState.__new__(GeneratorState))
+        generators[-1].__setstate__((*numbers, list(engine.encode())))
+    paddle.set_rng_state(generators)
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+
+
+def _read_random_state(
+    path: Path, index: Mapping[str, Any], parallel: ParallelContext | None
+) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """That of this rank; None if another number of ranks saved."""
+    rank = 0 if parallel is None else parallel.rank
+    ranks = exchange(parallel, rank, f"loading {path}")
+    names = index["state_files"]
+    if len(names) != len(ranks):
+        return None, []
+    name = names[ranks.index(rank)]
+    try:
+        return json.loads((path / name).read_text()), []
+    except (OSError, ValueError) as error:
+        return None, [
+            Problem(name, "*", "random number generators in JSON", f"{type(error).__name__}: {error}")
+        ]

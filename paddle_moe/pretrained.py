@@ -1,0 +1,284 @@
+"""Expert weights in the files of published models: loaded into FusedMoE layers, and written back.
+
+A layout says under which name, and in which order of dimensions, a model's files hold each parameter of a
+FusedMoE layer. LAYOUTS has those of the Hugging Face checkpoints of several families; a new one is a few
+lines.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import paddle
+
+from .checkpoint import FORMAT, VERSION, parallel_of, pieces_to_write, stored_parts, write_files
+from .layers import FusedMoE
+from .params import Part
+from .tensor_files import INDEX_NAME, LoadReport, Plan, Source, Target, TensorFiles, execute
+
+if TYPE_CHECKING:
+    import os
+
+    from .distributed import ParallelContext
+
+GATE, UP = 0, 1
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """How files hold one parameter of FusedMoE, or a part of it.
+
+    Attributes:
+        parameter: its name in FusedMoE.
+        key: the name in the files after that of the block; {expert} stands for each expert.
+        pattern: the dimensions, as in params.Part. Of those that it lacks, {expert} gives E and `half` gives
+            G.
+        half: GATE or UP, where the two are stored apart.
+    """
+
+    parameter: str
+    key: str
+    pattern: str
+    half: int | None = None
+
+
+def _experts(gate: str, up: str, down: str) -> tuple[StoredTensor, ...]:
+    return (
+        StoredTensor("gate_up_weight", f"experts.{{expert}}.{gate}.weight", "I H", GATE),
+        StoredTensor("gate_up_weight", f"experts.{{expert}}.{up}.weight", "I H", UP),
+        StoredTensor("down_weight", f"experts.{{expert}}.{down}.weight", "H I"),
+    )
+
+
+def _shared_expert(name: str) -> tuple[StoredTensor, ...]:
+    return (
+        StoredTensor("shared_gate_up_weight", f"{name}.gate_proj.weight", "S H", GATE),
+        StoredTensor("shared_gate_up_weight", f"{name}.up_proj.weight", "S H", UP),
+        StoredTensor("shared_down_weight", f"{name}.down_proj.weight", "H S"),
+    )
+
+
+_ROUTER = StoredTensor("gate_weight", "gate.weight", "E H")
+_QWEN3 = (_ROUTER, *_experts("gate_proj", "up_proj", "down_proj"))
+_DEEPSEEK_V2 = (*_QWEN3, *_shared_expert("shared_experts"))
+
+# Every matrix [out, in] as in torch.nn.Linear. The block is model.layers.N.mlp, in Mixtral
+# model.layers.N.block_sparse_moe. Several shared experts are stored as one.
+LAYOUTS: dict[str, tuple[StoredTensor, ...]] = {
+    "mixtral": (_ROUTER, *_experts("w1", "w3", "w2")),
+    "qwen2_moe": (
+        *_QWEN3,
+        *_shared_expert("shared_expert"),
+        StoredTensor("shared_gate_weight", "shared_expert_gate.weight", "1 H"),
+    ),
+    "qwen3_moe": _QWEN3,
+    "deepseek_v2": _DEEPSEEK_V2,
+    "deepseek_v3": (*_DEEPSEEK_V2, StoredTensor("correction_bias", "gate.e_score_correction_bias", "E")),
+    "ernie4_5_moe": (
+        *_DEEPSEEK_V2,
+        StoredTensor("correction_bias", "moe_statics.e_score_correction_bias", "1 E"),
+    ),
+    # Not quantised, as Transformers writes it; gate and up columns alternate. FusedMoE has no place for
+    # router.bias: see `others` of load_moe_weights.
+    "gpt_oss": (
+        StoredTensor("gate_weight", "router.weight", "E H"),
+        StoredTensor("gate_up_weight", "experts.gate_up_proj", "E H (I G)"),
+        StoredTensor("gate_up_bias", "experts.gate_up_proj_bias", "E (I G)"),
+        StoredTensor("down_weight", "experts.down_proj", "E I H"),
+        StoredTensor("down_bias", "experts.down_proj_bias", "E H"),
+    ),
+}
+
+
+def _layout(layout: str | Sequence[StoredTensor], transposed: bool) -> list[StoredTensor]:
+    if isinstance(layout, str):
+        if layout not in LAYOUTS:
+            raise ValueError(
+                f"layout must be one of {', '.join(LAYOUTS)}, or a list of StoredTensor, got {layout!r}"
+            )
+        layout = LAYOUTS[layout]
+        if not transposed:
+            layout = [
+                replace(one, pattern=" ".join(reversed(one.pattern.split())))
+                if one.key.endswith(".weight")
+                else one
+                for one in layout
+            ]
+    elif not transposed:
+        raise ValueError(
+            "transposed=False is for the layouts with a name; write the patterns of your own as they are"
+        )
+    return list(layout)
+
+
+def _stored(
+    layer: FusedMoE, layout: Sequence[StoredTensor]
+) -> list[tuple[str, StoredTensor, int | None, Part]]:
+    """(key, its line of the layout, expert or None, part) of each tensor that the files have of one layer."""
+    wholes = layer.parts(dense=True)
+    stored = []
+    for one in layout:
+        if one.parameter not in wholes:
+            continue
+        ranges = dict(wholes[one.parameter].ranges)
+        if one.half is not None:
+            ranges["G"] = one.half, one.half + 1
+        if "{expert}" not in one.key:
+            stored.append((one.key, one, None, Part(one.pattern, ranges)))
+            continue
+        for expert in range(layer.num_experts):
+            part = Part(one.pattern, {**ranges, "E": (expert, expert + 1)})
+            stored.append((one.key.format(expert=expert), one, expert, part))
+    return stored
+
+
+def load_moe_weights(
+    path: str | os.PathLike,
+    layers: Mapping[str, FusedMoE],
+    layout: str | Sequence[StoredTensor],
+    *,
+    others: Mapping[str, tuple[paddle.Tensor, bool]] | None = None,
+    transposed: bool = True,
+    cast: str = "lossless",
+    parallel: ParallelContext | None = None,
+    progress: bool = False,
+) -> LoadReport:
+    """Fills FusedMoE layers from a model's safetensors files; all ranks call, each reads its slices only.
+
+    Example:
+        layers = {f"model.layers.{i}.mlp": block.moe for i, block in enumerate(blocks)}
+        report = load_moe_weights("Qwen3-30B-A3B", layers, "qwen3_moe", progress=True)
+
+    Args:
+        path: a directory with model.safetensors.index.json or with *.safetensors, or one such file.
+        layers: by the name that the block has in the files, for example "model.layers.0.mlp".
+        layout: a name in LAYOUTS, or the StoredTensors of another layout. A parameter that a layer lacks, for
+            example a bias, is not looked for.
+        others: {key: (tensor, transposed)}, tensors outside FusedMoE to fill too, whole on every
+            rank. transposed: the file has the matrix turned.
+        transposed: matrices are stored [out, in], as Hugging Face does; False: [in, out], as PaddleNLP does.
+        cast: "lossless": float16 and bfloat16 may become float32. "any": every floating-point dtype may become
+            every other, with rounding. "none": dtypes must be equal.
+        parallel: the ranks; None: those of the layers.
+        progress: show a bar in a terminal.
+
+    Returns:
+        LoadReport: the keys loaded, the keys of the files that nothing asked for, the bytes read.
+
+    Raises:
+        ValueError: an unknown layout.
+        CheckpointError: a ValueError, on every rank, that lists file, key, what was expected and what found,
+            for all that is missing, doubled, truncated, of another shape or dtype, and for every key below a
+            name in `layers` that the layout lacks. Nothing was assigned.
+    """
+    layout, parallel = _layout(layout, transposed), _parallel_of_layers(layers, parallel)
+    targets, sources = {}, []
+    for name, layer in layers.items():
+        for attribute, part in layer.parts().items():
+            if getattr(layer, attribute) is not None:
+                targets[f"{name}.{attribute}"] = Target(getattr(layer, attribute), part)
+        sources += [
+            Source(f"{name}.{key}", f"{name}.{one.parameter}", part)
+            for key, one, _, part in _stored(layer, layout)
+        ]
+    for key, (tensor, is_transposed) in (others or {}).items():
+        part = Part.whole(tensor.shape)
+        targets[key] = Target(tensor, part)
+        stored = replace(part, pattern=" ".join(reversed(part.names))) if is_transposed else part
+        sources.append(Source(key, key, stored))
+    prefixes = tuple(f"{name}." for name in layers)
+    with TensorFiles(path) as files:
+        plan = Plan(
+            files, targets, sources, path=path, must_match=lambda key: key.startswith(prefixes), cast=cast
+        )
+        return execute([plan], path, parallel, progress=f"loading {path}" if progress else None)
+
+
+def _parallel_of_layers(
+    layers: Mapping[str, FusedMoE], parallel: ParallelContext | None
+) -> ParallelContext | None:
+    for layer in layers.values():
+        parallel = parallel_of(layer, parallel)
+    return parallel
+
+
+def save_moe_weights(
+    path: str | os.PathLike,
+    layers: Mapping[str, FusedMoE],
+    layout: str | Sequence[StoredTensor],
+    *,
+    others: Mapping[str, tuple[paddle.Tensor, bool]] | None = None,
+    transposed: bool = True,
+    parallel: ParallelContext | None = None,
+) -> None:
+    """The reverse of load_moe_weights: writes FusedMoE layers under the names and in the layout of a model.
+
+    The ranks pass their parts to each other through files, so `path` needs twice the room for a while. Dtypes
+    are those of the layers.
+
+    Args:
+        path: a directory that all ranks see, without an index file; made when missing.
+        layers, layout, others, transposed, parallel: as in load_moe_weights.
+
+    Raises:
+        ValueError: an unknown layout, or path has an index file already.
+        RuntimeError: a rank could not write, on every rank.
+    """
+    path, layout, parallel = Path(path), _layout(layout, transposed), _parallel_of_layers(layers, parallel)
+    if (path / INDEX_NAME).exists():
+        raise ValueError(f"path must be a directory without {INDEX_NAME}, got {path}; choose another")
+    holdings, targets, parameter_of = {}, {}, {}
+    for name, layer in layers.items():
+        dense = layer.parts(dense=True)
+        homeless = sorted(set(dense) - {one.parameter for one in layout})
+        if homeless:
+            raise ValueError(f"layout has no place for {homeless} of layers[{name!r}]")
+        for attribute, part in layer.parts().items():
+            holdings[f"{name}.{attribute}"] = getattr(layer, attribute), part, dense[attribute]
+        for key, one, expert, part in _stored(layer, layout):
+            if _is_written_here(layer, expert):
+                dtype = (
+                    getattr(layer, one.parameter) if one.parameter != "down_bias" else layer.down_weight
+                ).dtype
+                targets[f"{name}.{key}"] = Target(paddle.empty(part.shape, dtype), part)
+                parameter_of[f"{name}.{key}"] = f"{name}.{one.parameter}"
+
+    parts_path = path / "parts"
+    index = {"metadata": {"format": FORMAT, "version": VERSION}}
+    write_files(parts_path, {"model": pieces_to_write(holdings, parallel)}, index, parallel)
+    with TensorFiles(parts_path) as files:
+        stored, _ = stored_parts(files, {name: whole for name, (_, _, whole) in holdings.items()})
+        parts_of: dict[str, list[Source]] = {}
+        for source in stored:
+            parts_of.setdefault(source.target, []).append(source)
+        sources = [
+            replace(source, target=key)
+            for key, target in targets.items()
+            for source in parts_of.get(parameter_of[key], [])
+            if source.part.overlap(target.part)
+        ]
+        execute(
+            [Plan(files, targets, sources, path=parts_path, must_match=lambda key: False)],
+            parts_path,
+            parallel,
+        )
+    tensors = {key: target.tensor for key, target in targets.items()}
+    if parallel is None or parallel.rank == 0:
+        for key, (tensor, is_transposed) in (others or {}).items():
+            tensors[key] = tensor.transpose(range(tensor.ndim)[::-1]) if is_transposed else tensor
+    write_files(path, {"model": tensors}, {"metadata": {}}, parallel, tagged=False, file_format="pt")
+    if parallel is None or parallel.rank == 0:
+        shutil.rmtree(parts_path)
+
+
+def _is_written_here(layer: FusedMoE, expert: int | None) -> bool:
+    """One expert: by a rank that holds a part of it, in turn. What has all experts: by the first rank."""
+    if layer.parallel is not None and layer.parallel.dp_rank > 0:
+        return False
+    if expert is None:
+        return layer.ep_rank == layer.tp_rank == 0
+    return layer.experts_min <= expert <= layer.experts_max and expert % layer.tp_size == layer.tp_rank

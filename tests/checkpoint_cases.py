@@ -1,0 +1,112 @@
+"""The model, optimizer and values that the tests of checkpoints share, in one process and in many."""
+
+from __future__ import annotations
+
+import paddle
+from layer_cases import EXPERTS, HIDDEN, INTER, SHARED, TOP_K
+from paddle import nn
+
+from paddle_moe import FusedMoE
+
+
+class Model(nn.Layer):
+    """Two FusedMoE layers with everything that one can have, between dense ones that share a weight."""
+
+    def __init__(self, dtype="float32", seed=None, parallel=None, num_experts=EXPERTS):
+        super().__init__()
+        paddle.seed(0 if seed is None else seed)  # dense weights, the same on every rank
+        self.embed = nn.Embedding(7, HIDDEN)
+        self.first = self._moe(num_experts, dtype, seed, parallel)
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.second = nn.Sequential(self._moe(num_experts, dtype, seed and seed + 1, parallel))
+        self.head = nn.Linear(HIDDEN, 7)
+        self.tied = nn.Layer()
+        self.tied.weight = self.embed.weight
+        self.register_buffer("seen", paddle.to_tensor([0 if seed is None else seed], "int64"))
+        if seed is None:
+            for parameter in self.parameters():
+                parameter.set_value(paddle.zeros_like(parameter))
+
+    @staticmethod
+    def _moe(num_experts, dtype, seed, parallel):
+        layer = FusedMoE(
+            HIDDEN,
+            INTER,
+            num_experts,
+            TOP_K,
+            gate_up_bias=True,
+            down_bias=True,
+            correction_bias=True,
+            shared_intermediate_size=SHARED,
+            shared_gate=True,
+            dtype=dtype,
+            seed=seed,
+            parallel=parallel,
+        )
+        if seed is not None:  # the seed leaves these zero
+            fill(layer, "gate_up_bias", layer.parts().get("gate_up_bias"), seed)
+            fill(layer, "down_bias", layer.parts().get("down_bias"), seed)
+            fill(layer, "correction_bias", layer.parts()["correction_bias"], seed)
+        return layer
+
+
+def fill(layer, name, part, seed):
+    """Values that say where in the dense bias they belong."""
+    tensor = getattr(layer, name)
+    if tensor is None or not tensor.size:
+        return
+    experts = paddle.arange(*part.ranges["E"], dtype="float32")
+    if name == "correction_bias":
+        values = experts
+    elif name == "down_bias":
+        values = 100 * experts[:, None] + paddle.arange(*part.ranges["H"], dtype="float32")
+    else:
+        columns = paddle.arange(*part.ranges["I"], dtype="float32")
+        values = (100 * experts[:, None, None]) + paddle.stack([columns, columns + 50])
+        values = values.reshape([len(experts), -1])
+    tensor.set_value((values + seed).astype(tensor.dtype))
+
+
+def make_optimizer(model):
+    schedule = paddle.optimizer.lr.CosineAnnealingDecay(1e-3, 10)
+    return paddle.optimizer.AdamW(schedule, parameters=model.parameters(), multi_precision=True)
+
+
+def fill_moments(model, optimizer):
+    """Moments that are functions of the parameter, as every rank can compute and check them for itself."""
+    optimizer._create_accumulators(paddle.static.default_main_program().global_block(), model.parameters())
+    for name, parameter, tensor in optimizer_tensors(model, optimizer):
+        tensor.set_value(expected_moment(name, parameter, tensor))
+
+
+def expected_moment(name, parameter, tensor):
+    value = parameter.detach().astype("float32")
+    if tensor.shape != parameter.shape:
+        return paddle.full(tensor.shape, 0.5)
+    return {"moment1": 2 * value, "moment2": value * value, "master_weight": value + 2.0**-20}[name]
+
+
+def optimizer_tensors(model, optimizer):
+    """(kind, parameter, tensor) of all that the optimizer keeps."""
+    parameter_of = {parameter.name: parameter for parameter in model.parameters()}
+    for name, master in optimizer._master_weights.items():
+        yield "master_weight", parameter_of[name], master
+        parameter_of[master.name] = parameter_of[name]
+    for kind, tensors in optimizer._accumulators.items():
+        for name, tensor in tensors.items():
+            yield kind, parameter_of[name], tensor
+
+
+def assert_loaded(model, optimizer, expected):
+    """Every bit of the model is that of `expected`, and of the optimizer as fill_moments made it."""
+    for name, tensor in expected.state_dict().items():
+        found = model.state_dict()[name]
+        assert found.dtype == tensor.dtype
+        assert found.numpy().tobytes() == tensor.numpy().tobytes(), name
+    if optimizer is not None:
+        checked = set()
+        for kind, parameter, tensor in optimizer_tensors(model, optimizer):
+            expected_value = expected_moment(kind, parameter, tensor)
+            assert tensor.numpy().tobytes() == expected_value.numpy().tobytes(), (kind, parameter.name)
+            checked.add(kind)
+        assert {"moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc"} <= checked

@@ -1,0 +1,65 @@
+"""One rank of a grid: loads a checkpoint, checks every bit of its shard, and saves another.
+
+checkpoint.py EP_SIZE TP_SIZE DP_SIZE FROM TO: FROM "-" starts from the seed instead of a checkpoint.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import paddle
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from checkpoint_cases import Model, assert_loaded, fill_moments, make_optimizer
+
+from paddle_moe import init_distributed, load_checkpoint, load_moe_weights, save_checkpoint, save_moe_weights
+from paddle_moe.distributed import ParallelContext
+from paddle_moe.tensor_files import CheckpointError
+
+ep_size, tp_size, dp_size = map(int, sys.argv[1:4])
+source, target = sys.argv[4], Path(sys.argv[5])
+own = init_distributed(ep_size, tp_size, timeout_seconds=60)
+# As users of fleet have it: groups from elsewhere, no watchdog.
+foreign = ParallelContext.from_groups(own.ep_group, own.tp_group)
+
+for dtype, parallel in (("float32", own), ("bfloat16", foreign)):
+    expected = Model(dtype, seed=3, parallel=parallel)
+    model = expected if source == "-" else Model(dtype, parallel=parallel)
+    optimizer = make_optimizer(model)
+    if source == "-":
+        fill_moments(model, optimizer)
+    else:
+        assert load_checkpoint(Path(source) / dtype, model, optimizer) == {"step": 7}
+    assert_loaded(model, optimizer, expected)
+    save_checkpoint(target / dtype, model, optimizer, state={"step": 7})
+    state = paddle.randn([2]).numpy()
+    load_checkpoint(target / dtype, model, optimizer)
+    assert (paddle.randn([2]).numpy() == state).all(), "the generators are those of this rank"
+
+# One rank finds a file that is cut short: none of them may load.
+(file,) = (target / "float32").glob("model-*-00001-of-*")
+broken = target / f"broken-{own.rank}"
+if own.rank == own.world_size - 1:
+    broken.mkdir()
+    for other in (target / "float32").iterdir():
+        content = other.read_bytes()
+        (broken / other.name).write_bytes(content[:-1] if other.name == file.name else content)
+model = Model(parallel=own)
+before = [tensor.numpy().tobytes() for tensor in model.state_dict().values()]
+try:
+    load_checkpoint(broken if broken.exists() else target / "float32", model)
+except CheckpointError as error:
+    assert [problem.file for problem in error.problems] == [file.name], error
+else:
+    raise AssertionError("a truncated file on one rank was not noticed on this one")
+assert [tensor.numpy().tobytes() for tensor in model.state_dict().values()] == before
+try:  # one rank cannot write
+    save_checkpoint("/dev/null/here" if own.rank == 0 else target / "refused", model)
+except RuntimeError as error:
+    assert "rank 0: NotADirectoryError" in str(error), error
+assert not (target / "refused" / "model.safetensors.index.json").exists()
+
+# The layout of a published model, through another grid.
+moe = Model("bfloat16", seed=3, parallel=own).first
+layers = {"model.layers.0.mlp": moe}
+layout = json.loads((Path(__file__).parent / "full_layout.json").read_text())

@@ -1,0 +1,252 @@
+"""save_checkpoint and load_checkpoint in one process; real ranks are in tests/distributed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from checkpoint_cases import Model, assert_loaded, fill_moments, make_optimizer
+from layer_cases import HIDDEN
+from paddle import nn
+from safetensors import safe_open
+
+import paddle_moe
+from paddle_moe import load_checkpoint, save_checkpoint
+from paddle_moe.tensor_files import CheckpointError
+
+
+def save(path, dtype="float32", with_optimizer=True, **options):
+    model = Model(dtype, seed=3)
+    optimizer = make_optimizer(model) if with_optimizer else None
+    if with_optimizer:
+        fill_moments(model, optimizer)
+        optimizer._learning_rate.step()
+    save_checkpoint(path, model, optimizer, **options)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_bit_comes_back(dtype, tmp_path):
+    model, optimizer = save(tmp_path, dtype, state={"step": 7, "loss": 0.1})
+    other = Model(dtype)
+    other_optimizer = make_optimizer(other)
+    assert load_checkpoint(tmp_path, other, other_optimizer) == {"step": 7, "loss": 0.1}
+    assert_loaded(other, other_optimizer, model)
+    assert other_optimizer._learning_rate.state_dict() == optimizer._learning_rate.state_dict()
+
+    weights_only = Model(dtype)
+    load_checkpoint(tmp_path, weights_only)
+    assert_loaded(weights_only, None, model)
+
+
+def test_training_goes_on_as_if_never_interrupted(tmp_path):
+    """Every kind of state matters: moments, their powers, learning rate, random numbers."""
+
+    def make():
+        paddle.seed(5)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        schedule = paddle.optimizer.lr.StepDecay(0.1, 2)
+        return model, paddle.optimizer.AdamW(schedule, parameters=model.parameters())
+
+    def step(model, optimizer):
+        x = paddle.to_tensor(np.random.rand(3, 4).astype(np.float32)) + random.random()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        optimizer._learning_rate.step()
+        return float(loss)
+
+    model, optimizer = make()
+    for _ in range(3):
+        step(model, optimizer)
+    save_checkpoint(tmp_path, model, optimizer)
+    expected = [step(model, optimizer) for _ in range(3)]
+    model, optimizer = make()
+    paddle.seed(99)
+    load_checkpoint(tmp_path, model, optimizer)
+    assert [step(model, optimizer) for _ in range(3)] == expected
+    load_checkpoint(tmp_path, model, optimizer)  # over a state that has moved on
+    assert [step(model, optimizer) for _ in range(3)] == expected
+
+
+def test_other_tools_can_read_it(tmp_path):
+    model, _ = save(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    names = set(model.state_dict()) - {"tied.weight"}
+    assert index["weight_map"].keys() == names
+    for key, file in index["weight_map"].items():
+        with safe_open(tmp_path / file, framework="paddle") as opened:
+            assert opened.get_tensor(key).numpy().tobytes() == model.state_dict()[key].numpy().tobytes()
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1, "every file has the mode that the umask gives"
+
+
+def test_a_save_replaces_the_one_before(tmp_path):
+    save(tmp_path)
+    (tmp_path / "notes.txt").write_text("not ours")
+    (tmp_path / "model-deadbeef-00001-of-00002.safetensors").write_text("left by a save that was killed")
+    model, _ = save(tmp_path, state=2)
+    assert sorted(re.sub("-[0-9a-f]{8}-", "-TAG-", file.name) for file in tmp_path.iterdir()) == [
+        "model-TAG-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+        "notes.txt",
+        "optimizer-TAG-00001-of-00001.safetensors",
+        "state-TAG-00001-of-00001.json",
+    ]
+    other = Model()
+    assert load_checkpoint(tmp_path, other) == 2
+    assert_loaded(other, None, model)
+
+
+def test_a_killed_save_leaves_the_one_before(tmp_path):
+    """A process saves 1, 2, 3, ... until it is killed, many times, at moments that differ."""
+    script = (
+        "import sys, paddle; from paddle_moe import save_checkpoint\n"
+        "layer = paddle.nn.Linear(256, 512)\n"
+        "optimizer = paddle.optimizer.AdamW(parameters=layer.parameters())\n"
+        "for number in range(10**9):\n"
+        "    layer.weight.set_value(paddle.full([256, 512], float(number)))\n"
+        "    save_checkpoint(sys.argv[1], layer, optimizer, state=number)\n"
+        "    print(number, flush=True)\n"
+    )
+    parent = str(Path(paddle_moe.__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": parent},
+    )
+    layer = nn.Linear(256, 512)
+    optimizer = paddle.optimizer.AdamW(parameters=layer.parameters())
+    try:
+        assert process.stdout.readline() == "0\n"
+        for pause in np.random.default_rng(0).uniform(0, 0.03, 30):
+            time.sleep(pause)
+            process.send_signal(
+                signal.SIGSTOP
+            )  # nothing of it runs: what is on disk now is what a kill leaves
+            os.waitpid(process.pid, os.WUNTRACED)
+            number = load_checkpoint(tmp_path, layer, optimizer)
+            assert (layer.weight == float(number)).all()
+            process.send_signal(signal.SIGCONT)
+    finally:
+        process.kill()
+        process.wait(30)
+        process.stdout.close()
+    number = load_checkpoint(tmp_path, layer, optimizer)
+    assert (layer.weight == float(number)).all() and number > 0
+    save_checkpoint(tmp_path, layer, optimizer)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_full_disk_is_an_error_and_keeps_the_one_before(tmp_path):
+    resource = pytest.importorskip("resource")
+    model, optimizer = save(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(RuntimeError, match="was not saved; what was there before is unchanged. rank 0: "):
+            save_checkpoint(tmp_path, model, optimizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(tmp_path.iterdir()) == before
+    load_checkpoint(tmp_path, Model())
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+def test_another_model(tmp_path):
+    save(tmp_path)
+    model = Model(num_experts=4)
+    with pytest.raises(
+        CheckpointError, match=r"first.gate_weight: expected the shape \[12, 4\], found \[12, 5\]"
+    ):
+        load_checkpoint(tmp_path, model)
+    model = nn.Linear(HIDDEN, 7)
+    before = model.weight.numpy()
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path, model)
+    found = {(problem.key, problem.expected, problem.found) for problem in caught.value.problems}
+    assert ("weight", "all of d0 0..11, d1 0..6", "nothing") in found
+    assert ("head.weight", "no tensor of this name", "a tensor [12, 7] in F32") in found
+    np.testing.assert_array_equal(model.weight.numpy(), before)
+
+
+def test_another_dtype(tmp_path):
+    save(tmp_path, "bfloat16", with_optimizer=False)
+    with pytest.raises(CheckpointError, match="first.down_weight: expected float32, found bfloat16"):
+        load_checkpoint(tmp_path, Model("float32"))
+
+
+def test_the_optimizer_is_checked_before_the_model_is_touched(tmp_path):
+    save(tmp_path)
+    (file,) = tmp_path.glob("optimizer-*")
+    file.write_bytes(file.read_bytes()[:-1])
+    model = Model()
+    before = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=f"{file.name}: .*: expected a whole safetensors file"):
+        load_checkpoint(tmp_path, model, make_optimizer(model))
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), before[name])
+    load_checkpoint(tmp_path, model)  # the weights are whole
+
+
+def test_another_optimizer(tmp_path):
+    model, optimizer = save(tmp_path)
+    momentum = paddle.optimizer.Momentum(parameters=model.parameters())
+    with pytest.raises(CheckpointError, match="optimizer: expected Momentum, found AdamW"):
+        load_checkpoint(tmp_path, model, momentum)
+    constant = paddle.optimizer.AdamW(parameters=model.parameters())
+    with pytest.raises(CheckpointError, match="lr_scheduler: expected none, found a learning rate scheduler"):
+        load_checkpoint(tmp_path, model, constant)
+    save_checkpoint(tmp_path, model)
+    with pytest.raises(CheckpointError, match="optimizer: expected AdamW, found None"):
+        load_checkpoint(tmp_path, model, optimizer)
+    with pytest.raises(ValueError, match="optimizer: its parameters .* are not in model"):
+        save_checkpoint(tmp_path, nn.Linear(2, 2), optimizer)
+    with pytest.raises(ValueError, match="optimizer must be a paddle.optimizer.Optimizer, got Linear"):
+        save_checkpoint(tmp_path, model, nn.Linear(2, 2))
+
+
+def test_paths(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: .*: expected a whole safetensors file"):
+        load_checkpoint(tmp_path / "nowhere", Model())
+    with pytest.raises(CheckpointError, match="expected model.safetensors.index.json or .*, found neither"):
+        load_checkpoint(tmp_path, Model())
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"metadata": {"total_size": 1}, "weight_map": {}}')
+    with pytest.raises(CheckpointError, match="metadata.format: expected paddle_moe, found None"):
+        load_checkpoint(tmp_path, Model())
+    with pytest.raises(ValueError, match="has another model.safetensors.index.json"):
+        save_checkpoint(tmp_path, Model())
+    assert index.read_text().startswith('{"metadata": {"total_size": 1}')
+
+
+def test_state_that_json_cannot_hold(tmp_path):
+    with pytest.raises(ValueError, match="state and the learning rate scheduler must be fit for JSON"):
+        save_checkpoint(tmp_path / "new", nn.Linear(2, 2), state=paddle.ones([1]))
+    assert not (tmp_path / "new").exists()
+
+
+def test_parameters_that_other_layers_split(tmp_path):
+    model = nn.Linear(2, 2)
+    model.weight.is_distributed = True
+    with pytest.raises(
+        ValueError, match="weight is split over ranks, which is supported in FusedMoE layers only"
+    ):
+        save_checkpoint(tmp_path, model)

@@ -1,0 +1,302 @@
+"""Expert weights in the files of published models. The names and shapes here are written out by hand."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import numpy as np
+import paddle
+import pytest
+from layer_cases import EXPERTS, HIDDEN, INTER, SHARED, TOP_K, dense_weights
+from safetensors import safe_open
+from safetensors.paddle import save_file
+
+from paddle_moe import FusedMoE, load_moe_weights, save_moe_weights
+from paddle_moe.tensor_files import CheckpointError
+
+HALF_OPTIONS = {"mixtral": {}, "qwen2_moe": dict(shared=True, shared_gate=True), "qwen3_moe": {}}
+OPTIONS = {
+    **HALF_OPTIONS,
+    "deepseek_v2": dict(shared=True),
+    "deepseek_v3": dict(shared=True, correction=True),
+    "ernie4_5_moe": dict(shared=True, correction=True),
+    "gpt_oss": dict(bias=True),
+}
+BLOCK = {name: "model.layers.3.mlp" for name in OPTIONS} | {"mixtral": "model.layers.3.block_sparse_moe"}
+
+
+def published(family: str, dense: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of one block as Hugging Face checkpoints of the family have them."""
+    block, tensors = BLOCK[family], {}
+    if family == "gpt_oss":
+        tensors[f"{block}.router.weight"] = dense["gate_weight"].T
+        for name, array in (("", dense["gate_up"]), ("_bias", dense["gate_up_bias"])):
+            interleaved = np.empty_like(array)
+            interleaved[..., ::2], interleaved[..., 1::2] = array[..., :INTER], array[..., INTER:]
+            tensors[f"{block}.experts.gate_up_proj{name}"] = interleaved
+        tensors[f"{block}.experts.down_proj"] = dense["down"]
+        tensors[f"{block}.experts.down_proj_bias"] = dense["down_bias"]
+        return tensors
+    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    tensors[f"{block}.gate.weight"] = dense["gate_weight"].T
+    for expert in range(EXPERTS):
+        tensors[f"{block}.experts.{expert}.{gate}.weight"] = dense["gate_up"][expert, :, :INTER].T
+        tensors[f"{block}.experts.{expert}.{up}.weight"] = dense["gate_up"][expert, :, INTER:].T
+        tensors[f"{block}.experts.{expert}.{down}.weight"] = dense["down"][expert].T
+    if "shared_gate_up" in dense:
+        shared = f"{block}.shared_expert" + ("" if family == "qwen2_moe" else "s")
+        tensors[f"{shared}.gate_proj.weight"] = dense["shared_gate_up"][:, :SHARED].T
+        tensors[f"{shared}.up_proj.weight"] = dense["shared_gate_up"][:, SHARED:].T
+        tensors[f"{shared}.down_proj.weight"] = dense["shared_down"].T
+    if "shared_gate" in dense:
+        tensors[f"{block}.shared_expert_gate.weight"] = dense["shared_gate"].T
+    if family == "deepseek_v3":
+        tensors[f"{block}.gate.e_score_correction_bias"] = dense["correction_bias"]
+    if family == "ernie4_5_moe":
+        tensors[f"{block}.moe_statics.e_score_correction_bias"] = dense["correction_bias"][None]
+    return tensors
+
+
+def write(path, tensors: dict[str, np.ndarray], num_files: int = 3) -> None:
+    """Files with an index, as large models have them; one tensor outside the block."""
+    tensors = {"model.embed_tokens.weight": np.ones((4, HIDDEN), np.float32), **tensors}
+    path.mkdir()
+    file_of = {}
+    for number in range(num_files):
+        name = f"model-{number + 1:05}-of-{num_files:05}.safetensors"
+        part = dict(list(tensors.items())[number::num_files])
+        save_file({key: paddle.to_tensor(np.ascontiguousarray(a)) for key, a in part.items()}, path / name)
+        file_of.update(dict.fromkeys(part, name))
+    index = {"metadata": {"total_size": 0}, "weight_map": file_of}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def read(path) -> dict[str, np.ndarray]:
+    tensors = {}
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="paddle") as opened:
+            tensors.update({key: opened.get_tensor(key).numpy() for key in opened.keys()})
+    return tensors
+
+
+def empty_like(layer: FusedMoE, parallel=None) -> FusedMoE:
+    """A layer of the same make whose values are NaN."""
+    options = {
+        "gate_up_bias": layer.gate_up_bias is not None,
+        "down_bias": layer.down_bias is not None,
+        "correction_bias": layer.correction_bias is not None,
+        "shared_intermediate_size": layer.shared_intermediate_size,
+        "shared_gate": layer.shared_gate_weight is not None,
+    }
+    dtype = str(layer.down_weight.dtype).rpartition(".")[2]
+    other = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, dtype=dtype, seed=None, parallel=parallel, **options)
+    for tensor in other.state_dict().values():
+        tensor.set_value(paddle.full_like(tensor.astype("float32"), float("nan")).astype(tensor.dtype))
+    return other
+
+
+def assert_equal_bits(actual: FusedMoE, expected: FusedMoE) -> None:
+    assert actual.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        found = actual.state_dict()[name]
+        assert found.dtype == tensor.dtype
+        assert found.numpy().tobytes() == tensor.numpy().tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", OPTIONS)
+def test_every_family_comes_in_and_goes_out(family, dtype, tmp_path):
+    dense = dense_weights(dtype, **OPTIONS[family])
+    expected = FusedMoE.from_dense(**dense, top_k=TOP_K)
+    tensors = published(family, dense)
+    write(tmp_path / "model", tensors)
+    layer = empty_like(expected)
+    report = load_moe_weights(tmp_path / "model", {BLOCK[family]: layer}, family)
+    assert_equal_bits(layer, expected)
+    assert sorted(report.loaded) == sorted(tensors)
+    assert report.unmatched == ["model.embed_tokens.weight"]
+    assert report.bytes_read == sum(array.nbytes for array in tensors.values())
+
+    save_moe_weights(tmp_path / "again", {BLOCK[family]: layer}, family)
+    again = read(tmp_path / "again")
+    assert again.keys() == tensors.keys()
+    for key, array in tensors.items():
+        np.testing.assert_array_equal(again[key], array, err_msg=key)
+    assert sorted(file.name for file in (tmp_path / "again").iterdir()) == [
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+    ]
+
+
+def test_paddle_matrices_the_other_way_round(tmp_path):
+    dense = dense_weights(shared=True)
+    expected = FusedMoE.from_dense(**dense, top_k=TOP_K)
+    tensors = {
+        key: array.T if key.endswith(".weight") else array
+        for key, array in published("deepseek_v2", dense).items()
+    }
+    write(tmp_path / "model", tensors)
+    layer = empty_like(expected)
+    load_moe_weights(tmp_path / "model", {BLOCK["deepseek_v2"]: layer}, "deepseek_v2", transposed=False)
+    assert_equal_bits(layer, expected)
+    save_moe_weights(tmp_path / "again", {BLOCK["deepseek_v2"]: layer}, "deepseek_v2", transposed=False)
+    for key, array in read(tmp_path / "again").items():
+        np.testing.assert_array_equal(array, tensors[key], err_msg=key)
+
+
+def test_others_in_the_same_pass(tmp_path):
+    dense = dense_weights(bias=True)
+    matrix, bias = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(EXPERTS, np.float32)
+    tensors = published("gpt_oss", dense) | {"a": matrix, f"{BLOCK['gpt_oss']}.router.bias": bias}
+    write(tmp_path / "model", tensors)
+    layer = empty_like(FusedMoE.from_dense(**dense, top_k=TOP_K))
+    straight, turned, router_bias = paddle.zeros([4, HIDDEN]), paddle.zeros([3, 2]), paddle.zeros([EXPERTS])
+    others = {
+        "model.embed_tokens.weight": (straight, False),
+        "a": (turned, True),
+        f"{BLOCK['gpt_oss']}.router.bias": (router_bias, False),
+    }
+    report = load_moe_weights(tmp_path / "model", {BLOCK["gpt_oss"]: layer}, "gpt_oss", others=others)
+    assert report.unmatched == [] and float(straight.sum()) == 4 * HIDDEN
+    np.testing.assert_array_equal(turned.numpy(), matrix.T)
+    np.testing.assert_array_equal(router_bias.numpy(), bias)
+    save_moe_weights(tmp_path / "again", {BLOCK["gpt_oss"]: layer}, "gpt_oss", others=others)
+    np.testing.assert_array_equal(read(tmp_path / "again")["a"], matrix)
+
+
+def test_casts(tmp_path):
+    dense = dense_weights("bfloat16")
+    write(tmp_path / "half", published("mixtral", dense))
+    wide = empty_like(FusedMoE.from_dense(**dense_weights(), top_k=TOP_K))
+    load_moe_weights(tmp_path / "half", {BLOCK["mixtral"]: wide}, "mixtral")
+    np.testing.assert_array_equal(
+        wide.down_weight.numpy().view(np.uint32), dense["down"].astype(np.uint32) << 16
+    )
+    with pytest.raises(CheckpointError, match="w1.weight: expected float32, found bfloat16"):
+        load_moe_weights(tmp_path / "half", {BLOCK["mixtral"]: wide}, "mixtral", cast="none")
+
+    write(tmp_path / "wide", published("mixtral", dense_weights()))
+    half = empty_like(FusedMoE.from_dense(**dense, top_k=TOP_K))
+    with pytest.raises(CheckpointError, match="w2.weight: expected bfloat16, found float32"):
+        load_moe_weights(tmp_path / "wide", {BLOCK["mixtral"]: half}, "mixtral")
+    load_moe_weights(tmp_path / "wide", {BLOCK["mixtral"]: half}, "mixtral", cast="any")
+    rounded = paddle.to_tensor(dense_weights()["down"]).astype("bfloat16")
+    np.testing.assert_array_equal(half.down_weight.numpy(), rounded.numpy())
+
+
+# ---------------------------------------------------------------- files that do not fit
+
+EXPERT_2 = f"{BLOCK['qwen3_moe']}.experts.2.up_proj.weight"
+
+
+def truncate(path, tensors):
+    file = path / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def remove_file(path, tensors):
+    (path / "model-00002-of-00003.safetensors").unlink()
+
+
+def duplicate(path, tensors):
+    (extra,) = [file for file in path.glob("*1-of*.safetensors")]
+    with safe_open(extra, framework="paddle") as opened:
+        stored = {key: opened.get_tensor(key) for key in opened.keys()}
+    key = next(key for key in tensors if key not in stored)
+    save_file({**stored, key: paddle.to_tensor(np.ascontiguousarray(tensors[key]))}, extra)
+
+
+def lie_in_the_index(path, tensors):
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"][f"{BLOCK['qwen3_moe']}.experts.9.up_proj.weight"] = "model-00001-of-00003.safetensors"
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def break_the_index(path, tensors):
+    (path / "model.safetensors.index.json").write_text('{"weight_map": [')
+
+
+def double_in_a_header(path, tensors):
+    one = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    header = f"{{{one},{one}}}".encode()
+    file = path / "model-00001-of-00003.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(EXPERT_2), rf"model: {EXPERT_2}: expected a tensor \[10, 12\], found nothing"),
+        (
+            lambda t: t.update({EXPERT_2: t[EXPERT_2].T}),
+            rf"-of-00003.safetensors: {EXPERT_2}: expected the shape \[10, 12\], found \[12, 10\]",
+        ),
+        (
+            lambda t: t.update({EXPERT_2: t[EXPERT_2].astype(np.int8)}),
+            rf"-of-00003.safetensors: {EXPERT_2}: expected float32, found int8",
+        ),
+        (
+            lambda t: t.update({EXPERT_2.replace("2.up", "5.up"): t[EXPERT_2]}),
+            r"experts.5.up_proj.weight: expected no tensor of this name, found a tensor \[10, 12\] in F32",
+        ),
+        (
+            lambda t: t.update({EXPERT_2 + "_scale_inv": np.ones(1, np.float32)}),
+            "up_proj.weight_scale_inv: expected no tensor of this name",
+        ),
+        (truncate, "model-00002-of-00003.safetensors: .*: expected a whole safetensors file"),
+        (remove_file, "model-00002-of-00003.safetensors: .*: expected a whole safetensors file"),
+        (duplicate, "expected it once, found it in model-0000.-of-00003.safetensors too"),
+        (
+            lie_in_the_index,
+            "experts.9.up_proj.weight: expected the tensor that .* places there, found nothing",
+        ),
+        (
+            break_the_index,
+            "model.safetensors.index.json: .*: expected an index in JSON, found JSONDecodeError",
+        ),
+        (double_in_a_header, "model-00001-of-00003.safetensors: .*: expected a whole safetensors file"),
+    ],
+)
+def test_an_error_names_file_key_expected_and_found(change, message, tmp_path):
+    dense = dense_weights()
+    tensors = published("qwen3_moe", dense)
+    changes_files = change.__name__ != "<lambda>"
+    if not changes_files:
+        change(tensors)
+    write(tmp_path / "model", tensors)
+    if changes_files:
+        change(tmp_path / "model", tensors)
+    layer = empty_like(FusedMoE.from_dense(**dense, top_k=TOP_K))
+    with pytest.raises(CheckpointError, match=message):
+        load_moe_weights(tmp_path / "model", {BLOCK["qwen3_moe"]: layer}, "qwen3_moe")
+    for name, tensor in layer.state_dict().items():
+        assert tensor.isnan().all(), f"{name} was assigned"
+
+
+def test_all_problems_in_one_error(tmp_path):
+    dense = dense_weights()
+    tensors = published("qwen3_moe", dense)
+    for expert in range(3):
+        tensors.pop(f"{BLOCK['qwen3_moe']}.experts.{expert}.down_proj.weight")
+    tensors[EXPERT_2] = tensors[EXPERT_2][:5]
+    write(tmp_path / "model", tensors)
+    layer = empty_like(FusedMoE.from_dense(**dense, top_k=TOP_K))
+    with pytest.raises(CheckpointError, match="4 problems") as caught:
+        load_moe_weights(tmp_path / "model", {BLOCK["qwen3_moe"]: layer}, "qwen3_moe")
+    assert [problem.key for problem in caught.value.problems if problem.found == "nothing"] == [
+        f"{BLOCK['qwen3_moe']}.experts.{expert}.down_proj.weight" for expert in range(3)
+    ]
+
+
+def test_bad_arguments(tmp_path):
+    layer = FusedMoE.from_dense(**dense_weights(bias=True), top_k=TOP_K)
+    with pytest.raises(ValueError, match="layout must be one of mixtral, .*, got 'llama'"):
+        load_moe_weights(tmp_path, {"mlp": layer}, "llama")
+    with pytest.raises(ValueError, match=r"layout has no place for \['down_bias', 'gate_up_bias'\]"):
+        save_moe_weights(tmp_path, {"mlp": layer}, "mixtral")
+    with pytest.raises(CheckpointError, match="expected model.safetensors.index.json or .*, found neither"):
+        load_moe_weights(tmp_path, {"mlp": layer}, "gpt_oss")
+    write(tmp_path / "model", published("gpt_oss", dense_weights(bias=True)))
+    with pytest.raises(ValueError, match="path must be a directory without model.safetensors.index.json"):
+        save_moe_weights(tmp_path / "model", {"mlp": layer}, "gpt_oss")
