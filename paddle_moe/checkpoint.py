@@ -273,7 +273,7 @@ def write_files(
 def _refuse_foreign_index(path: Path) -> None:
     try:
         found = json.loads((path / INDEX_NAME).read_text())["metadata"]["format"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except (ValueError, KeyError, TypeError):
         found = None

@@ -69,8 +69,8 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
     fail "python setup.py build_ext --inplace failed: run it to see why"
 }
 
-requirements=("paddlepaddle>=2.6.2,<3.4" "setuptools>=61" wheel "pybind11>=2.11" numpy matplotlib rich
-  pytest pytest-timeout hypothesis "cmake>=3.18")
+requirements=("paddlepaddle>=2.6.2,<3.4" "setuptools>=61" wheel "pybind11>=2.11" numpy
+  "safetensors>=0.7" matplotlib rich pytest pytest-timeout hypothesis "cmake>=3.18")
 
 make_venv
 once requirements "${requirements[*]}" "installing Paddle and the tools (about 250 MB the first time)" \

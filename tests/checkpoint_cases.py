@@ -7,6 +7,21 @@ from layer_cases import EXPERTS, HIDDEN, INTER, SHARED, TOP_K
 from paddle import nn
 
 from paddle_moe import FusedMoE
+from paddle_moe.pretrained import GATE, UP, StoredTensor
+
+# Every way of storing that the published layouts have, for the layers of Model.
+LAYOUT = [
+    StoredTensor("gate_weight", "gate.weight", "E H"),
+    StoredTensor("gate_up_weight", "experts.{expert}.gate_proj.weight", "I H", GATE),
+    StoredTensor("gate_up_weight", "experts.{expert}.up_proj.weight", "I H", UP),
+    StoredTensor("down_weight", "experts.down_proj", "E H I"),
+    StoredTensor("gate_up_bias", "experts.gate_up_bias", "E (I G)"),
+    StoredTensor("down_bias", "experts.{expert}.down_proj.bias", "H"),
+    StoredTensor("correction_bias", "moe_statics.e_score_correction_bias", "1 E"),
+    StoredTensor("shared_gate_up_weight", "shared_expert.gate_up_proj.weight", "(G S) H"),
+    StoredTensor("shared_down_weight", "shared_expert.down_proj.weight", "H S"),
+    StoredTensor("shared_gate_weight", "shared_expert_gate.weight", "1 H"),
+]
 
 
 class Model(nn.Layer):

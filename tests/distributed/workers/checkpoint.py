@@ -3,14 +3,13 @@
 checkpoint.py EP_SIZE TP_SIZE DP_SIZE FROM TO: FROM "-" starts from the seed instead of a checkpoint.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import paddle
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from checkpoint_cases import Model, assert_loaded, fill_moments, make_optimizer
+from checkpoint_cases import LAYOUT, Model, assert_loaded, fill_moments, make_optimizer
 
 from paddle_moe import init_distributed, load_checkpoint, load_moe_weights, save_checkpoint, save_moe_weights
 from paddle_moe.distributed import ParallelContext
@@ -18,9 +17,9 @@ from paddle_moe.tensor_files import CheckpointError
 
 ep_size, tp_size, dp_size = map(int, sys.argv[1:4])
 source, target = sys.argv[4], Path(sys.argv[5])
-own = init_distributed(ep_size, tp_size, timeout_seconds=60)
+own = init_distributed(ep_size, tp_size, dp_size, timeout_seconds=60)
 # As users of fleet have it: groups from elsewhere, no watchdog.
-foreign = ParallelContext.from_groups(own.ep_group, own.tp_group)
+foreign = ParallelContext.from_groups(own.ep_group, own.tp_group, dp_group=own.dp_group)
 
 for dtype, parallel in (("float32", own), ("bfloat16", foreign)):
     expected = Model(dtype, seed=3, parallel=parallel)
@@ -59,7 +58,11 @@ except RuntimeError as error:
     assert "rank 0: NotADirectoryError" in str(error), error
 assert not (target / "refused" / "model.safetensors.index.json").exists()
 
-# The layout of a published model, through another grid.
-moe = Model("bfloat16", seed=3, parallel=own).first
-layers = {"model.layers.0.mlp": moe}
-layout = json.loads((Path(__file__).parent / "full_layout.json").read_text())
+# The layout of a model: written by this grid, and read by it with the bytes that its shards need.
+expected = Model("bfloat16", seed=3, parallel=own).first
+save_moe_weights(target / "published", {"model.layers.0.mlp": expected}, LAYOUT)
+layer = Model("bfloat16", parallel=own).first
+report = load_moe_weights(target / "published", {"model.layers.0.mlp": layer}, LAYOUT)
+for name, tensor in expected.state_dict().items():
+    assert layer.state_dict()[name].numpy().tobytes() == tensor.numpy().tobytes(), name
+assert report.bytes_read == sum(tensor.size * tensor.element_size() for tensor in layer.state_dict().values())

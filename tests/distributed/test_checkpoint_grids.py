@@ -1,0 +1,76 @@
+"""Checkpoints that go from grid to grid, over real processes; the workers check every bit of their shards."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import paddle
+import pytest
+from checkpoint_cases import LAYOUT, Model, assert_loaded, make_optimizer
+from launcher import WORKERS, launch
+from safetensors import safe_open
+
+from paddle_moe import load_checkpoint, load_moe_weights
+
+# (ep, tp, dp) for five experts and ten columns: neither divides evenly, more ranks than experts, replicas.
+GRIDS = [(2, 3, 1), (6, 1, 1), (1, 2, 2)]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """The checkpoint that each grid wrote after loading that of the grid before."""
+    directory = tmp_path_factory.mktemp("grids")
+    paths, source = {}, "-"
+    for grid in GRIDS:
+        path = directory / "x".join(map(str, grid))
+        job = launch(path / "logs", WORKERS / "checkpoint.py", *grid, source, path, ranks=int(np.prod(grid)))
+        assert job.returncode == 0, job
+        paths[grid] = source = path
+    return paths
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_process_loads_what_a_grid_saved(chain, grid, dtype):
+    model = Model(dtype)
+    optimizer = make_optimizer(model)
+    with pytest.warns(UserWarning, match="random generators were left alone"):
+        state = load_checkpoint(chain[grid] / dtype, model, optimizer)
+    assert state == {"step": 7}
+    assert_loaded(model, optimizer, Model(dtype, seed=3))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_everything_is_written_once(chain, grid):
+    """The bytes of all files together are those of one process: nothing dense is written twice."""
+    path = chain[grid] / "float32"
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    stored = Counter()
+    for file in path.glob("model-*.safetensors"):
+        with safe_open(file, framework="paddle") as opened:
+            for key in opened.keys():
+                assert index["weight_map"][key] == file.name
+                stored[key.partition("[")[0]] += opened.get_tensor(key).size
+    expected = {name: tensor.size for name, tensor in Model().state_dict().items() if name != "tied.weight"}
+    assert stored == expected
+    ranks = int(np.prod(grid))
+    assert len(index["state_files"]) == ranks
+    data_parallel = [f"-{rank + 1:05}-of-" for rank in range(ranks // grid[2], ranks)]
+    for file in path.glob("*.safetensors"):
+        assert not any(part in file.name for part in data_parallel), "replicas write no tensors"
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_one_process_loads_the_published_layout_of_a_grid(chain, grid):
+    layer = Model("bfloat16").first
+    load_moe_weights(chain[grid] / "published", {"model.layers.0.mlp": layer}, LAYOUT)
+    for name, tensor in Model("bfloat16", seed=3).first.state_dict().items():
+        found = layer.state_dict()[name]
+        assert found.numpy().tobytes() == tensor.numpy().tobytes(), name
+    assert not (chain[grid] / "published" / "parts").exists()
+    with safe_open(
+        next(iter((chain[grid] / "published").glob("*.safetensors"))), framework="paddle"
+    ) as opened:
+        assert opened.metadata() == {"format": "pt"}
