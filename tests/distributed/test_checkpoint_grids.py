@@ -6,7 +6,6 @@ import json
 from collections import Counter
 
 import numpy as np
-import paddle
 import pytest
 from checkpoint_cases import LAYOUT, Model, assert_loaded, make_optimizer
 from launcher import WORKERS, launch
