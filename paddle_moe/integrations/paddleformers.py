@@ -1,0 +1,225 @@
+"""PaddleFormers models on paddle_moe: Qwen3-MoE, DeepSeek-V3, GLM-4-MoE, gpt-oss and ERNIE-4.5-MoE.
+
+    from paddle_moe.integrations.paddleformers import accelerate
+
+    model = accelerate(Qwen3MoeForCausalLM.from_pretrained(name))
+
+Every other model whose experts are PaddleFormers' ``MoeExperts`` gets these accelerated, and keeps its own
+router. Written for paddleformers 1.2.0. What differs from the stock blocks is in docs/integrations.md.
+"""
+
+from __future__ import annotations
+
+import paddle
+from paddle.nn import functional as F
+
+from paddle_moe.functional import gate, route
+from paddle_moe.integrations.blocks import Integration, MoEBlock, Slice, Weights
+from paddle_moe.losses import load_balancing_loss, router_z_loss
+from paddle_moe.params import shard_range
+
+Tensor = paddle.Tensor
+
+__all__ = ["accelerate", "patch", "restore", "unpatch"]
+
+
+class Experts(MoEBlock):
+    """The experts alone, for models with another block around them: they are called with a routing."""
+
+    stock = "paddleformers.nn.experts:MoeExperts"
+    model = "any model"
+
+    def experts_layer(self):
+        return self
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self.mix(hidden_states, top_k_index, top_k_weights.astype("float32"))
+
+
+class Qwen3Moe(MoEBlock):
+    """Yang et al., "Qwen3 Technical Report" (2025)."""
+
+    stock = "paddleformers.transformers.qwen3_moe.modeling:Qwen3MoeSparseMoeBlock"
+    model = "Qwen3-MoE"
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        logits = gate(self.tokens(hidden_states), self.gate.weight)
+        routing_table, router_weights = route(
+            logits, self.top_k, renormalize=self.norm_topk_prob, renormalize_eps=0.0
+        )
+        return self.mix(hidden_states, routing_table, router_weights), logits
+
+
+class DeepseekV3(MoEBlock):
+    """DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 2.1.2."""
+
+    stock = "paddleformers.transformers.deepseek_v3.modeling:DeepseekV3MoE"
+    model = "DeepSeek-V3"
+
+    def shared_expert(self):
+        return self._sub_layers["shared_experts"]
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return gate(tokens, self.gate.weight)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        router = self.gate
+        routing_table, router_weights = route(
+            self.logits(self.tokens(hidden_states)),
+            router.top_k,
+            scoring="sigmoid",
+            correction_bias=router.e_score_correction_bias,
+            num_groups=router.n_group,
+            topk_groups=router.topk_group,
+            group_score="top2_sum",
+            renormalize=bool(router.norm_topk_prob),
+            scaling_factor=router.routed_scaling_factor,
+        )
+        return self.mix(hidden_states, routing_table, router_weights)
+
+
+class Glm4Moe(DeepseekV3):
+    """GLM-4.5 Team, "GLM-4.5: Agentic, Reasoning, and Coding (ARC) Foundation Models" (2025)."""
+
+    stock = "paddleformers.transformers.glm4_moe.modeling:Glm4MoeMoE"
+    model = "GLM-4-MoE"
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        # The weight is [E, H]; gate() takes [H, E], and transposing costs more than this.
+        return paddle.matmul(tokens.astype("float32"), self.gate.weight, transpose_y=True)
+
+
+class GptOss(MoEBlock):
+    """OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (2025).
+
+    The columns of gate and up alternate in ``gate_up_proj``. The operator wants them apart: outside training
+    a copy with the columns in order is kept until the parameter changes, in training one is made each time.
+    """
+
+    stock = "paddleformers.transformers.gpt_oss.modeling:GptOssMLP"
+    model = "gpt-oss"
+    _ordered: tuple | None = None
+
+    def activation(self) -> str:
+        experts = self.experts_layer()
+        return f"swigluoai({experts.alpha}, {experts.limit})"
+
+    def weights(self) -> Weights:
+        experts = self.experts_layer()
+        parameters = experts.gate_up_proj, experts.gate_up_proj_bias
+        if self.training or paddle.is_grad_enabled() and not parameters[0].stop_gradient:
+            self._ordered = None
+            gate_up, gate_up_bias = map(_gates_then_ups, parameters)
+        else:
+            state = [(one.data_ptr(), one.inplace_version) for one in parameters]
+            if self._ordered is None or self._ordered[0] != state:
+                self._ordered = state, *map(_gates_then_ups, parameters)
+            _, gate_up, gate_up_bias = self._ordered
+        down_bias = experts.down_proj_bias
+        return Weights(gate_up, experts.down_proj, gate_up_bias, down_bias if down_bias.size else None)
+
+    def slices(self, parallel, first: int, end: int) -> list[Slice]:
+        experts, here = self.experts_layer(), (first, end)
+        num_experts, inter, hidden = experts.down_proj.shape
+        start, stop = shard_range(inter, parallel.tp_rank, parallel.tp_size)
+        pairs = [(2 * start, 2 * stop)]
+        return [
+            Slice(experts.gate_up_proj, [num_experts, hidden, 2 * inter], 2, pairs, here),
+            Slice(experts.gate_up_proj_bias, [num_experts, 2 * inter], 1, pairs, here),
+            Slice(experts.down_proj, [num_experts, inter, hidden], 1, [(start, stop)], here),
+            # Added once, by the first rank.
+            Slice(
+                experts.down_proj_bias,
+                [num_experts, hidden],
+                1,
+                [(0, hidden)],
+                here,
+                present=parallel.tp_rank == 0,
+            ),
+        ]
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        router, tokens = self.router, self.tokens(hidden_states)
+        logits = paddle.matmul(tokens.astype("float32"), router.weight.astype("float32"), transpose_y=True)
+        logits = logits + router.bias.astype("float32")
+        routing_table, router_weights = route(logits, router.top_k, scoring="softmax_topk")
+        output = self.mix(hidden_states, routing_table, router_weights)
+        scores = paddle.put_along_axis(
+            paddle.zeros_like(logits), routing_table.astype("int64"), router_weights, axis=1
+        )
+        return output, scores.astype(hidden_states.dtype)
+
+
+def _gates_then_ups(alternating: Tensor) -> Tensor:
+    return paddle.concat([alternating[..., 0::2], alternating[..., 1::2]], axis=-1)
+
+
+class Ernie45Moe(MoEBlock):
+    """Baidu ERNIE Team, "ERNIE 4.5 Technical Report" (2025)."""
+
+    stock = "paddleformers.transformers.ernie4_5_moe.modeling:Ernie4_5_MoeSparseMoeBlock"
+    model = "ERNIE-4.5-MoE"
+
+    def check(self) -> None:
+        config = self.config
+        if config.moe_world_size > 1:
+            raise ValueError(
+                "moe_group must be one rank, because the block then holds all experts, got "
+                f"{config.moe_world_size} ranks; build the model without fleet and pass ep_size to accelerate()"
+            )
+        for name in ("multimodel_experts", "moe_group_experts", "moe_use_token_type_bias"):
+            if config.get(name, False):
+                raise ValueError(f"{name} must be False for paddle_moe, got {config.get(name)!r}")
+        if config.moe_dropout_prob > 0:
+            raise ValueError(f"moe_dropout_prob must be 0 for paddle_moe, got {config.moe_dropout_prob}")
+        if min(config.moe_capacity) < config.moe_num_experts:
+            raise ValueError(
+                "moe_capacity must be at least moe_num_experts, so that no token is dropped (paddle_moe never "
+                f"drops one), got {config.moe_capacity} for {config.moe_num_experts} experts"
+            )
+
+    def shared_expert(self):
+        return self._sub_layers.get("shared_experts")
+
+    def forward(self, input: Tensor, token_type_ids=None, use_dense_expert: bool = False):
+        config = self.config
+        if token_type_ids is not None or use_dense_expert:
+            raise ValueError("token_type_ids and use_dense_expert are for multimodal experts; got them here")
+        logits = gate(self.tokens(input), self.gate.weight)
+        bias = self.moe_statics.e_score_correction_bias[0].detach() if config.moe_use_aux_free else None
+        routing_table, router_weights = route(
+            logits,
+            self.top_k,
+            scoring=config.scoring_func,
+            correction_bias=bias,
+            renormalize=bool(config.moe_norm_gate_logits),
+            renormalize_eps=1e-12,
+        )
+        output = self.mix(input, routing_table, router_weights)
+        loss = paddle.zeros([1])
+        if self.training:
+            loss = self._router_loss(logits)
+            if config.moe_use_aux_free:
+                with paddle.no_grad():
+                    chosen = F.one_hot(routing_table, config.moe_num_experts).sum(axis=[0, 1])
+                    usage = self.moe_statics.expert_usage
+                    usage[0] = usage[0] + chosen.astype(usage.dtype)
+        return output, router_weights.astype(input.dtype), loss, logits
+
+    def _router_loss(self, logits: Tensor) -> Tensor:
+        config, loss = self.config, paddle.zeros([1])
+        if config.router_aux_loss_coef:
+            # The experts of the largest scores, without the correction that balances the choice.
+            chosen = logits.topk(self.top_k)[1]
+            balance = load_balancing_loss(logits, chosen, scoring=config.scoring_func)
+            loss = loss + config.router_aux_loss_coef * self.top_k * balance
+        if config.moe_orthogonal_loss_lambda:
+            loss = loss + config.moe_orthogonal_loss_lambda * self.gate._cal_orthogonal_loss()
+        if config.router_z_loss_coef:
+            loss = loss + config.router_z_loss_coef * router_z_loss(logits)
+        return loss
+
+
+_integration = Integration("paddleformers", [Qwen3Moe, DeepseekV3, Glm4Moe, GptOss, Ernie45Moe, Experts])
+accelerate, restore = _integration.accelerate, _integration.restore
+patch, unpatch = _integration.patch, _integration.unpatch

@@ -1,0 +1,142 @@
+"""PaddleNLP models on paddle_moe: Mixtral, Qwen2-MoE, DeepSeek-V2, DeepSeek-V3 and Jamba.
+
+    from paddle_moe.integrations.paddlenlp import accelerate
+
+    model = accelerate(MixtralForCausalLM.from_pretrained(name))
+
+Written for paddlenlp 3.0.0b4 and, for Mixtral, 2.8.1. What differs from the stock blocks is in
+docs/integrations.md.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import paddle
+from paddle.nn import functional as F
+
+from paddle_moe.functional import gate, route
+from paddle_moe.integrations.blocks import Integration, MoEBlock
+from paddle_moe.losses import load_balancing_loss
+
+Tensor = paddle.Tensor
+
+__all__ = ["accelerate", "patch", "restore", "unpatch"]
+
+
+class Mixtral(MoEBlock):
+    """Jiang et al., "Mixtral of Experts" (2024)."""
+
+    stock = "paddlenlp.transformers.mixtral.modeling:MixtralSparseMoeBlock"
+    model = "Mixtral"
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        logits = gate(self.tokens(hidden_states), self.gate.weight)
+        routing_table, router_weights = route(logits, self.top_k, renormalize_eps=0.0)
+        output = self.mix(hidden_states, routing_table, router_weights)
+        return output, logits.astype(hidden_states.dtype)
+
+
+class Jamba(MoEBlock):
+    """Lieber et al., "Jamba: A Hybrid Transformer-Mamba Language Model" (2024)."""
+
+    stock = "paddlenlp.transformers.jamba.modeling:JambaSparseMoeBlock"
+    model = "Jamba"
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        logits = gate(self.tokens(hidden_states), self.router.weight)
+        routing_table, router_weights = route(logits, self.top_k, renormalize=False)
+        output = self.mix(hidden_states, routing_table, router_weights)
+        return output, logits.astype(hidden_states.dtype)
+
+
+class _MoELayer(MoEBlock):
+    """What the blocks on PaddleNLP's MoELayer have in common."""
+
+    def check(self) -> None:
+        if self.expert_parallel_degree > 1:
+            raise ValueError(
+                f"{type(self).__name__} must hold all of its experts, got one that PaddleNLP divided over the "
+                f"{self.expert_parallel_degree} ranks of its moe_group; build the model without fleet and pass "
+                "ep_size to accelerate()"
+            )
+
+
+class Qwen2Moe(_MoELayer):
+    """Yang et al., "Qwen2 Technical Report" (2024).
+
+    The second thing it returns is the router logits, from which the model computes its load balancing loss.
+    """
+
+    stock = "paddlenlp.transformers.qwen2_moe.modeling:Qwen2MoeSparseMoEBlock"
+    model = "Qwen2-MoE"
+
+    def shared_expert(self):
+        return self._sub_layers["shared_expert"]
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.tokens(hidden_states)
+        logits = gate(tokens, self.gate.weight)
+        routing_table, router_weights = route(
+            logits, self.top_k, renormalize=self.norm_topk_prob, renormalize_eps=0.0
+        )
+        shared_weights = F.sigmoid(gate(tokens, self.shared_expert_gate.weight))
+        output = self.mix(hidden_states, routing_table, router_weights, shared_weights)
+        return output, logits.astype(hidden_states.dtype)
+
+
+class Deepseek(_MoELayer):
+    """DeepSeek-AI, "DeepSeek-V2" (2024), section 2.2, and "DeepSeek-V3 Technical Report" (2024), 2.1.2."""
+
+    stock = "paddlenlp.transformers.deepseek_v2.modeling:DeepseekV2MoE"
+    model = "DeepSeek-V2 and DeepSeek-V3"
+    _SELECTION = {
+        "greedy": {},
+        "group_limited_greedy": {"group_score": "max"},
+        "noaux_tc": {"group_score": "top2_sum"},
+    }
+
+    def check(self) -> None:
+        super().check()
+        for name, value, known in (
+            ("scoring_func", self.gate.scoring_func, ("softmax", "sigmoid")),
+            ("topk_method", self.gate.topk_method, tuple(self._SELECTION)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+    def shared_expert(self):
+        return self._sub_layers.get("shared_experts")
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        router = self.gate
+        logits = gate(self.tokens(hidden_states), router.weight)
+        options = dict(self._SELECTION[router.topk_method])
+        if options:
+            options.update(num_groups=router.n_group, topk_groups=router.topk_group)
+        if router.topk_method == "noaux_tc":
+            options.update(correction_bias=router.e_score_correction_bias)
+        routing_table, router_weights = route(
+            logits,
+            router.top_k,
+            scoring=router.scoring_func,
+            renormalize=bool(router.norm_topk_prob and router.top_k > 1),
+            scaling_factor=router.routed_scaling_factor,
+            **options,
+        )
+        output = self.mix(hidden_states, routing_table, router_weights)
+        if self.training and self.alpha > 0:
+            loss = load_balancing_loss(
+                logits,
+                routing_table,
+                scoring=router.scoring_func,
+                sequence_length=hidden_states.shape[-2] if self.config.seq_aux else None,
+            )
+            add_loss = sys.modules[self._stock.__module__].AddAuxiliaryLoss
+            output = add_loss.apply(output, self.alpha * loss)
+        return output
+
+
+_integration = Integration("paddlenlp", [Mixtral, Qwen2Moe, Deepseek, Jamba])
+accelerate, restore = _integration.accelerate, _integration.restore
+patch, unpatch = _integration.patch, _integration.unpatch
