@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Iterator
+from typing import Any
 
 import paddle
 from paddle import nn
@@ -107,9 +108,7 @@ def activation_of(function: Any) -> str:
     if name == "GELU" and function._approximate:
         return "gelu_tanh"
     if name not in _ACTIVATIONS:
-        raise ValueError(
-            f"the experts must have an activation that paddle_moe knows ({', '.join(_ACTIVATIONS)}), got {name}"
-        )
+        raise ValueError(f"the experts' activation must be one of {', '.join(_ACTIVATIONS)}, got {name}")
     return _ACTIVATIONS[name]
 
 
@@ -305,7 +304,9 @@ class MoEBlock:
         shared = None if self.shared_expert() is None else listed_weights([self.shared_expert()])
         parallel, tokens = self.parallel, self.tokens(hidden_states)
         if weights is not None:  # under autocast it may have another dtype than the weights
-            tokens = tokens.astype((weights.down[0] if isinstance(weights.down, list) else weights.down).dtype)
+            tokens = tokens.astype(
+                (weights.down[0] if isinstance(weights.down, list) else weights.down).dtype
+            )
         if shared is not None and shared_weights is None:
             shared_weights = paddle.ones_like(tokens[:, :1], dtype="float32")
         if parallel is not None:
@@ -320,10 +321,10 @@ class MoEBlock:
             first = 0
             if parallel is not None:
                 first = shard_range(self._total_experts, parallel.ep_rank, parallel.ep_size)[0]
-            parts.append(self._run(tokens, routing_table, router_weights, weights, first))
+            parts.append(self.run(tokens, routing_table, router_weights, weights, first))
         if shared is not None and shared.down[0].shape[0] > 0:
             only = paddle.zeros_like(tokens[:, :1], dtype="int32")
-            parts.append(self._run(tokens, only, shared_weights, shared, 0))
+            parts.append(self.run(tokens, only, shared_weights, shared, 0))
         if not parts:  # more ranks than experts and columns
             parts = [no_contribution(tokens, router_weights, shared_weights)]
         if len(parts) == 2:  # in float32, also because the CPU has no half-precision addition
@@ -331,9 +332,10 @@ class MoEBlock:
         output = leave_shards(parts[0], parallel, "one")
         return output.astype(hidden_states.dtype).reshape(hidden_states.shape)
 
-    def _run(
+    def run(
         self, tokens: Tensor, routing_table: Tensor, router_weights: Tensor, weights: Weights, first: int
     ) -> Tensor:
+        """What the experts with these weights make of tokens [T, H]; ``first`` is the id of the first."""
         return functional.mixture_of_experts(
             tokens,
             routing_table,
@@ -356,7 +358,7 @@ class MoEBlock:
 # ---------------------------------------------------------------- models
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _accelerated(block: type[MoEBlock], stock: type[nn.Layer]) -> type[nn.Layer]:
     return type(stock.__name__, (block, stock), {"__module__": block.__module__, "_stock": stock})
 
@@ -402,7 +404,7 @@ class Integration:
             if any(isinstance(layer, MoEBlock) for layer in model.sublayers(include_self=True)):
                 raise ValueError(f"{type(model).__name__} is accelerated already; restore() it first")
             raise ValueError(
-                f"model must have a mixture-of-experts block that paddle_moe.integrations.{self.package} knows "
+                f"model must have a mixture-of-experts block that integrations.{self.package} knows "
                 f"({self.supported()}), got {type(model).__name__}"
             )
         for layer, block in found:
@@ -431,9 +433,7 @@ class Integration:
                 layer.__class__ = type(layer)._stock
         return model
 
-    def patch(
-        self, ep_size: int = 1, tp_size: int = 1, *, parallel: ParallelContext | None = None
-    ) -> None:
+    def patch(self, ep_size: int = 1, tp_size: int = 1, *, parallel: ParallelContext | None = None) -> None:
         """Has blocks that are built from now on run on paddle_moe, until :meth:`unpatch`.
 
         Over several ranks each block is cut to this rank's part as soon as it is built, so that a model whose
@@ -462,7 +462,9 @@ class Integration:
         self._original_init.clear()
 
     def supported(self) -> str:
-        return ", ".join(f"{block.stock.partition(':')[2]} of {block.model}" for block in self._blocks.values())
+        return ", ".join(
+            f"{block.stock.partition(':')[2]} of {block.model}" for block in self._blocks.values()
+        )
 
     def _find(self, model: nn.Layer) -> Iterator[tuple[nn.Layer, type[MoEBlock]]]:
         inside = set()  # experts that belong to a block which is found already
@@ -482,8 +484,8 @@ def _context(ep_size: int, tp_size: int, parallel: ParallelContext | None) -> Pa
         return init_distributed(ep_size, tp_size) if ep_size * tp_size != 1 else None
     if (ep_size, tp_size) != (1, 1) and (ep_size, tp_size) != (parallel.ep_size, parallel.tp_size):
         raise ValueError(
-            f"ep_size and tp_size must be those of parallel, {parallel.ep_size} and {parallel.tp_size}, or be "
-            f"left out, got {ep_size} and {tp_size}"
+            f"ep_size and tp_size must be those of parallel, {parallel.ep_size} and {parallel.tp_size}, or "
+            f"be left out, got {ep_size} and {tp_size}"
         )
     return parallel if parallel.ep_size * parallel.tp_size > 1 else None
 

@@ -92,13 +92,12 @@ class Glm4Moe(DeepseekV3):
 class GptOss(MoEBlock):
     """OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (2025).
 
-    The columns of gate and up alternate in ``gate_up_proj``. The operator wants them apart: outside training
-    a copy with the columns in order is kept until the parameter changes, in training one is made each time.
+    The columns of gate and up alternate in ``gate_up_proj``. The operator wants them apart, so each call puts
+    them in order, outside training only for the experts that it needs.
     """
 
     stock = "paddleformers.transformers.gpt_oss.modeling:GptOssMLP"
     model = "gpt-oss"
-    _ordered: tuple | None = None
 
     def activation(self) -> str:
         experts = self.experts_layer()
@@ -106,17 +105,20 @@ class GptOss(MoEBlock):
 
     def weights(self) -> Weights:
         experts = self.experts_layer()
-        parameters = experts.gate_up_proj, experts.gate_up_proj_bias
-        if self.training or paddle.is_grad_enabled() and not parameters[0].stop_gradient:
-            self._ordered = None
-            gate_up, gate_up_bias = map(_gates_then_ups, parameters)
-        else:
-            state = [(one.data_ptr(), one.inplace_version) for one in parameters]
-            if self._ordered is None or self._ordered[0] != state:
-                self._ordered = state, *map(_gates_then_ups, parameters)
-            _, gate_up, gate_up_bias = self._ordered
-        down_bias = experts.down_proj_bias
-        return Weights(gate_up, experts.down_proj, gate_up_bias, down_bias if down_bias.size else None)
+        down_bias = experts.down_proj_bias if experts.down_proj_bias.size else None
+        return Weights(experts.gate_up_proj, experts.down_proj, experts.gate_up_proj_bias, down_bias)
+
+    def run(self, tokens, routing_table, router_weights, weights: Weights, first: int) -> Tensor:
+        if paddle.in_dynamic_mode() and not paddle.is_grad_enabled():
+            routing_table, weights = _only_used(routing_table - first, weights)
+            first = 0
+        ordered = Weights(
+            _gates_then_ups(weights.gate_up),
+            weights.down,
+            _gates_then_ups(weights.gate_up_bias),
+            weights.down_bias,
+        )
+        return super().run(tokens, routing_table, router_weights, ordered, first)
 
     def slices(self, parallel, first: int, end: int) -> list[Slice]:
         experts, here = self.experts_layer(), (first, end)
@@ -154,6 +156,20 @@ def _gates_then_ups(alternating: Tensor) -> Tensor:
     return paddle.concat([alternating[..., 0::2], alternating[..., 1::2]], axis=-1)
 
 
+def _only_used(ids: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
+    """The experts that occur in ids [T, K], which count from 0 here, and ids that count those alone."""
+    num_experts = weights.down.shape[0]
+    ids = paddle.where((ids >= 0) & (ids < num_experts), ids, paddle.full_like(ids, num_experts))
+    used = paddle.unique(ids)
+    used = used[used < num_experts]
+    if used.shape[0] in (0, num_experts):
+        return paddle.where(ids < num_experts, ids, paddle.full_like(ids, -1)), weights
+    places = paddle.full([num_experts + 1], -1, "int32")
+    places[used] = paddle.arange(used.shape[0], dtype="int32")
+    fields = (weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
+    return places[ids], Weights(*(None if one is None else one.index_select(used) for one in fields))
+
+
 class Ernie45Moe(MoEBlock):
     """Baidu ERNIE Team, "ERNIE 4.5 Technical Report" (2025)."""
 
@@ -165,7 +181,7 @@ class Ernie45Moe(MoEBlock):
         if config.moe_world_size > 1:
             raise ValueError(
                 "moe_group must be one rank, because the block then holds all experts, got "
-                f"{config.moe_world_size} ranks; build the model without fleet and pass ep_size to accelerate()"
+                f"{config.moe_world_size} ranks; build the model without fleet, and pass ep_size"
             )
         for name in ("multimodel_experts", "moe_group_experts", "moe_use_token_type_bias"):
             if config.get(name, False):
@@ -174,7 +190,7 @@ class Ernie45Moe(MoEBlock):
             raise ValueError(f"moe_dropout_prob must be 0 for paddle_moe, got {config.moe_dropout_prob}")
         if min(config.moe_capacity) < config.moe_num_experts:
             raise ValueError(
-                "moe_capacity must be at least moe_num_experts, so that no token is dropped (paddle_moe never "
+                "moe_capacity must be at least moe_num_experts, so that none is dropped (paddle_moe never "
                 f"drops one), got {config.moe_capacity} for {config.moe_num_experts} experts"
             )
 

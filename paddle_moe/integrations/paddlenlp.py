@@ -56,9 +56,9 @@ class _MoELayer(MoEBlock):
     def check(self) -> None:
         if self.expert_parallel_degree > 1:
             raise ValueError(
-                f"{type(self).__name__} must hold all of its experts, got one that PaddleNLP divided over the "
-                f"{self.expert_parallel_degree} ranks of its moe_group; build the model without fleet and pass "
-                "ep_size to accelerate()"
+                f"{type(self).__name__} must hold all experts, got one that PaddleNLP divided over the "
+                f"{self.expert_parallel_degree} ranks of its moe_group; build the model without fleet, and "
+                "pass ep_size"
             )
 
 

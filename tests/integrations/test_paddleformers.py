@@ -1,0 +1,189 @@
+"""PaddleFormers' models on paddle_moe against the same models on dense blocks and on the stock blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+from checks import relative_l2
+
+pytest.importorskip("paddleformers", reason="paddleformers is not installed: see docs/integrations.md")
+
+from families import assert_same_gradients, blocks_of, logits, loss_and_gradients, use_dense_blocks
+from paddleformers_models import FAMILIES, build, generated
+
+from paddle_moe.integrations.blocks import MoEBlock
+from paddle_moe.integrations.paddleformers import accelerate, patch, restore, unpatch
+
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+family_of = {family.name: family for family in FAMILIES}
+
+
+def dense_model(family, **options):
+    return use_dense_blocks(build(family, **options), family)
+
+
+# ---------------------------------------------------------------- the equations of the family
+
+
+@each_family
+def test_logits_and_generated_tokens(family):
+    model, reference = accelerate(build(family)), dense_model(family)
+    assert relative_l2(logits(model), logits(reference)) < 2e-6
+    if (
+        family.name != "deepseek_v3"
+    ):  # its attention raises on Paddle 3.3 when there is one token, ours or not
+        assert generated(model) == generated(reference)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("qwen3_moe", dict(norm_topk_prob=False)),
+        ("qwen3_moe", dict(fd_fallback=True)),  # experts as stacked weights
+        ("deepseek_v3", dict(fd_fallback=True)),
+        ("glm4_moe", dict(fd_fallback=True)),
+        ("deepseek_v3", dict(norm_topk_prob=False)),
+    ],
+)
+def test_options_of_configurations(name, options):
+    family = family_of[name]
+    model, reference = accelerate(build(family, **options)), dense_model(family, **options)
+    assert relative_l2(logits(model), logits(reference)) < 2e-6
+
+
+@each_family
+def test_loss_and_gradients(family):
+    loss, gradients = loss_and_gradients(accelerate(build(family)))
+    expected_loss, expected = loss_and_gradients(dense_model(family))
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_same_gradients(gradients, expected)
+
+
+def test_stacked_experts_have_gradients():
+    family = family_of["qwen3_moe"]
+    loss, gradients = loss_and_gradients(accelerate(build(family, fd_fallback=True)))
+    expected_loss, expected = loss_and_gradients(dense_model(family, fd_fallback=True))
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_same_gradients(gradients, expected)
+
+
+# ---------------------------------------------------------------- the stock blocks
+
+
+@each_family
+def test_stock_block(family):
+    if family.name == "ernie4_5_moe":
+        pytest.skip("its stock block has CUDA kernels only")
+    model = build(family)
+    if family.name == "gpt_oss":
+        model.train()  # the stock block mixes up tokens and experts in evaluation
+    x = paddle.to_tensor(np.random.default_rng(0).standard_normal([2, 9, 64]).astype("float32"))
+    with paddle.no_grad():
+        stock = [block(x) for block in blocks_of(model, family)]
+        accelerate(model)
+        ours = [block(x) for block in blocks_of(model, family)]
+    assert stock
+    for before, after in zip(stock, ours):
+        pairs = zip(before, after) if isinstance(before, tuple) else [(before, after)]
+        assert type(after) is type(before)
+        for one, other in pairs:
+            assert other.shape == one.shape and other.dtype == one.dtype
+            assert relative_l2(other.numpy(), one.numpy()) < 2e-6
+
+
+def test_experts_alone():
+    """A model with a router of its own around MoeExperts."""
+    from paddleformers.nn.experts import MoeExperts
+    from paddleformers.transformers.qwen3_moe.configuration import Qwen3MoeConfig
+
+    class Model(paddle.nn.Layer):
+        def __init__(self):
+            super().__init__()
+            config = Qwen3MoeConfig(hidden_size=64, moe_intermediate_size=44, num_experts=6)
+            self.experts = MoeExperts(config)
+
+    model = Model()
+    rng = np.random.default_rng(1)
+    x = paddle.to_tensor(rng.standard_normal([7, 64]).astype("float32"))
+    ids = paddle.to_tensor(rng.integers(0, 6, [7, 2]))
+    ids[:, 1] = (ids[:, 0] + 1) % 6
+    weights = paddle.to_tensor(rng.random([7, 2]).astype("float32"))
+    with paddle.no_grad():
+        stock = model.experts(x, ids, weights).numpy()
+        accelerate(model)
+        assert isinstance(model.experts, MoEBlock)
+        assert relative_l2(model.experts(x, ids, weights).numpy(), stock) < 2e-6
+
+
+# ---------------------------------------------------------------- what stays, and what comes back
+
+
+@each_family
+def test_names_and_restore(family):
+    model = build(family)
+    parameters = {name: (id(one), one.numpy()) for name, one in model.state_dict().items()}
+    classes = [type(layer) for layer in model.sublayers()]
+    accelerate(model)
+    logits(model)
+    assert list(model.state_dict()) == list(parameters)
+    restore(model)
+    assert [type(layer) for layer in model.sublayers()] == classes
+    for name, one in model.state_dict().items():
+        assert id(one) == parameters[name][0]
+        np.testing.assert_array_equal(one.numpy(), parameters[name][1])
+
+
+@each_family
+def test_patch_accelerates_models_that_are_built_later(family):
+    expected = logits(accelerate(build(family)))
+    patch()
+    try:
+        np.testing.assert_array_equal(logits(build(family)), expected)
+        assert all(isinstance(block, MoEBlock) for block in blocks_of(build(family), family))
+    finally:
+        unpatch()
+
+
+@each_family
+def test_changed_weights_count_at_once(family):
+    model, twin = accelerate(build(family)), build(family)
+    before = logits(model)
+    for parameter in model.parameters():
+        parameter.set_value(parameter * 0.5)
+    twin.set_state_dict(model.state_dict())
+    after = logits(model)
+    assert relative_l2(after, before) > 1e-3
+    np.testing.assert_array_equal(after, logits(accelerate(twin)))
+
+
+def test_gpt_oss_with_few_of_its_experts():
+    family = family_of["gpt_oss"]
+    model, reference = accelerate(build(family)), dense_model(family)
+    x = paddle.randn([1, 1, 64])  # two of five experts
+    with paddle.no_grad():
+        for block, expected in zip(blocks_of(model, family), blocks_of(reference, family)):
+            assert relative_l2(block(x)[0].numpy(), expected.forward(x)[0].numpy()) < 2e-6
+            assert block(paddle.zeros([1, 0, 64]))[0].shape == [1, 0, 64]
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_a_model_of_another_kind():
+    with pytest.raises(ValueError, match=r"Qwen3MoeSparseMoeBlock of Qwen3-MoE, .* got Linear"):
+        accelerate(paddle.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (dict(moe_capacity=[4, 4, 4]), "moe_capacity must be at least moe_num_experts"),
+        (dict(moe_dropout_prob=0.1), "moe_dropout_prob must be 0"),
+    ],
+)
+def test_ernie_options_that_are_not_computed(options, text):
+    model = build(family_of["ernie4_5_moe"], **options)
+    with pytest.raises(ValueError, match=text):
+        accelerate(model)
+    assert not any(isinstance(layer, MoEBlock) for layer in model.sublayers())

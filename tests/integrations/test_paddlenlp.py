@@ -1,0 +1,270 @@
+"""PaddleNLP's models on paddle_moe against the same models on dense blocks, and against the stock blocks."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import paddle
+import pytest
+from checks import relative_l2
+
+pytest.importorskip("paddlenlp", reason="paddlenlp is not installed: see docs/integrations.md")
+
+from families import assert_same_gradients, blocks_of, logits, loss_and_gradients, use_dense_blocks
+from paddlenlp_models import FAMILIES, build, generated
+
+from paddle_moe.integrations.blocks import MoEBlock
+from paddle_moe.integrations.paddlenlp import accelerate, patch, restore, unpatch
+
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+family_of = {family.name: family for family in FAMILIES}
+
+
+def dense_model(family, **options):
+    return use_dense_blocks(build(family, **options), family)
+
+
+# ---------------------------------------------------------------- the equations of the family
+
+
+@each_family
+def test_logits_and_generated_tokens(family):
+    model, reference = accelerate(build(family)), dense_model(family)
+    assert relative_l2(logits(model), logits(reference)) < 2e-6
+    assert generated(model) == generated(reference)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("qwen2_moe", dict(norm_topk_prob=False)),
+        ("qwen2_moe", dict(fuse_attention_ffn=True)),
+        ("deepseek_v2", dict(topk_method="greedy", n_group=None, topk_group=None)),
+        ("deepseek_v2", dict(n_shared_experts=None)),
+        ("deepseek_v2", dict(norm_topk_prob=True, scoring_func="sigmoid")),
+    ],
+)
+def test_options_of_configurations(name, options):
+    family = family_of[name]
+    model, reference = accelerate(build(family, **options)), dense_model(family, **options)
+    assert relative_l2(logits(model), logits(reference)) < 2e-6
+
+
+@each_family
+def test_loss_and_gradients(family):
+    # Jamba's own call of its router loss does not fit that function.
+    options = dict(output_router_logits=True) if family.name in ("mixtral", "qwen2_moe") else {}
+    loss, gradients = loss_and_gradients(accelerate(build(family)), **options)
+    expected_loss, expected = loss_and_gradients(dense_model(family), **options)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_same_gradients(gradients, expected)
+
+
+@each_family
+def test_recompute(family):
+    from paddle.distributed.fleet.utils import recompute
+
+    block = blocks_of(accelerate(build(family)), family)[0]
+    block.eval()  # DeepSeek's auxiliary loss is tested above
+    x = paddle.randn([2, 5, 64])
+    x.stop_gradient = False
+    gradients = []
+    for run in (block, lambda x: recompute(block, x)):
+        out = run(x)
+        (out[0] if isinstance(out, tuple) else out).square().sum().backward()
+        gradients.append(
+            [x.grad.numpy(), *(one.grad.numpy() for one in block.parameters() if one.grad is not None)]
+        )
+        x.clear_grad()
+        block.clear_gradients()
+    for plain, again in zip(*gradients):
+        np.testing.assert_array_equal(plain, again)
+
+
+# ---------------------------------------------------------------- the stock blocks
+
+
+class PaddleWithOldWhere:
+    """The module paddle with the where() of Paddle 2, which gave indices as columns."""
+
+    def __getattr__(self, name):
+        return getattr(paddle, name)
+
+    def where(self, condition, *choices):
+        if choices:
+            return paddle.where(condition, *choices)
+        return tuple(index.reshape([-1, 1]) for index in paddle.where(condition))
+
+
+def repair_stock_blocks(family, monkeypatch):
+    """Makes the stock block compute on Paddle 3.3 what it computed before."""
+    if family.name in ("mixtral", "jamba"):
+        from paddlenlp.transformers.jamba import modeling as jamba
+        from paddlenlp.transformers.mixtral import modeling as mixtral
+
+        for module in (mixtral, jamba):
+            monkeypatch.setattr(module, "paddle", PaddleWithOldWhere())
+    else:
+        from paddlenlp.transformers.moe_gate import PretrainedMoEGate
+
+        def priority(self, chosen_ids, capacity):
+            """[T, E, capacity]: 1 at the place of a token in the buffer of an expert."""
+            ids = chosen_ids.numpy()
+            places = np.zeros([len(ids), self.num_experts, capacity], "int32")
+            filled = np.zeros(self.num_experts, int)
+            for column in range(ids.shape[1]):
+                for token, expert in enumerate(ids[:, column]):
+                    places[token, expert, filled[expert]] = 1
+                    filled[expert] += 1
+            return paddle.to_tensor(places)
+
+        monkeypatch.setattr(PretrainedMoEGate, "_priority", priority)
+
+
+@each_family
+def test_stock_block(family, monkeypatch):
+    repair_stock_blocks(family, monkeypatch)
+    # The stock Qwen2-MoE never renormalises, whatever its configuration says.
+    options = dict(norm_topk_prob=False) if family.name == "qwen2_moe" else {}
+    model = build(family, **options)
+    x = paddle.to_tensor(np.random.default_rng(0).standard_normal([2, 9, 64]).astype("float32"))
+    with paddle.no_grad():
+        stock = [block(x) for block in blocks_of(model, family)]
+        accelerate(model)
+        ours = [block(x) for block in blocks_of(model, family)]
+    assert stock
+    for before, after in zip(stock, ours):
+        assert type(after) is type(before)
+        if isinstance(before, tuple):
+            assert len(before) == len(after)
+            if family.name != "qwen2_moe":  # there the second one is a loss that the model cannot use
+                assert relative_l2(after[1].numpy(), before[1].numpy()) < 2e-6
+            before, after = before[0], after[0]
+        assert after.shape == before.shape and after.dtype == before.dtype
+        assert relative_l2(after.numpy(), before.numpy()) < 2e-6
+
+
+# ---------------------------------------------------------------- what stays, and what comes back
+
+
+@each_family
+def test_checkpoints_are_interchangeable(family, tmp_path):
+    stock, model = build(family), accelerate(build(family))
+    assert {name: list(one.shape) for name, one in model.state_dict().items()} == {
+        name: list(one.shape) for name, one in stock.state_dict().items()
+    }
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "accelerated")
+    loaded = type(stock).from_pretrained(tmp_path / "accelerated")
+    loaded.eval()
+    np.testing.assert_array_equal(logits(accelerate(loaded)), expected)
+
+    stock.save_pretrained(tmp_path / "stock")
+    for parameter in model.parameters():
+        parameter.set_value(paddle.zeros_like(parameter))
+    model.set_state_dict(type(stock).from_pretrained(tmp_path / "stock").state_dict())
+    np.testing.assert_array_equal(logits(model), expected)
+
+
+@each_family
+def test_restore_gives_the_stock_block_back(family):
+    model = build(family)
+    parameters = {name: (id(one), one.numpy()) for name, one in model.named_parameters()}
+    classes = [type(layer) for layer in model.sublayers()]
+    blocks = blocks_of(accelerate(model), family)
+    assert blocks and all(isinstance(block, MoEBlock) for block in blocks)
+    assert restore(model) is model
+    assert [type(layer) for layer in model.sublayers()] == classes
+    for name, one in model.named_parameters():
+        assert id(one) == parameters[name][0]
+        np.testing.assert_array_equal(one.numpy(), parameters[name][1])
+
+
+def test_copies_have_weights_of_their_own():
+    model = accelerate(build(family_of["mixtral"]))
+    twin = copy.deepcopy(model)
+    expected = logits(model)
+    for parameter in model.parameters():
+        parameter.set_value(paddle.zeros_like(parameter))
+    np.testing.assert_array_equal(logits(twin), expected)
+
+
+@each_family
+def test_patch_accelerates_models_that_are_built_later(family):
+    before, expected = build(family), logits(accelerate(build(family)))
+    patch()
+    try:
+        model = build(family)
+        assert not any(isinstance(layer, MoEBlock) for layer in before.sublayers())
+        assert all(isinstance(block, MoEBlock) for block in blocks_of(model, family))
+        np.testing.assert_array_equal(logits(model), expected)
+        with pytest.raises(ValueError, match="patched already"):
+            patch()
+    finally:
+        unpatch()
+    assert not any(isinstance(layer, MoEBlock) for layer in build(family).sublayers())
+    restore(model)
+    assert not any(isinstance(layer, MoEBlock) for layer in model.sublayers())
+
+
+@each_family
+def test_shapes_of_tokens(family):
+    block = blocks_of(accelerate(build(family)), family)[0]
+    x = paddle.randn([2, 3, 64])
+
+    def run(x):
+        out = block(x)
+        return (out[0] if isinstance(out, tuple) else out).numpy()
+
+    with paddle.no_grad():
+        expected = run(x)
+        np.testing.assert_array_equal(run(x.reshape([6, 64])), expected.reshape([6, 64]))  # sequence parallel
+        np.testing.assert_array_equal(run(x[:, :1]), expected[:, :1])
+        assert run(paddle.zeros([2, 0, 64])).shape == (2, 0, 64)
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_a_model_of_another_kind():
+    with pytest.raises(
+        ValueError, match=r"MixtralSparseMoeBlock of Mixtral, .*JambaSparseMoeBlock.* got Linear"
+    ):
+        accelerate(paddle.nn.Linear(2, 2))
+
+
+def test_twice():
+    model = accelerate(build(family_of["mixtral"]))
+    with pytest.raises(ValueError, match="accelerated already"):
+        accelerate(model)
+
+
+def test_experts_with_adapters_are_refused_and_nothing_changes():
+    class LoRALinear(paddle.nn.Linear):
+        pass
+
+    model = build(family_of["mixtral"])
+    model.mixtral.layers[1].block_sparse_moe.experts[2].w3 = LoRALinear(64, 90, bias_attr=False)
+    with pytest.raises(ValueError, match=r"w3 of MixtralMLP must be a paddle.nn.Linear, got LoRALinear"):
+        accelerate(model)
+    assert not any(isinstance(layer, MoEBlock) for layer in model.sublayers())
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match="activation must be .* got MishActivation"):
+        accelerate(build(family_of["mixtral"], hidden_act="mish"))
+
+
+def test_unknown_selection():
+    model = build(family_of["deepseek_v2"])
+    model.deepseek_v2.layers[1].mlp.gate.topk_method = "random"
+    with pytest.raises(ValueError, match="topk_method must be one of .* got 'random'"):
+        accelerate(model)
+
+
+def test_more_ranks_than_started():
+    model = build(family_of["mixtral"])
+    with pytest.raises(ValueError, match="ep_size=2"):
+        accelerate(model, ep_size=2)
+    assert not any(isinstance(layer, MoEBlock) for layer in model.sublayers())
