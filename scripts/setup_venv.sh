@@ -3,6 +3,7 @@
 #
 #   PADDLE_MOE_VENV   where the environment is made (default: .venv in the clone)
 #   PYTHON            the Python it is made from (default: python3)
+#   PADDLE_MOE_CUDA   1: with the CUDA back end; see setup.py for this and related variables
 set -euo pipefail
 
 # Another environment must not leak into this one.
@@ -76,6 +77,7 @@ make_venv
 once requirements "${requirements[*]}" "installing Paddle and the tools (about 250 MB the first time)" \
   pip_install "${requirements[@]}"
 sources=$(cd "$repository" &&
-  find csrc paddle_moe setup.py pyproject.toml -type f ! -name '*.so' ! -name '*.pyc' -print0 |
+  find csrc paddle_moe setup.py pyproject.toml scripts/strict_nvcc.py -type f ! -name '*.so' ! -name '*.pyc' -print0 |
   LC_ALL=C sort -z | xargs -0 cksum | cksum)
-once sources "$sources" "compiling and installing paddle_moe (some minutes the first time)" install_package
+once sources "$sources ${PADDLE_MOE_CUDA:-} ${PADDLE_MOE_CUDA_ARCHS:-}" \
+  "compiling and installing paddle_moe (some minutes the first time)" install_package

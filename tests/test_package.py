@@ -17,13 +17,18 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 INPUTS = ["csrc", "paddle_moe", "tests/cpp", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md"]
-INPUTS += ["pyproject.toml", "setup.py"]
+INPUTS += ["pyproject.toml", "scripts", "setup.py"]
 LEFTOVERS = shutil.ignore_patterns("*.so", "__pycache__")
+
+
+# The builds of these tests are for the CPU alone; test_cuda_build.py has those with CUDA.
+ENVIRONMENT = {**os.environ, "PADDLE_MOE_CUDA": "0"}
 
 
 def run(*command, **options) -> str:
     result = subprocess.run(
         [str(part) for part in command],
+        env=options.pop("env", ENVIRONMENT),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -189,7 +194,8 @@ def test_a_failed_compile_fails_the_build(tree, tmp_path):
         (broken / source).write_text(text + "\n#error broken on purpose\n")
         result = subprocess.run(
             [sys.executable, "setup.py", "build_ext", "--inplace"],
-            cwd=broken, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500,
+            cwd=broken, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=500,
         )  # fmt: skip
         assert result.returncode != 0
         assert "broken on purpose" in result.stdout
