@@ -27,10 +27,11 @@ constexpr int64_t kBlockRows = 192;
 // they are stored column by column, a block of them is packed first and then reused by every tile of rows.
 constexpr int64_t kStreamedRows = 32;
 // Columns of each of the two blocks of a GemmTask: two cache lines of bf16, four of fp32, where weights are
-// packed; as many as leave the results in L1 where they are streamed, because memory is fastest in long runs.
+// packed; as many as leave 64 KiB of results in L2 where they are streamed, because memory is fastest in long
+// runs.
 constexpr int64_t kPackedColumns = 64;
-constexpr int64_t kStreamedResults = 4096;
-constexpr int64_t kMaxStreamedColumns = 1024;
+constexpr int64_t kStreamedResults = 16384;
+constexpr int64_t kMaxStreamedColumns = 2048;
 // Floats of a GemmTask's result when it is scratch, and bytes of its other scratch.
 constexpr int64_t kResultFloats = kBlockRows * 2 * kPackedColumns;
 constexpr int64_t kPackedBytes = kBlockUnits * 2 * kPackedColumns * kUnitBytes;

@@ -29,9 +29,15 @@ struct Simd {
 
 #ifdef PADDLE_MOE_AVX512_BF16
   static constexpr bool kBf16Dot = true;
-  // Lane i: (low[i], high[i]), the order in which dot_bf16 multiplies them.
-  static V pair_halves(const uint16_t* low, const uint16_t* high) {
-    return (V)_mm512_or_si512(load_halves(low), _mm512_slli_epi32(load_halves(high), 16));
+  // 32 pairs (low[i], high[i]), in the order in which dot_bf16 multiplies them.
+  static void pair_halves(const uint16_t* low, const uint16_t* high, V (&pairs)[2]) {
+    alignas(64) static constexpr uint16_t kInterleave[64] = {
+        0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+        11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+        22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    const __m512i a = _mm512_loadu_si512(low), b = _mm512_loadu_si512(high);
+    pairs[0] = (V)_mm512_permutex2var_epi16(a, _mm512_load_si512(kInterleave), b);
+    pairs[1] = (V)_mm512_permutex2var_epi16(a, _mm512_load_si512(kInterleave + 32), b);
   }
   static V dot_bf16(V a, V b, V c) {
     return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);

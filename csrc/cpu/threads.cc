@@ -12,6 +12,7 @@
 #include <mutex>
 #include <new>
 #include <thread>
+#include <vector>
 
 #include "moe.h"
 
@@ -19,9 +20,10 @@ namespace paddle_moe {
 namespace cpu {
 namespace {
 
-// Long enough to bridge the Python code between the layers of a decoding step, short enough not to be seen in
-// `top`.
-constexpr std::chrono::microseconds kSpinBeforeSleep{50};
+// Long enough to bridge what lies between two layers of a decoding step: waking a thread takes 50
+// microseconds at best, on a virtual machine often more than such a layer. All but the first microseconds are
+// spent yielding.
+constexpr std::chrono::microseconds kSpinBeforeSleep{1000};
 
 class Pool {
  public:
@@ -32,10 +34,13 @@ class Pool {
     }
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (num_workers_ < num_threads - 1) {
-        std::thread([this] { work(); }).detach();
-        ++num_workers_;
+      while (static_cast<int>(workers_.size()) < num_threads - 1) {
+        std::thread worker([this] { work(); });
+        workers_.push_back(worker.native_handle());
+        worker.detach();
+        caller_cpu_ = -1;
       }
+      keep_off_this_cpu();
       body_ = &body;
       next_index_ = 1;
       open_places_ = num_threads - 1;
@@ -52,13 +57,28 @@ class Pool {
   }
 
  private:
+  // Linux likes to wake a worker on the processor of the caller, which stays busy, and may take milliseconds
+  // to move it.
+  void keep_off_this_cpu() {
+#if defined(__linux__)
+    const int cpu = sched_getcpu();
+    if (cpu == caller_cpu_) return;
+    caller_cpu_ = cpu;
+    cpu_set_t others;
+    if (sched_getaffinity(0, sizeof others, &others) != 0 || cpu < 0) return;
+    CPU_CLR(cpu, &others);
+    if (CPU_COUNT(&others) == 0) return;
+    for (pthread_t worker : workers_) pthread_setaffinity_np(worker, sizeof others, &others);
+#endif
+  }
+
   void work() {
     uint64_t seen = 0;
     for (;;) {
       const auto sleep_at = std::chrono::steady_clock::now() + kSpinBeforeSleep;
       for (int round = 0; generation_.load(std::memory_order_acquire) == seen; ++round) {
         if (round % 64 == 63 && std::chrono::steady_clock::now() > sleep_at) break;
-        pause_briefly(0);
+        pause_briefly(round);
       }
       const std::function<void(int)>* body = nullptr;
       int index = 0;
@@ -83,7 +103,8 @@ class Pool {
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> active_{0};
   const std::function<void(int)>* body_ = nullptr;
-  int num_workers_ = 0;
+  std::vector<pthread_t> workers_;
+  int caller_cpu_ = -1;  // which the workers keep off
   int open_places_ = 0;
   int next_index_ = 0;
 };
