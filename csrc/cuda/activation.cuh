@@ -6,8 +6,11 @@
 namespace paddle_moe {
 namespace cuda {
 
-// x * sigmoid(argument).
-__device__ inline float times_sigmoid(float x, float argument) { return x / (1.0f + expf(-argument)); }
+// x * sigmoid(argument). The fast division and exponential, a third of the instructions, are off by a few units
+// in the last place of fp32 where the result is not tiny.
+__device__ inline float times_sigmoid(float x, float argument) {
+  return __fdividef(x, 1.0f + __expf(-argument));
+}
 
 __device__ inline float relu(float x) { return x < 0.0f ? 0.0f : x; }  // a NaN stays one
 

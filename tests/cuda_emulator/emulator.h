@@ -432,6 +432,8 @@ inline int __any_sync(uint32_t mask, int value) {
   return mine.result;
 }
 
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return std::abs(y) > 0x1p126f ? x * 0.0f : x / y; }
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline float __uint_as_float(uint32_t bits) { return paddle_moe::cpu::bits_to_float(bits); }

@@ -1,5 +1,6 @@
 // The Hopper path: in which order tiles are taken, which weights it accepts, and layers of integers, which
 // must be exact, through barriers, tensor copies and wgmma.
+#include <cmath>
 #include <set>
 
 #include "cuda/grouped_gemm.h"
@@ -35,6 +36,68 @@ void check_layer(Random& random, int tokens, int hidden, int inter, int experts,
         hidden, inter, experts, top_k, dtype_name(dtype), static_cast<int>(layout), permuted);
 }
 
+// Bias, activation and amax against the CPU back end, which rounds at the same places.
+void check_epilogue(Random& random, const char* activation, ::Layout layout, DType bias_dtype) {
+  constexpr int kHidden = 72, kInter = 136, kExperts = 2;
+  Layer layer(random, 70, kHidden, kInter, kExperts, 2, DType::kBFloat16, layout, false);
+  layer.arguments.activation = activation;
+  std::vector<std::vector<unsigned char>> storage;
+  const int tensors = layout == ::Layout::kSeparate ? 2 * kExperts : kExperts;
+  for (int n = 0; n < tensors; ++n) {
+    const int columns = 2 * kInter * kExperts / tensors;
+    storage.emplace_back(columns * dtype_size(bias_dtype));
+    for (int i = 0; i < columns; ++i) put(storage.back(), bias_dtype, i, 0.25f * pick(random, -9, 9));
+    layer.arguments.gate_up_bias.push_back({storage.back().data(), bias_dtype, {columns}, {}});
+  }
+  const Result got = run_emulated(resolve(layer.arguments)), expected = run(layer, 1);
+  double error = 0, norm = 0;
+  for (int i = 0; i < layer.tokens * kHidden; ++i) {
+    const double value = get(expected.out.get(), layer.dtype, i);
+    const double difference = get(got.out.get(), layer.dtype, i) - value;
+    error += difference * difference, norm += value * value;
+  }
+  CHECK(norm > 0 && std::sqrt(error / norm) < 2e-3, "%s: the relative error is %g", activation,
+        std::sqrt(error / norm));
+  for (int e = 0; e < kExperts; ++e) {
+    CHECK(std::abs(got.amax[e] - expected.amax[e]) <= 1e-5 * expected.amax[e], "%s: amax is %g, expected %g",
+          activation, got.amax[e], expected.amax[e]);
+  }
+}
+
+// A layer that tensor copies cannot read takes another path, to the same result.
+void check_refused(const Layer& layer, const char* what) {
+  const Problem problem = resolve(layer.arguments);
+  CHECK(!cuda::accepts_sm90(problem), "%s: accepted", what);
+  CHECK(count_differences(layer, run_emulated(problem)) == 0, "%s: values differ", what);
+}
+
+void check_refusals(Random& random) {
+  auto make = [&](int hidden, int inter) {
+    return Layer(random, 6, hidden, inter, 2, 2, DType::kBFloat16, ::Layout::kList, false);
+  };
+  check_refused(make(12, 16), "rows that are not whole vectors");
+  check_refused(make(16, 12), "intermediate rows that are not whole vectors");
+  check_refused(Layer(random, 6, 16, 16, 2, 2, DType::kFloat32, ::Layout::kList, false), "fp32");
+
+  Layer layer = make(16, 16);
+  std::vector<unsigned char> shifted(layer.storage.size() * 16 * 32 * 2 + 16);
+  auto shift = [&](Tensor& tensor) {
+    auto* to = shifted.data() + (16 - reinterpret_cast<uintptr_t>(shifted.data()) % 16) % 16 + 2;
+    int64_t elements = 1;
+    for (const int64_t size : tensor.shape) elements *= size;
+    std::copy_n(static_cast<const unsigned char*>(tensor.data), 2 * elements, to);
+    tensor.data = to;
+  };
+  Layer rows = make(16, 16);
+  shift(rows.arguments.hidden_states);
+  check_refused(rows, "misaligned tokens");
+  shift(layer.arguments.gate_up_weights[1]);
+  check_refused(layer, "a misaligned gate");
+  Layer down = make(16, 16);
+  shift(down.arguments.down_weights[0]);
+  check_refused(down, "a misaligned down");
+}
+
 }  // namespace
 
 int main() {
@@ -54,5 +117,13 @@ int main() {
       }
     }
   });
+  constexpr const char* kActivations[] = {"silu",  "gelu", "gelu_tanh", "relu",
+                                          "relu2", "selu", "identity",  "swigluoai(1.5, 3)"};
+  for (const char* activation : kActivations) {
+    const bool separate = pick(random, 0, 1);
+    check_epilogue(random, activation, separate ? ::Layout::kSeparate : ::Layout::kList,
+                   pick(random, 0, 1) ? DType::kFloat32 : DType::kBFloat16);
+  }
+  check_refusals(random);
   return finish();
 }
