@@ -3,9 +3,9 @@
 
     strict_nvcc.py NVCC ARGUMENT...
 
-It fails on registers that spill to memory (but for MAY_SPILL), on serialised wgmma instructions (C7510), on an
-ignored setmaxnreg (C7508), and when nvcc itself fails. Then it leaves no output file behind, so that no later
-step can take an old one for the new one.
+It fails on registers that spill to memory (but for MAY_SPILL), on serialised wgmma instructions (C7510, C7515,
+C7517), on an ignored setmaxnreg (C7508), and when nvcc itself fails. Then it leaves no output file behind, so
+that no later step can take an old one for the new one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ MAY_SPILL: tuple[str, ...] = ()
 REFUSED = {
     "C7508": "setmaxnreg was ignored",
     "C7510": "wgmma instructions were serialised",
+    "C7515": "wgmma instructions were serialised",
+    "C7517": "a wait was put between wgmma instructions",
 }
 
 

@@ -6,8 +6,8 @@
 namespace paddle_moe {
 namespace cuda {
 
-// x * sigmoid(argument). The fast division and exponential, a third of the instructions, are off by a few units
-// in the last place of fp32 where the result is not tiny.
+// x * sigmoid(argument). The fast division and exponential, a third of the instructions, are off by a few
+// units in the last place of fp32 where the result is not tiny.
 __device__ inline float times_sigmoid(float x, float argument) {
   return __fdividef(x, 1.0f + __expf(-argument));
 }

@@ -1,10 +1,10 @@
 // The twins of ptx_sm90.cuh: mbarriers, tensor copies and wgmma.
 //
 // With Copies::kEager a copy lands at once and a wgmma is computed when its warpgroup waits for it, from what
-// shared memory holds by then: a stage that is refilled too early gives wrong sums. With kLate a copy lands when
-// somebody waits for its barrier and a wgmma is computed at once: a stage that is read too early is still NaN. A
-// wgmma that reads what cp.async has written and no fence.proxy.async has published ends the program, and so do
-// a barrier with too many arrivals and copies that nobody waits for.
+// shared memory holds by then: a stage that is refilled too early gives wrong sums. With kLate a copy lands
+// when somebody waits for its barrier and a wgmma is computed at once: a stage that is read too early is
+// still NaN. A wgmma that reads what cp.async has written and no fence.proxy.async has published ends the
+// program, and so do a barrier with too many arrivals and copies that nobody waits for.
 #pragma once
 
 #include "emulator.h"
