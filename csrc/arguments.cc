@@ -204,6 +204,37 @@ const void* bias_of(const std::vector<Tensor>& bias, int64_t e, int64_t num_expe
   return offset(bias[e].data, bias[e].dtype, part * half);
 }
 
+// The parts of every expert, which are null where a tensor has no data.
+std::vector<Expert> find_experts(const Arguments& a, const Layout& layout, DType dtype, int64_t inter) {
+  const int64_t num_experts = layout.num_experts;
+  const bool t = a.permuted_weights;
+  std::vector<Expert> experts(num_experts);
+  for (int64_t e = 0; e < num_experts; ++e) {
+    Expert& expert = experts[e];
+    if (layout.stacked_down) {
+      expert.down = as_matrix(a.down_weights[0], t);
+      expert.down.data = offset(expert.down.data, dtype, e * stride(a.down_weights[0], 0));
+    } else {
+      expert.down = as_matrix(a.down_weights[e], t);
+    }
+    if (layout.separate) {
+      expert.gate = as_matrix(a.gate_up_weights[e], t);
+      expert.up = as_matrix(a.gate_up_weights[num_experts + e], t);
+    } else {
+      expert.gate = as_matrix(a.gate_up_weights[layout.stacked_gate_up ? 0 : e], t);
+      if (layout.stacked_gate_up) {
+        expert.gate.data = offset(expert.gate.data, dtype, e * stride(a.gate_up_weights[0], 0));
+      }
+      expert.up = expert.gate;
+      expert.up.data = offset(expert.gate.data, dtype, inter * expert.gate.out_stride);
+    }
+    expert.gate_bias = bias_of(a.gate_up_bias, e, num_experts, 0, inter);
+    expert.up_bias = bias_of(a.gate_up_bias, e, num_experts, 1, inter);
+    expert.down_bias = bias_of(a.down_bias, e, num_experts, 0, 0);
+  }
+  return experts;
+}
+
 }  // namespace
 
 const char* dtype_name(DType dtype) {
@@ -362,30 +393,31 @@ Problem resolve(const Arguments& a) {
   if (!a.gate_up_bias.empty()) p.bias_dtype = a.gate_up_bias[0].dtype;
   if (!a.down_bias.empty()) p.bias_dtype = a.down_bias[0].dtype;
 
-  for (int64_t e = 0; e < num_experts; ++e) {
-    Expert& expert = p.experts[e];
-    if (layout.stacked_down) {
-      expert.down = as_matrix(a.down_weights[0], t);
-      expert.down.data = offset(expert.down.data, p.dtype, e * stride(a.down_weights[0], 0));
-    } else {
-      expert.down = as_matrix(a.down_weights[e], t);
-    }
-    if (layout.separate) {
-      expert.gate = as_matrix(a.gate_up_weights[e], t);
-      expert.up = as_matrix(a.gate_up_weights[num_experts + e], t);
-    } else {
-      expert.gate = as_matrix(a.gate_up_weights[layout.stacked_gate_up ? 0 : e], t);
-      if (layout.stacked_gate_up) {
-        expert.gate.data = offset(expert.gate.data, p.dtype, e * stride(a.gate_up_weights[0], 0));
-      }
-      expert.up = expert.gate;
-      expert.up.data = offset(expert.gate.data, p.dtype, inter * expert.gate.out_stride);
-    }
-    expert.gate_bias = bias_of(a.gate_up_bias, e, num_experts, 0, inter);
-    expert.up_bias = bias_of(a.gate_up_bias, e, num_experts, 1, inter);
-    expert.down_bias = bias_of(a.down_bias, e, num_experts, 0, 0);
-  }
+  p.experts = find_experts(a, layout, p.dtype, inter);
   return p;
+}
+
+BackwardProblem resolve_backward(const Arguments& arguments, const Tensor& grad_out,
+                                 const Tensor& pre_activations, const Arguments& gradients) {
+  BackwardProblem b;
+  b.forward = resolve(arguments);
+  const Problem& p = b.forward;
+  expect_shape("grad_out", grad_out, {p.num_tokens, p.hidden_size}, "[T, H]");
+  expect_dtype("grad_out", grad_out, p.dtype);
+  expect_contiguous("grad_out", grad_out, 1);
+  b.grad_out = grad_out.data;
+  b.grad_out_stride = stride(grad_out, 0);
+  if (!pre_activations.shape.empty()) {
+    expect_shape("pre_activations", pre_activations, {-1, 2 * p.intermediate_size}, "[R, 2I]");
+    expect_dtype("pre_activations", pre_activations, p.dtype);
+    expect_contiguous("pre_activations", pre_activations);
+    b.pre_activations = pre_activations.data;
+    b.saved_rows = pre_activations.shape[0];
+  }
+  b.hidden_states = const_cast<void*>(gradients.hidden_states.data);
+  b.router_weights = const_cast<void*>(gradients.router_weights.data);
+  b.experts = find_experts(gradients, find_layout(arguments), p.dtype, p.intermediate_size);
+  return b;
 }
 
 GateProblem resolve_gate(const Tensor& hidden_states, const Tensor& gate_weight) {
@@ -413,6 +445,20 @@ GateProblem resolve_gate(const Tensor& hidden_states, const Tensor& gate_weight)
   p.weight = as_matrix(gate_weight, false);
   p.weight_dtype = gate_weight.dtype;
   return p;
+}
+
+GateBackwardProblem resolve_gate_backward(const Tensor& hidden_states, const Tensor& gate_weight,
+                                          const Tensor& grad_logits, const Tensor& hidden_states_grad,
+                                          const Tensor& gate_weight_grad) {
+  GateBackwardProblem b;
+  b.forward = resolve_gate(hidden_states, gate_weight);
+  expect_shape("grad_logits", grad_logits, {b.forward.num_tokens, b.forward.num_experts}, "[T, E]");
+  expect_dtype("grad_logits", grad_logits, DType::kFloat32);
+  expect_contiguous("grad_logits", grad_logits);
+  b.grad_logits = static_cast<const float*>(grad_logits.data);
+  b.hidden_states = const_cast<void*>(hidden_states_grad.data);
+  if (gate_weight_grad.data) b.weight = as_matrix(gate_weight_grad, false);
+  return b;
 }
 
 RouteProblem resolve_route(const Tensor& logits, const Tensor& correction_bias, const RouteOptions& o) {
@@ -475,6 +521,19 @@ RouteProblem resolve_route(const Tensor& logits, const Tensor& correction_bias, 
   p.logits = static_cast<const float*>(logits.data);
   p.correction_bias = static_cast<const float*>(correction_bias.data);
   return p;
+}
+
+RouteBackwardProblem resolve_route_backward(const RouteProblem& forward, const Tensor& routing_table,
+                                            const Tensor& grad_router_weights) {
+  const std::vector<int64_t> shape{forward.num_tokens, forward.top_k};
+  expect_shape("routing_table", routing_table, shape, "[T, K]");
+  expect_dtype("routing_table", routing_table, DType::kInt32);
+  expect_contiguous("routing_table", routing_table);
+  expect_shape("grad_router_weights", grad_router_weights, shape, "[T, K]");
+  expect_dtype("grad_router_weights", grad_router_weights, DType::kFloat32);
+  expect_contiguous("grad_router_weights", grad_router_weights);
+  return {forward, static_cast<const int32_t*>(routing_table.data),
+          static_cast<const float*>(grad_router_weights.data)};
 }
 
 }  // namespace paddle_moe

@@ -2,6 +2,8 @@
 // not need to know which back ends were built.
 #pragma once
 
+#include <stdexcept>
+
 #include "moe.h"
 
 namespace paddle_moe {
@@ -27,8 +29,21 @@ constexpr size_t kWorkspaceAlignment = 256;
 
 // See cpu and cuda in moe.h. All pointers lie in the memory of `device`; it is the current one meanwhile.
 size_t workspace_size(const Device& device, const Problem& problem);
-void mixture_of_experts(const Device& device, const Problem& problem, void* workspace, void* out,
-                        float* amax);
+void mixture_of_experts(const Device& device, const Problem& problem, void* workspace, void* out, float* amax,
+                        void* pre_activations);
+
+// Rows that mixture_of_experts() keeps pre-activations for; 0 where the back end keeps none.
+int64_t saved_rows(const Device& device, const Problem& problem);
+
+// The gradients. On a GPU they throw NotImplemented.
+struct NotImplemented : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+size_t backward_workspace_size(const Device& device, const BackwardProblem& problem);
+void mixture_of_experts_backward(const Device& device, const BackwardProblem& problem, void* workspace);
+size_t gate_backward_workspace_size(const Device& device, const GateBackwardProblem& problem);
+void gate_backward(const Device& device, const GateBackwardProblem& problem, void* workspace);
+void route_backward(const Device& device, const RouteBackwardProblem& problem, float* grad_logits);
 
 size_t gate_workspace_size(const Device& device, const GateProblem& problem);
 void gate(const Device& device, const GateProblem& problem, void* workspace, float* logits);

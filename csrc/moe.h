@@ -117,6 +117,27 @@ struct Problem {
 // Throws std::invalid_argument whose text names the argument, what was expected and what came.
 Problem resolve(const Arguments& arguments);
 
+// The gradients of a call. Every result lies in the layout of the argument that it belongs to, and is not
+// computed where its data is null; the pointers of `experts` are written through.
+struct BackwardProblem {
+  Problem forward;
+  const void* grad_out = nullptr;  // [T, H] of forward.dtype
+  int64_t grad_out_stride = 0;     // elements from one token to the next
+  // [R, 2I] of forward.dtype as mixture_of_experts() kept them, or null: computed again.
+  const void* pre_activations = nullptr;
+  int64_t saved_rows = 0;  // R, of pre_activations
+
+  void* hidden_states = nullptr;   // contiguous [T, H] of forward.dtype
+  void* router_weights = nullptr;  // contiguous [T, K] of forward.router_weights_dtype
+  std::vector<Expert> experts;     // biases of forward.bias_dtype
+};
+
+// gradients: where the results go, in the shapes and dtypes of `arguments`; its routing_table and options are
+// not read. A Tensor without data is not wanted. pre_activations without a shape: computed again. Throws
+// std::invalid_argument.
+BackwardProblem resolve_backward(const Arguments& arguments, const Tensor& grad_out,
+                                 const Tensor& pre_activations, const Arguments& gradients);
+
 // ---------------------------------------------------------------- gate and route
 
 // logits[t, e] = sum over h of hidden_states[t, h] * weight[h, e], accumulated in fp32.
@@ -160,8 +181,34 @@ struct RouteProblem {
   float scaling_factor = 1.0f;
 };
 
+// The gradients of a gate() call: all fp32 sums, stored in the dtype of what they belong to; null: not
+// wanted.
+struct GateBackwardProblem {
+  GateProblem forward;
+  const float* grad_logits = nullptr;  // [T, E], contiguous
+  void* hidden_states = nullptr;       // [T, H], contiguous
+  Matrix weight;                       // [H, E]
+};
+
+// Throws std::invalid_argument; a gradient without data is not wanted.
+GateBackwardProblem resolve_gate_backward(const Tensor& hidden_states, const Tensor& gate_weight,
+                                          const Tensor& grad_logits, const Tensor& hidden_states_grad,
+                                          const Tensor& gate_weight_grad);
+
 // logits [T, E] fp32, correction_bias [E] fp32 or a Tensor with an empty shape. Throws std::invalid_argument.
 RouteProblem resolve_route(const Tensor& logits, const Tensor& correction_bias, const RouteOptions& options);
+
+// The gradient of the logits. The choice of the experts is taken as a constant, so the correction bias has no
+// gradient, and a row of -1 gets zeros.
+struct RouteBackwardProblem {
+  RouteProblem forward;
+  const int32_t* routing_table = nullptr;      // [T, K], what route() returned
+  const float* grad_router_weights = nullptr;  // [T, K]
+};
+
+// Throws std::invalid_argument.
+RouteBackwardProblem resolve_route_backward(const RouteProblem& forward, const Tensor& routing_table,
+                                            const Tensor& grad_router_weights);
 
 // ---------------------------------------------------------------- the CPU back end
 
@@ -177,15 +224,28 @@ void set_num_threads(int num_threads);  // 0: the default again
 // before or after.
 size_t workspace_size(const Problem& problem, int num_threads);
 
-// out: [T, H] of problem.dtype, contiguous. amax: [E_l] fp32, or null when it is not wanted.
-void mixture_of_experts(const Problem& problem, int num_threads, void* workspace, void* out, float* amax);
+// out: [T, H] of problem.dtype, contiguous. amax: [E_l] fp32, or null when it is not wanted. pre_activations:
+// [R, 2I] of problem.dtype, gate | up with their biases, for R = count_rows() slots sorted by expert; or
+// null.
+void mixture_of_experts(const Problem& problem, int num_threads, void* workspace, void* out, float* amax,
+                        void* pre_activations = nullptr);
+
+// R: the slots (token, k) whose expert is local.
+int64_t count_rows(const Problem& problem);
+
+size_t backward_workspace_size(const BackwardProblem& problem, int num_threads);
+void mixture_of_experts_backward(const BackwardProblem& problem, int num_threads, void* workspace);
 
 // logits: [T, E] fp32.
 size_t gate_workspace_size(const GateProblem& problem, int num_threads);
 void gate(const GateProblem& problem, int num_threads, void* workspace, float* logits);
+size_t gate_backward_workspace_size(const GateBackwardProblem& problem, int num_threads);
+void gate_backward(const GateBackwardProblem& problem, int num_threads, void* workspace);
 
 // routing_table: int32 [T, K]; router_weights: fp32 [T, K].
 void route(const RouteProblem& problem, int num_threads, int32_t* routing_table, float* router_weights);
+// grad_logits: [T, E].
+void route_backward(const RouteBackwardProblem& problem, int num_threads, float* grad_logits);
 
 // The limits of the machine, for benchmarks: fp32 operations per second of a loop of multiply-adds with the
 // instruction set in use, and bytes per second of reading `bytes` at `data` as `streams` parallel streams per

@@ -17,7 +17,9 @@ own functions. No call waits for the GPU. Given ``out`` and ``workspace`` none a
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,14 +34,19 @@ except ImportError as error:
 from paddle_moe._options import array_list, experts_options, flag, integer, optional_array_list, route_options
 
 __all__ = [
+    "Gradients",
     "available_isas",
+    "backward_workspace_size",
     "fused_gate_moe",
     "gate",
+    "gate_backward",
     "gate_workspace_size",
     "isa_name",
     "mixture_of_experts",
+    "mixture_of_experts_backward",
     "num_threads",
     "route",
+    "route_backward",
     "set_num_threads",
     "workspace_size",
 ]
@@ -94,12 +101,16 @@ def mixture_of_experts(
     chunk_size: int = 0,
     out: Array | None = None,
     workspace: Array | None = None,
+    pre_activations: Array | None = None,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """See :func:`paddle_moe.mixture_of_experts`.
 
     Args:
         out: [T, H], contiguous, of the dtype of ``hidden_states``; returned in place of a new array.
         workspace: uint8, at least ``workspace_size(...)`` bytes; its contents do not matter.
+        pre_activations: receives what :func:`mixture_of_experts_backward` would otherwise compute again: gate
+            and up with their biases, [R, 2I] of the dtype of ``hidden_states``, contiguous, for the R slots
+            (token, k) whose expert is local, sorted by expert.
     """
     call = _experts(
         hidden_states,
@@ -116,13 +127,111 @@ def mixture_of_experts(
         measurement_mode=measurement_mode,
         chunk_size=chunk_size,
     )
-    return call.run(out, workspace)
+    return call.run(out, workspace, pre_activations)
 
 
 def workspace_size(*args, **kwargs) -> int:
     """Bytes of ``workspace`` that :func:`mixture_of_experts` needs for these arguments (all but ``out`` and
     ``workspace``)."""
     return _experts(*args, **kwargs).workspace_size()
+
+
+class Gradients(NamedTuple):
+    """One entry per differentiable argument of :func:`mixture_of_experts`, in its form: an array, or a list
+    where a list was passed; None where there is no such argument or its gradient is not wanted."""
+
+    hidden_states: Any
+    router_weights: Any
+    gate_up_weights: Any
+    down_weights: Any
+    gate_up_bias: Any = None
+    down_bias: Any = None
+
+
+def _backward(
+    grad_out, *args, pre_activations=None, wanted=Gradients._fields, out=None, **kwargs
+) -> tuple[_core.ExpertsBackward, Callable[[list], Gradients]]:
+    """The checked call, and what turns its list of arrays into Gradients."""
+    if isinstance(wanted, str) or not set(wanted) <= set(Gradients._fields):
+        raise ValueError(f"wanted must hold names out of {Gradients._fields}, got {wanted!r}")
+    passed = inspect.signature(_experts).bind(*args, **kwargs).arguments
+    passed = {name: passed[name] for name in Gradients._fields if passed.get(name) is not None}
+    outs, places = [], {}
+    for name, value in passed.items():
+        listed = isinstance(value, (list, tuple))
+        given = getattr(out, name, None) if name in wanted else False
+        begin = len(outs)
+        outs += list(given) if isinstance(given, (list, tuple)) else [given] * (len(value) if listed else 1)
+        places[name] = slice(begin, len(outs)) if listed else begin
+
+    def collect(arrays: list) -> Gradients:
+        return Gradients(
+            *(
+                arrays[places[name]] if name in wanted and name in places else None
+                for name in Gradients._fields
+            )
+        )
+
+    return _core.ExpertsBackward(_experts(*args, **kwargs), grad_out, pre_activations, outs), collect
+
+
+def mixture_of_experts_backward(
+    grad_out: Array,
+    hidden_states: Array,
+    routing_table: Array,
+    router_weights: Array,
+    gate_up_weights: Array | list[Array],
+    down_weights: Array | list[Array],
+    gate_up_bias: Array | list[Array] | None = None,
+    down_bias: Array | list[Array] | None = None,
+    *,
+    permuted_weights: bool = False,
+    activation: str = "silu",
+    experts_min: int = 0,
+    experts_max: int | None = None,
+    chunk_size: int = 0,
+    pre_activations: Array | None = None,
+    wanted: Sequence[str] = Gradients._fields,
+    out: Gradients | None = None,
+    workspace: Array | None = None,
+) -> Gradients:
+    """The gradients of :func:`mixture_of_experts`, from that of its result.
+
+    Args:
+        grad_out: [T, H], of the dtype of ``hidden_states``, contiguous in its last dimension.
+        pre_activations: what :func:`mixture_of_experts` stored for these arguments; None: computed again, with
+            the same result to the last bit.
+        wanted: the arguments whose gradients are computed.
+        out: arrays that receive the gradients, of the shapes and dtypes of the arguments; an entry may be
+            None. Those of weights may have any strides, the others must be contiguous.
+        workspace: uint8, at least ``backward_workspace_size(...)`` bytes.
+        Every other argument is that of the forward call.
+    """
+    call, collect = _backward(
+        grad_out,
+        hidden_states,
+        routing_table,
+        router_weights,
+        gate_up_weights,
+        down_weights,
+        gate_up_bias,
+        down_bias,
+        permuted_weights=permuted_weights,
+        activation=activation,
+        experts_min=experts_min,
+        experts_max=experts_max,
+        chunk_size=chunk_size,
+        pre_activations=pre_activations,
+        wanted=wanted,
+        out=out,
+    )
+    return collect(call.run(workspace))
+
+
+def backward_workspace_size(*args, **kwargs) -> int:
+    """Bytes of ``workspace`` that :func:`mixture_of_experts_backward` needs for these arguments (all but
+    ``out`` and ``workspace``)."""
+    return _backward(*args, **kwargs)[0].workspace_size()
 
 
 def gate(
@@ -135,6 +244,21 @@ def gate(
         workspace: uint8, at least ``gate_workspace_size(hidden_states, gate_weight)`` bytes.
     """
     return _core.Gate(hidden_states, gate_weight).run(out, workspace)
+
+
+def gate_backward(
+    grad_logits: Array,
+    hidden_states: Array,
+    gate_weight: Array,
+    *,
+    out: tuple[Array | None, Array | None] = (None, None),
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gradients of ``hidden_states`` and ``gate_weight`` from that of the logits, float32 [T, E].
+
+    Args:
+        out: arrays of the shapes and dtypes of the two arguments that receive them.
+    """
+    return _core.Gate(hidden_states, gate_weight).backward(grad_logits, *out)
 
 
 def gate_workspace_size(hidden_states: Array, gate_weight: Array) -> int:
@@ -178,6 +302,46 @@ def route(
         scaling_factor,
     )
     return _core.Route(logits, correction_bias, *options).run(*out)
+
+
+def route_backward(
+    grad_router_weights: Array,
+    routing_table: Array,
+    logits: Array,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    correction_bias: Array | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+    group_mask_fill: float = 0.0,
+    renormalize: bool = True,
+    renormalize_eps: float = 1e-20,
+    scaling_factor: float = 1.0,
+    out: Array | None = None,
+) -> np.ndarray:
+    """The gradient of the logits, from that of the router weights and the ``routing_table`` of the call.
+
+    The choice of the experts is a constant to it. A token with the ids -1 gets zeros.
+
+    Args:
+        grad_router_weights: float32 [T, K].
+        routing_table: int32 [T, K], as :func:`route` returned it for the other arguments.
+        out: float32 [T, E], contiguous.
+    """
+    options = route_options(
+        top_k,
+        scoring,
+        num_groups,
+        topk_groups,
+        group_score,
+        group_mask_fill,
+        renormalize,
+        renormalize_eps,
+        scaling_factor,
+    )
+    return _core.Route(logits, correction_bias, *options).backward(routing_table, grad_router_weights, out)
 
 
 def fused_gate_moe(

@@ -16,6 +16,7 @@ from typing import Any, Callable, NoReturn, Sequence, Union
 import paddle
 from paddle import _C_ops
 from paddle.base import core
+from paddle.base.framework import _dygraph_tracer
 from paddle.base.layer_helper import LayerHelper
 from paddle.framework import in_dynamic_mode, in_dynamic_or_pir_mode
 from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
@@ -58,9 +59,11 @@ _library = _load_library()
 class _Operator:
     """One of the custom operators of paddle_ops.cc, called in whichever mode Paddle is.
 
-    Inputs are named as there, with a suffix ``@VECTOR`` for a list and ``@OPTIONAL`` for one that may be
-    None. ``check`` takes the same arguments, tensors replaced by their specifications, and raises what the
-    operator would: Paddle ends the process when shape inference throws while a program is being built.
+    A call starts with tensors, whose names in ``tensors`` have a suffix ``@VECTOR`` for a list and
+    ``@OPTIONAL`` for one that may be None. ``check`` takes the same arguments, tensors replaced by their
+    specifications, and raises what the operator would: Paddle ends the process when shape inference throws
+    while a program is being built. ``arrange`` turns the arguments into the operator's own inputs and
+    attributes, which are named as in paddle_ops.cc; without it they are the same.
     """
 
     def __init__(
@@ -70,15 +73,17 @@ class _Operator:
         attributes: tuple[str, ...],
         outputs: tuple[str, ...],
         check: Callable[..., Any],
+        tensors: tuple[str, ...] | None = None,
+        arrange: Callable[..., tuple] = lambda *arguments: arguments,
     ):
         self.name, self.inputs, self.attributes, self.outputs = name, inputs, attributes, outputs
-        self.check = check
+        self.check, self.tensors, self.arrange = check, tensors or inputs, arrange
 
     def __call__(self, *arguments) -> list[Tensor]:
         if not in_dynamic_mode():
             return self._append_to_program(arguments)
         try:
-            outputs = core.eager._run_custom_op(self.name, *arguments)
+            outputs = core.eager._run_custom_op(self.name, *self.arrange(*arguments))
         except Exception as error:
             self._check_types(arguments)
             _raise_plainly(error)
@@ -90,6 +95,7 @@ class _Operator:
     def _append_to_program(self, arguments) -> list[Tensor]:
         self._check_types(arguments)
         self.check(*map(_specification, arguments))
+        arguments = self.arrange(*arguments)
         if in_dynamic_or_pir_mode():
             return _C_ops._run_custom_op(self.name, *arguments)
         helper = LayerHelper(self.name)
@@ -100,7 +106,7 @@ class _Operator:
         return list(outputs.values())
 
     def _check_types(self, arguments) -> None:
-        for spec, value in zip(self.inputs, arguments):
+        for spec, value in zip(self.tensors, arguments):
             name, *kinds = spec.split("@")
             if value is None and "OPTIONAL" in kinds:
                 continue
@@ -109,6 +115,25 @@ class _Operator:
                 if not isinstance(item, _TENSOR_TYPES):
                     entry = f"{name}[{index}]" if len(items) > 1 else name
                     raise ValueError(f"{entry} must be a paddle.Tensor, got {type(item).__name__}") from None
+
+
+def _autocast_dtype() -> paddle.dtype | None:
+    """What paddle.amp.auto_cast computes matrix products in; None outside of it."""
+    pir = in_dynamic_or_pir_mode() and not in_dynamic_mode()
+    state = core._get_amp_attrs() if pir else _dygraph_tracer()
+    if state is None or state._amp_level == core.AmpLevel.O0 or state._amp_dtype == "float32":
+        return None
+    return getattr(paddle, state._amp_dtype)
+
+
+def _cast(tensor: Any, dtype: paddle.dtype) -> Any:
+    """The floating-point tensors of an argument as `dtype`."""
+    if isinstance(tensor, list):
+        return [_cast(item, dtype) for item in tensor]
+    floats = (paddle.float32, paddle.bfloat16, paddle.float16)
+    if not isinstance(tensor, _TENSOR_TYPES) or tensor.dtype == dtype or tensor.dtype not in floats:
+        return tensor
+    return tensor.astype(dtype)
 
 
 _TENSOR_TYPES = (Tensor, paddle.static.Variable, paddle.pir.Value)
@@ -130,8 +155,41 @@ def _raise_plainly(error: Exception) -> NoReturn:
     raise type(error)(found.group(1)) from None
 
 
+def _arrange_experts(
+    hidden_states,
+    routing_table,
+    router_weights,
+    gate_up_weights,
+    down_weights,
+    gate_up_bias,
+    down_bias,
+    recompute,
+    *options,
+) -> tuple:
+    """All that has a gradient as one list: paddle_ops.cc says why."""
+    groups = [gate_up_weights, down_weights, gate_up_bias or [], down_bias or []]
+    tensors = [hidden_states, router_weights, *(tensor for group in groups for tensor in group)]
+    wanted = [int(not tensor.stop_gradient) for tensor in tensors]
+    save_pre_activations = not recompute and paddle.is_grad_enabled() and any(wanted)
+    return routing_table, tensors, [len(group) for group in groups], wanted, *options, save_pre_activations
+
+
 _experts = _Operator(
     "paddle_moe_experts",
+    ("routing_table", "tensors@VECTOR"),
+    (
+        "counts",
+        "wanted",
+        "permuted_weights",
+        "activation",
+        "experts_min",
+        "experts_max",
+        "chunk_size",
+        "measurement_mode",
+        "save_pre_activations",
+    ),
+    ("out", "amax", "pre_activations"),
+    lambda *arguments: _core.Experts(*arguments[:7], *arguments[8:]),
     (
         "hidden_states",
         "routing_table",
@@ -141,9 +199,7 @@ _experts = _Operator(
         "gate_up_bias@VECTOR@OPTIONAL",
         "down_bias@VECTOR@OPTIONAL",
     ),
-    ("permuted_weights", "activation", "experts_min", "experts_max", "chunk_size", "measurement_mode"),
-    ("out", "amax"),
-    _core.Experts,
+    _arrange_experts,
 )
 _gate = _Operator("paddle_moe_gate", ("hidden_states", "gate_weight"), (), ("logits",), _core.Gate)
 _route = _Operator(
@@ -181,6 +237,7 @@ def mixture_of_experts(
     experts_max: int | None = None,
     measurement_mode: bool = False,
     chunk_size: int = 0,
+    recompute: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Sends every token through its experts and sums what comes back, weighted by the router.
 
@@ -219,6 +276,7 @@ def mixture_of_experts(
         measurement_mode: also return amax.
         chunk_size: tokens per internal chunk, 0: chosen. It bounds the scratch memory and never changes the
             result.
+        recompute: keep no pre-activations for the backward, which then computes them again.
 
     Returns:
         out [T, H] of the dtype of ``hidden_states``; in measurement mode (out, amax), where amax [E_l]
@@ -226,12 +284,11 @@ def mixture_of_experts(
 
     Raises:
         ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range.
-        NotImplementedError: from ``backward()``: there are no gradients yet.
     """
     options = experts_options(
         permuted_weights, activation, experts_min, experts_max, chunk_size, measurement_mode
     )
-    out, amax = _experts(
+    arrays = [
         hidden_states,
         routing_table,
         router_weights,
@@ -239,8 +296,12 @@ def mixture_of_experts(
         array_list("down_weights", down_weights),
         optional_array_list("gate_up_bias", gate_up_bias),
         optional_array_list("down_bias", down_bias),
-        *options,
-    )
+    ]
+    dtype = _autocast_dtype()
+    if dtype is not None:  # the router's weights stay as they are, usually float32
+        arrays = [_cast(array, dtype) if place not in (1, 2) else array for place, array in enumerate(arrays)]
+    out, amax, _ = _experts(*arrays, flag("recompute", recompute), *options)
+    amax.stop_gradient = True
     return (out, amax) if measurement_mode else out
 
 
@@ -257,8 +318,9 @@ def gate(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
 
     Raises:
         ValueError: an argument has a wrong type, rank, shape, dtype or device.
-        NotImplementedError: from ``backward()``: there are no gradients yet.
     """
+    if _autocast_dtype() is not None:  # which leaves the router in float32
+        gate_weight = _cast(gate_weight, paddle.float32)
     return _gate(hidden_states, gate_weight)[0]
 
 
@@ -303,7 +365,6 @@ def route(
 
     Raises:
         ValueError: an argument has a wrong type, rank, shape, dtype, device or range.
-        NotImplementedError: from ``backward()``: there are no gradients yet.
     """
     options = route_options(
         top_k,
@@ -317,6 +378,7 @@ def route(
         scaling_factor,
     )
     routing_table, router_weights = _route(logits, correction_bias, *options)
+    routing_table.stop_gradient = True  # else backward() would wait for a gradient of the ids
     return routing_table, router_weights
 
 
@@ -360,7 +422,6 @@ def fused_gate_moe(
 
     Raises:
         ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range.
-        NotImplementedError: from ``backward()``: there are no gradients yet.
     """
     routing = route(
         gate(hidden_states, gate_weight),

@@ -105,6 +105,69 @@ def activate(activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return ACTIVATIONS[activation](gate) * up
 
 
+# Derivatives. At a kink they take the left side, swigluoai at its limits the inside, as the kernels do.
+
+
+def silu_slope(x: np.ndarray) -> np.ndarray:
+    """sigmoid(x) (1 + x (1 - sigmoid(x)))."""
+    return sigmoid(x) * (1 + x * (1 - sigmoid(x)))
+
+
+def gelu_slope(x: np.ndarray) -> np.ndarray:
+    """Phi(x) + x phi(x), phi the normal density."""
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+    return 0.5 * (1 + erf(x / math.sqrt(2))) + x * np.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+
+
+def gelu_tanh_slope(x: np.ndarray) -> np.ndarray:
+    """0.5 (1 + tanh(u)) + 0.5 x (1 - tanh(u)^2) du/dx, u as in gelu_tanh."""
+    tanh = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
+
+
+def relu_slope(x: np.ndarray) -> np.ndarray:
+    """1 where x > 0."""
+    return np.where(x <= 0, 0.0, 1.0)
+
+
+def relu2_slope(x: np.ndarray) -> np.ndarray:
+    """2 max(x, 0)."""
+    return 2 * np.maximum(x, 0)
+
+
+def selu_slope(x: np.ndarray) -> np.ndarray:
+    """scale * (1 if x > 0 else alpha * exp(x))."""
+    scale, alpha = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
+    return scale * np.where(x > 0, 1.0, alpha * np.exp(np.minimum(x, 0)))
+
+
+def identity_slope(x: np.ndarray) -> np.ndarray:
+    """1."""
+    return np.ones_like(x)
+
+
+SLOPES = {
+    "silu": silu_slope,
+    "gelu": gelu_slope,
+    "gelu_tanh": gelu_tanh_slope,
+    "relu": relu_slope,
+    "relu2": relu2_slope,
+    "selu": selu_slope,
+    "identity": identity_slope,
+}
+
+
+def activate_slopes(activation: str, gate: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The derivatives of activate() by gate and by up."""
+    if not activation.startswith("swigluoai"):
+        return SLOPES[activation](gate) * up, ACTIVATIONS[activation](gate)
+    alpha, limit = [float(number) for number in re.findall(r"[^(),\s]+", activation)[1:]] or (1.702, 7.0)
+    g, u = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    s = sigmoid(alpha * g)
+    by_gate = np.where(gate > limit, 0, (u + 1) * (s + alpha * g * s * (1 - s)))
+    return by_gate, np.where(np.abs(up) > limit, 0, g * s)
+
+
 # ---------------------------------------------------------------- mixture_of_experts
 
 
@@ -181,12 +244,108 @@ def mixture_of_experts(
     return (out, amax) if measurement_mode else out
 
 
+@np.errstate(all="ignore")
+def mixture_of_experts_backward(
+    grad_out: np.ndarray,
+    hidden_states: np.ndarray,
+    routing_table: np.ndarray,
+    router_weights: np.ndarray,
+    gate_up_weights: Sequence[np.ndarray] | np.ndarray,
+    down_weights: Sequence[np.ndarray] | np.ndarray,
+    gate_up_bias: Sequence[np.ndarray] | np.ndarray | None = None,
+    down_bias: Sequence[np.ndarray] | np.ndarray | None = None,
+    *,
+    permuted_weights: bool = False,
+    activation: str = "silu",
+    experts_min: int = 0,
+    experts_max: int | None = None,
+    round_intermediate: str | None = None,
+) -> dict[str, np.ndarray | list[np.ndarray]]:
+    """The gradients of mixture_of_experts by its arguments, from that of its result.
+
+    Args:
+        grad_out: [T, H].
+        round_intermediate: None, or the dtype that the kernel rounds the rows between its GEMMs to: the
+            pre-activations, the intermediate (also where it is weighted) and the gradients of gate and up.
+        Every other argument is that of mixture_of_experts().
+
+    Returns:
+        By argument name the gradient in the layout of the argument, a list where it is a list.
+    """
+    num_experts = len(down_weights)
+    x, weight_of, grad = to_float64(hidden_states), to_float64(router_weights), to_float64(grad_out)
+    gates, ups = _gates_and_ups(gate_up_weights, num_experts, axis=0 if permuted_weights else 1)
+    gate_bias, up_bias = [0] * num_experts, [0] * num_experts
+    if gate_up_bias is not None:
+        gate_bias, up_bias = _gates_and_ups(gate_up_bias, num_experts, axis=0)
+
+    def turned(matrix: np.ndarray) -> np.ndarray:
+        return matrix.T if permuted_weights else matrix
+
+    def rounded(values: np.ndarray) -> np.ndarray:
+        return values if round_intermediate is None else to_float64(to_storage(values, round_intermediate))
+
+    x_grad, router_grad = np.zeros(x.shape), np.zeros(weight_of.shape)
+    parts = {name: [] for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")}
+    for e in range(num_experts):
+        token, slot = np.nonzero(np.asarray(routing_table) == experts_min + e)
+        gate_matrix, up_matrix = turned(to_float64(gates[e])), turned(to_float64(ups[e]))
+        down_matrix = turned(to_float64(down_weights[e]))
+        weight = weight_of[token, slot][:, None]
+        gate = rounded(x[token] @ gate_matrix + to_float64(gate_bias[e]))
+        up = rounded(x[token] @ up_matrix + to_float64(up_bias[e]))
+        intermediate = rounded(activate(activation, gate, up))
+        by_gate, by_up = activate_slopes(activation, gate, up)
+
+        inter_grad = grad[token] @ down_matrix.T  # before the router weight
+        router_grad[token, slot] = np.sum(inter_grad * intermediate, axis=1)
+        if down_bias is not None:
+            router_grad[token, slot] += grad[token] @ to_float64(down_bias[e])
+        gate_grad, up_grad = (rounded(weight * inter_grad * slope) for slope in (by_gate, by_up))
+        np.add.at(x_grad, token, gate_grad @ gate_matrix.T + up_grad @ up_matrix.T)
+        parts["gate"].append(turned(x[token].T @ gate_grad))
+        parts["up"].append(turned(x[token].T @ up_grad))
+        parts["down"].append(turned(rounded(weight * intermediate).T @ grad[token]))
+        parts["gate_bias"].append(gate_grad.sum(axis=0))
+        parts["up_bias"].append(up_grad.sum(axis=0))
+        parts["down_bias"].append((weight * grad[token]).sum(axis=0))
+
+    def arranged(argument, gate: str, up: str | None = None, axis: int = 0):
+        if up is None:
+            gradient = parts[gate]
+        elif len(argument) == 2 * num_experts:
+            gradient = parts[gate] + parts[up]
+        else:
+            gradient = [np.concatenate(pair, axis=axis) for pair in zip(parts[gate], parts[up])]
+        return np.stack(gradient) if isinstance(argument, np.ndarray) else gradient
+
+    gradients = {
+        "hidden_states": x_grad,
+        "router_weights": router_grad,
+        "gate_up_weights": arranged(gate_up_weights, "gate", "up", 0 if permuted_weights else 1),
+        "down_weights": arranged(down_weights, "down"),
+    }
+    if gate_up_bias is not None:
+        gradients["gate_up_bias"] = arranged(gate_up_bias, "gate_bias", "up_bias")
+    if down_bias is not None:
+        gradients["down_bias"] = arranged(down_bias, "down_bias")
+    return gradients
+
+
 # ---------------------------------------------------------------- gate and route
 
 
 def gate(hidden_states: np.ndarray, gate_weight: np.ndarray) -> np.ndarray:
     """Router logits [T, E] from hidden_states [T, H] and gate_weight [H, E]."""
     return to_float64(hidden_states) @ to_float64(gate_weight)
+
+
+def gate_backward(
+    grad_logits: np.ndarray, hidden_states: np.ndarray, gate_weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gradients of hidden_states [T, H] and gate_weight [H, E] from that of the logits [T, E]."""
+    grad = to_float64(grad_logits)
+    return grad @ to_float64(gate_weight).T, to_float64(hidden_states).T @ grad
 
 
 @np.errstate(all="ignore")
@@ -260,6 +419,46 @@ def route(
     invalid = np.isnan(scores).any(axis=-1) | np.isnan(keys).any(axis=-1) | np.isnan(weights).any(axis=-1)
     ids = np.where(invalid[:, None], -1, ids).astype(np.int32)
     return ids, np.where(invalid[:, None], 0.0, weights)
+
+
+@np.errstate(all="ignore")
+def route_backward(
+    grad_router_weights: np.ndarray,
+    routing_table: np.ndarray,
+    logits: np.ndarray,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    renormalize_eps: float = 1e-20,
+    scaling_factor: float = 1.0,
+) -> np.ndarray:
+    """The gradient of the logits [T, E], the choice of the experts held fixed; zero in rows of -1.
+
+    The options that only choose experts (correction_bias and the groups) do not matter here.
+    """
+    logits, grad = to_float64(logits), to_float64(grad_router_weights) * scaling_factor
+    valid = routing_table[:, :1] >= 0
+    ids = np.where(valid, routing_table, 0)
+
+    def softmax_backward(probabilities, grad):
+        return probabilities * (grad - np.sum(probabilities * grad, axis=-1, keepdims=True))
+
+    def scattered(chosen):
+        result = np.zeros(logits.shape)
+        np.put_along_axis(result, ids, chosen, axis=-1)
+        return result
+
+    if scoring == "softmax_topk":
+        result = scattered(softmax_backward(softmax(np.take_along_axis(logits, ids, axis=-1)), grad))
+        return np.where(valid, result, 0.0)
+    scores = {"softmax": softmax, "sigmoid": sigmoid}[scoring](logits)
+    if renormalize:
+        chosen = np.take_along_axis(scores, ids, axis=-1)
+        total = chosen.sum(axis=-1, keepdims=True) + renormalize_eps
+        grad = (grad - np.sum(grad * chosen, axis=-1, keepdims=True) / total) / total
+    by_score = scattered(grad)
+    result = softmax_backward(scores, by_score) if scoring == "softmax" else by_score * scores * (1 - scores)
+    return np.where(valid, result, 0.0)
 
 
 ROUTE_OPTIONS = (

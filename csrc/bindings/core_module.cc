@@ -235,25 +235,25 @@ class Reader {
 // An array that a kernel writes: the caller's `given`, checked, or a new one.
 class Output {
  public:
-  Output(const char* name, const py::object& given, const py::dtype& dtype, const std::vector<int64_t>& shape,
-         Reader* reader)
+  Output(const std::string& name, const py::object& given, const py::dtype& dtype,
+         const std::vector<int64_t>& shape, Reader* reader, bool any_strides = false)
       : result_(given.is_none() ? reader->empty(dtype, shape) : given), array_(reader->read(name, result_)) {
     const Tensor& view = array_.view;
     const DType expected = dtype_of(dtype);
     if (view.dtype != expected) {
-      fail(std::string(name) + " must have the dtype " + dtype_name(expected) + ", got " +
-           dtype_name(view.dtype));
+      fail(name + " must have the dtype " + dtype_name(expected) + ", got " + dtype_name(view.dtype));
     }
     if (view.shape != shape) {
-      fail(std::string(name) + " must have the shape " + py::repr(py::cast(shape)).cast<std::string>() +
-           ", got " + py::repr(py::cast(view.shape)).cast<std::string>());
+      fail(name + " must have the shape " + py::repr(py::cast(shape)).cast<std::string>() + ", got " +
+           py::repr(py::cast(view.shape)).cast<std::string>());
     }
-    if (!array_.writable) fail(std::string(name) + " must be writable, got a read-only array");
+    if (!array_.writable) fail(name + " must be writable, got a read-only array");
+    if (any_strides) return;
     const bool empty = std::count(shape.begin(), shape.end(), 0) != 0;
     int64_t stride = 1;
     for (size_t i = shape.size(); i-- > 0; stride *= shape[i]) {
       if (!empty && shape[i] > 1 && !view.strides.empty() && view.strides[i] != stride) {
-        fail(std::string(name) + " must be contiguous, got the strides " +
+        fail(name + " must be contiguous, got the strides " +
              py::repr(py::cast(view.strides)).cast<std::string>());
       }
     }
@@ -264,6 +264,7 @@ class Output {
     return static_cast<T*>(const_cast<void*>(array_.view.data));
   }
   const py::object& result() const { return result_; }
+  const Tensor& view() const { return array_.view; }
 
  private:
   py::object result_;
@@ -306,26 +307,25 @@ class Experts {
           bool permuted_weights, const std::string& activation, int64_t experts_min, int64_t experts_max,
           int64_t chunk_size, bool measurement_mode)
       : measurement_mode_(measurement_mode) {
-    Arguments arguments;
-    arguments.hidden_states = keep("hidden_states", hidden_states);
+    arguments_.hidden_states = keep("hidden_states", hidden_states);
     dtype_ = arrays_.back().dtype;
-    arguments.routing_table = keep("routing_table", routing_table);
-    arguments.router_weights = keep("router_weights", router_weights);
-    arguments.gate_up_weights = keep_all("gate_up_weights", gate_up_weights);
-    arguments.down_weights = keep_all("down_weights", down_weights);
-    if (gate_up_bias) arguments.gate_up_bias = keep_all("gate_up_bias", *gate_up_bias);
-    if (down_bias) arguments.down_bias = keep_all("down_bias", *down_bias);
-    arguments.permuted_weights = permuted_weights;
-    arguments.activation = activation;
-    arguments.experts_min = experts_min;
-    arguments.experts_max = experts_max;
-    arguments.chunk_size = chunk_size;
-    problem_ = resolve(arguments);
+    arguments_.routing_table = keep("routing_table", routing_table);
+    arguments_.router_weights = keep("router_weights", router_weights);
+    arguments_.gate_up_weights = keep_all("gate_up_weights", gate_up_weights);
+    arguments_.down_weights = keep_all("down_weights", down_weights);
+    if (gate_up_bias) arguments_.gate_up_bias = keep_all("gate_up_bias", *gate_up_bias);
+    if (down_bias) arguments_.down_bias = keep_all("down_bias", *down_bias);
+    arguments_.permuted_weights = permuted_weights;
+    arguments_.activation = activation;
+    arguments_.experts_min = experts_min;
+    arguments_.experts_max = experts_max;
+    arguments_.chunk_size = chunk_size;
+    problem_ = resolve(arguments_);
   }
 
   size_t workspace_size() const { return dispatch::workspace_size(reader_.device(), problem_) + kAlignment; }
 
-  py::object run(const py::object& out, const py::object& workspace) {
+  py::object run(const py::object& out, const py::object& workspace, const py::object& pre_activations) {
     const Output output("out", out, dtype_, {problem_.num_tokens, problem_.hidden_size}, &reader_);
     const Workspace scratch(workspace, dispatch::workspace_size(reader_.device(), problem_), &reader_);
     std::optional<Output> amax;
@@ -333,14 +333,25 @@ class Experts {
       amax.emplace("amax", py::none(), numpy_dtype(DType::kFloat32), std::vector{problem_.num_experts()},
                    &reader_);
     }
+    std::optional<Output> saved;
+    if (!pre_activations.is_none()) {
+      const std::vector<int64_t> shape{dispatch::saved_rows(reader_.device(), problem_),
+                                       2 * problem_.intermediate_size};
+      saved.emplace("pre_activations", pre_activations, dtype_, shape, &reader_);
+    }
     {
       py::gil_scoped_release release;
       dispatch::mixture_of_experts(reader_.device(), problem_, scratch.data(), output.data(),
-                                   amax ? amax->data<float>() : nullptr);
+                                   amax ? amax->data<float>() : nullptr, saved ? saved->data() : nullptr);
     }
     if (amax) return py::make_tuple(output.result(), amax->result());
     return output.result();
   }
+
+  Reader* reader() { return &reader_; }
+  const Arguments& arguments() const { return arguments_; }
+  // The NumPy dtype of a result like the array that was passed after `index` others.
+  const py::dtype& dtype_at(size_t index) const { return arrays_[index].dtype; }
 
  private:
   Tensor keep(const std::string& name, const py::object& object) {
@@ -357,10 +368,74 @@ class Experts {
   }
 
   Reader reader_;
-  std::vector<Array> arrays_;
+  std::vector<Array> arrays_;  // in the order of the arguments
   py::dtype dtype_;
+  Arguments arguments_;
   Problem problem_;
   bool measurement_mode_;
+};
+
+// The gradients of an Experts call, one for each of its arrays but the routing table, in that order. `outs`
+// holds for each of them the array to write, None for a new one, or False where it is not wanted.
+class ExpertsBackward {
+ public:
+  ExpertsBackward(Experts& forward, const py::object& grad_out, const py::object& pre_activations,
+                  const py::list& outs)
+      : device_(forward.reader()->device()),
+        reader_(forward.reader()),
+        grad_out_(reader_->read("grad_out", grad_out)) {
+    if (!pre_activations.is_none()) pre_activations_ = reader_->read("pre_activations", pre_activations);
+    const Arguments& arguments = forward.arguments();
+    Arguments gradients = arguments;
+    size_t index = 0, next = 0;
+    auto output = [&](const std::string& name, Tensor* tensor) {
+      const py::object out = outs[next++];
+      const py::dtype& dtype = forward.dtype_at(index++);
+      tensor->data = nullptr;
+      if (py::isinstance<py::bool_>(out)) return;
+      const bool weight = name.find("_weights") != std::string::npos && name != "router_weights";
+      outputs_.push_back(
+          std::make_unique<Output>("gradient of " + name, out, dtype, tensor->shape, reader_, weight));
+      results_[next - 1] = outputs_.back()->result();
+      tensor->data = outputs_.back()->data();
+      tensor->strides = outputs_.back()->view().strides;
+    };
+    auto output_all = [&](const std::string& name, std::vector<Tensor>* tensors) {
+      for (Tensor& tensor : *tensors) output(name, &tensor);
+    };
+    const size_t expected = 2 + arguments.gate_up_weights.size() + arguments.down_weights.size() +
+                            arguments.gate_up_bias.size() + arguments.down_bias.size();
+    if (outs.size() != expected)
+      fail("outs must hold " + std::to_string(expected) + " entries, got " + std::to_string(outs.size()));
+    for (size_t i = 0; i < expected; ++i) results_.append(py::none());
+    output("hidden_states", &gradients.hidden_states);
+    ++index;  // the routing table
+    output("router_weights", &gradients.router_weights);
+    output_all("gate_up_weights", &gradients.gate_up_weights);
+    output_all("down_weights", &gradients.down_weights);
+    output_all("gate_up_bias", &gradients.gate_up_bias);
+    output_all("down_bias", &gradients.down_bias);
+    problem_ = resolve_backward(arguments, grad_out_.view, pre_activations_.view, gradients);
+  }
+
+  size_t workspace_size() const { return dispatch::backward_workspace_size(device_, problem_) + kAlignment; }
+
+  py::list run(const py::object& workspace) const {
+    const Workspace scratch(workspace, dispatch::backward_workspace_size(device_, problem_), reader_);
+    {
+      py::gil_scoped_release release;
+      dispatch::mixture_of_experts_backward(device_, problem_, scratch.data());
+    }
+    return results_;
+  }
+
+ private:
+  const Device device_;
+  Reader* const reader_;  // of the forward call, which the binding keeps alive
+  Array grad_out_, pre_activations_;
+  std::vector<std::unique_ptr<Output>> outputs_;
+  py::list results_;
+  BackwardProblem problem_;
 };
 
 class Gate {
@@ -383,6 +458,24 @@ class Gate {
       dispatch::gate(reader_.device(), problem_, scratch.data(), logits.data<float>());
     }
     return logits.result();
+  }
+
+  py::tuple backward(const py::object& grad_logits, const py::object& out_hidden_states,
+                     const py::object& out_gate_weight) {
+    const Array grad = reader_.read("grad_logits", grad_logits);
+    const Output hidden_states("gradient of hidden_states", out_hidden_states, hidden_states_.dtype,
+                               hidden_states_.view.shape, &reader_);
+    const Output gate_weight("gradient of gate_weight", out_gate_weight, gate_weight_.dtype,
+                             gate_weight_.view.shape, &reader_, true);
+    const GateBackwardProblem problem = resolve_gate_backward(
+        hidden_states_.view, gate_weight_.view, grad.view, hidden_states.view(), gate_weight.view());
+    const Device device = reader_.device();
+    const Workspace scratch(py::none(), dispatch::gate_backward_workspace_size(device, problem), &reader_);
+    {
+      py::gil_scoped_release release;
+      dispatch::gate_backward(device, problem, scratch.data());
+    }
+    return py::make_tuple(hidden_states.result(), gate_weight.result());
   }
 
  private:
@@ -414,6 +507,20 @@ class Route {
     return py::make_tuple(table.result(), weights.result());
   }
 
+  py::object backward(const py::object& routing_table, const py::object& grad_router_weights,
+                      const py::object& out) {
+    const RouteBackwardProblem problem =
+        resolve_route_backward(problem_, reader_.read("routing_table", routing_table).view,
+                               reader_.read("grad_router_weights", grad_router_weights).view);
+    const Output grad_logits("out", out, numpy_dtype(DType::kFloat32),
+                             {problem_.num_tokens, problem_.num_experts}, &reader_);
+    {
+      py::gil_scoped_release release;
+      dispatch::route_backward(reader_.device(), problem, grad_logits.data<float>());
+    }
+    return grad_logits.result();
+  }
+
  private:
   Reader reader_;
   Array logits_, correction_bias_;
@@ -437,14 +544,21 @@ PYBIND11_MODULE(_core, module) {
                     int64_t, int64_t, int64_t, bool>())
       .def("workspace_size", &Experts::workspace_size)
       .def("run", &Experts::run);
+  py::class_<ExpertsBackward>(module, "ExpertsBackward")
+      .def(py::init<Experts&, const py::object&, const py::object&, const py::list&>(),
+           py::keep_alive<1, 2>())
+      .def("workspace_size", &ExpertsBackward::workspace_size)
+      .def("run", &ExpertsBackward::run);
   py::class_<Gate>(module, "Gate")
       .def(py::init<const py::object&, const py::object&>())
       .def("workspace_size", &Gate::workspace_size)
-      .def("run", &Gate::run);
+      .def("run", &Gate::run)
+      .def("backward", &Gate::backward);
   py::class_<Route>(module, "Route")
       .def(py::init<const py::object&, const py::object&, int64_t, const std::string&, int64_t, int64_t,
                     const std::string&, float, bool, float, float>())
-      .def("run", &Route::run);
+      .def("run", &Route::run)
+      .def("backward", &Route::backward);
   module.attr("LAST_EXPERT_PASSED") = kLastExpertPassed;
   module.def("has_cuda", &dispatch::has_cuda);
   module.def("set_num_threads", &cpu::set_num_threads);

@@ -22,7 +22,6 @@ namespace {
 using Shape = std::vector<int64_t>;
 using DataTypes = std::vector<paddle::DataType>;
 using PaddleTensors = std::vector<paddle::Tensor>;
-using OptionalTensors = paddle::optional<PaddleTensors>;
 
 DType dtype_of(paddle::DataType dtype) {
   switch (dtype) {
@@ -53,10 +52,6 @@ DType dtype_of(paddle::DataType dtype) {
   }
 }
 
-struct NotImplemented : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
 // Only Paddle's own exceptions cross into Python: any other one ends the process. Each error code below
 // becomes the Python exception named beside it.
 template <auto function>
@@ -69,7 +64,7 @@ struct Guarded<function> {
       return function(args...);
     } catch (const std::invalid_argument& error) {
       PADDLE_THROW(common::errors::InvalidArgument("%s", error.what()));  // ValueError
-    } catch (const NotImplemented& error) {
+    } catch (const dispatch::NotImplemented& error) {
       PADDLE_THROW(common::errors::Unimplemented("%s", error.what()));  // NotImplementedError
     } catch (const std::bad_alloc& error) {
       PADDLE_THROW(common::errors::ResourceExhausted("%s", error.what()));  // MemoryError
@@ -100,11 +95,6 @@ std::vector<Tensor> views(const std::vector<T>& list) {
   return result;
 }
 
-template <class T>
-std::vector<Tensor> views(const paddle::optional<std::vector<T>>& list) {
-  return list ? views(*list) : std::vector<Tensor>{};
-}
-
 // ---------------------------------------------------------------- places and memory
 
 void expect_place(const char* name, const paddle::Tensor& tensor, const paddle::Place& expected) {
@@ -117,14 +107,6 @@ void expect_place(const char* name, const paddle::Tensor& tensor, const paddle::
 void expect_place(const char* name, const paddle::optional<paddle::Tensor>& tensor,
                   const paddle::Place& expected) {
   if (tensor) expect_place(name, *tensor, expected);
-}
-
-void expect_place(const char* name, const PaddleTensors& tensors, const paddle::Place& expected) {
-  for (const paddle::Tensor& tensor : tensors) expect_place(name, tensor, expected);
-}
-
-void expect_place(const char* name, const OptionalTensors& tensors, const paddle::Place& expected) {
-  if (tensors) expect_place(name, *tensors, expected);
 }
 
 // Where the call runs: on the device of its first argument.
@@ -154,52 +136,125 @@ class Workspace {
 };
 
 // ---------------------------------------------------------------- experts
+//
+// Everything that has a gradient is one list, because the executor of static programs accepts one list among
+// the outputs of a gradient operator and nothing beside it. `counts`: how many of its entries are
+// gate_up_weights, down_weights, gate_up_bias and down_bias, after hidden_states and router_weights.
 
-PaddleTensors experts(const paddle::Tensor& hidden_states, const paddle::Tensor& routing_table,
-                      const paddle::Tensor& router_weights, const PaddleTensors& gate_up_weights,
-                      const PaddleTensors& down_weights, const OptionalTensors& gate_up_bias,
-                      const OptionalTensors& down_bias, bool permuted_weights, const std::string& activation,
-                      int64_t experts_min, int64_t experts_max, int64_t chunk_size, bool measurement_mode) {
-  const paddle::Place& place = hidden_states.place();
+template <class T>
+Arguments experts_arguments(const T& routing_table, const std::vector<T>& tensors,
+                            const std::vector<int>& counts, bool permuted_weights,
+                            const std::string& activation, int64_t experts_min, int64_t experts_max,
+                            int64_t chunk_size) {
+  auto next = tensors.begin() + 2;
+  auto take = [&](int count) {
+    const std::vector<T> part(next, next + count);
+    next += count;
+    return views(part);
+  };
+  Arguments arguments{view(tensors[0]), view(routing_table), view(tensors[1])};
+  arguments.gate_up_weights = take(counts[0]);
+  arguments.down_weights = take(counts[1]);
+  arguments.gate_up_bias = take(counts[2]);
+  arguments.down_bias = take(counts[3]);
+  arguments.permuted_weights = permuted_weights;
+  arguments.activation = activation;
+  arguments.experts_min = experts_min;
+  arguments.experts_max = experts_max;
+  arguments.chunk_size = chunk_size;
+  return arguments;
+}
+
+void expect_places(const paddle::Tensor& routing_table, const PaddleTensors& tensors,
+                   const std::vector<int>& counts) {
+  const paddle::Place& place = tensors[0].place();
   expect_place("routing_table", routing_table, place);
-  expect_place("router_weights", router_weights, place);
-  expect_place("gate_up_weights", gate_up_weights, place);
-  expect_place("down_weights", down_weights, place);
-  expect_place("gate_up_bias", gate_up_bias, place);
-  expect_place("down_bias", down_bias, place);
-  const Problem problem =
-      resolve({view(hidden_states), view(routing_table), view(router_weights), views(gate_up_weights),
-               views(down_weights), views(gate_up_bias), views(down_bias), permuted_weights, activation,
-               experts_min, experts_max, chunk_size});
-  const Device device = device_of("hidden_states", hidden_states);
+  expect_place("router_weights", tensors[1], place);
+  const char* const names[] = {"gate_up_weights", "down_weights", "gate_up_bias", "down_bias"};
+  size_t next = 2;
+  for (int kind = 0; kind < 4; ++kind) {
+    for (int i = 0; i < counts[kind]; ++i) expect_place(names[kind], tensors[next++], place);
+  }
+}
 
-  paddle::Tensor out = paddle::empty({problem.num_tokens, problem.hidden_size}, hidden_states.dtype(), place);
+PaddleTensors experts(const paddle::Tensor& routing_table, const PaddleTensors& tensors,
+                      const std::vector<int>& counts, const std::vector<int>& wanted, bool permuted_weights,
+                      const std::string& activation, int64_t experts_min, int64_t experts_max,
+                      int64_t chunk_size, bool measurement_mode, bool save_pre_activations) {
+  expect_places(routing_table, tensors, counts);
+  const Problem problem = resolve(experts_arguments(routing_table, tensors, counts, permuted_weights,
+                                                    activation, experts_min, experts_max, chunk_size));
+  const paddle::Place& place = tensors[0].place();
+  const paddle::DataType dtype = tensors[0].dtype();
+  const Device device = device_of("hidden_states", tensors[0]);
+
+  paddle::Tensor out = paddle::empty({problem.num_tokens, problem.hidden_size}, dtype, place);
   paddle::Tensor amax = paddle::empty({problem.num_experts()}, paddle::DataType::FLOAT32, place);
+  // An operator has to return what was not computed too, and Paddle 2.6 refuses an empty output.
+  const int64_t rows = save_pre_activations ? dispatch::saved_rows(device, problem) : 0;
+  paddle::Tensor pre_activations = paddle::empty(
+      {std::max<int64_t>(1, rows), rows == 0 ? 1 : 2 * problem.intermediate_size}, dtype, place);
   Workspace workspace(dispatch::workspace_size(device, problem), place);
   dispatch::mixture_of_experts(device, problem, workspace.data(), out.data(),
-                               measurement_mode ? amax.data<float>() : nullptr);
-  // Not computed then, but an operator has to return it, and Paddle 2.6 refuses an empty one.
+                               measurement_mode ? amax.data<float>() : nullptr,
+                               rows == 0 ? nullptr : pre_activations.data());
   if (!measurement_mode) dispatch::set_to_zero(device, amax.data(), amax.numel() * sizeof(float));
-  return {out, amax};
+  return {out, amax, pre_activations};
 }
 
-std::vector<Shape> experts_shapes(const Shape& hidden_states, const Shape& routing_table,
-                                  const Shape& router_weights, const std::vector<Shape>& gate_up_weights,
-                                  const std::vector<Shape>& down_weights,
-                                  const paddle::optional<std::vector<Shape>>& gate_up_bias,
-                                  const paddle::optional<std::vector<Shape>>& down_bias,
+std::vector<Shape> experts_shapes(const Shape& routing_table, const std::vector<Shape>& tensors,
+                                  const std::vector<int>& counts, const std::vector<int>& wanted,
                                   bool permuted_weights, const std::string& activation, int64_t experts_min,
-                                  int64_t experts_max, int64_t chunk_size) {
-  const Problem problem =
-      resolve({view(hidden_states), view(routing_table), view(router_weights), views(gate_up_weights),
-               views(down_weights), views(gate_up_bias), views(down_bias), permuted_weights, activation,
-               experts_min, experts_max, chunk_size});
+                                  int64_t experts_max, int64_t chunk_size, bool measurement_mode,
+                                  bool save_pre_activations) {
+  const Problem problem = resolve(experts_arguments(routing_table, tensors, counts, permuted_weights,
+                                                    activation, experts_min, experts_max, chunk_size));
   const int64_t num_experts = problem.experts.empty() ? -1 : problem.num_experts();
-  return {{problem.num_tokens, problem.hidden_size}, {num_experts}};
+  return {{problem.num_tokens, problem.hidden_size}, {num_experts}, {-1, -1}};
 }
 
-DataTypes experts_dtypes(paddle::DataType hidden_states) {
-  return {hidden_states, paddle::DataType::FLOAT32};
+DataTypes experts_dtypes(paddle::DataType routing_table, const DataTypes& tensors) {
+  return {tensors[0], paddle::DataType::FLOAT32, tensors[0]};
+}
+
+PaddleTensors experts_backward(const paddle::Tensor& routing_table, const PaddleTensors& tensors,
+                               const paddle::Tensor& pre_activations, const paddle::Tensor& grad_out,
+                               const std::vector<int>& counts, const std::vector<int>& wanted,
+                               bool permuted_weights, const std::string& activation, int64_t experts_min,
+                               int64_t experts_max, int64_t chunk_size, bool measurement_mode,
+                               bool save_pre_activations) {
+  expect_places(routing_table, tensors, counts);
+  const Device device = device_of("hidden_states", tensors[0]);
+  const paddle::Place& place = tensors[0].place();
+  PaddleTensors gradients;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    gradients.push_back(wanted[i] ? paddle::empty(tensors[i].shape(), tensors[i].dtype(), place)
+                                  : paddle::Tensor());
+  }
+  auto arguments = [&](const PaddleTensors& list) {
+    return experts_arguments(routing_table, list, counts, permuted_weights, activation, experts_min,
+                             experts_max, chunk_size);
+  };
+  // An unwanted gradient keeps the shape of its argument and has no data.
+  PaddleTensors described = gradients;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!wanted[i]) described[i] = tensors[i];
+  }
+  Arguments results = arguments(described);
+  std::vector<Tensor*> views{&results.hidden_states, &results.router_weights};
+  for (auto* list :
+       {&results.gate_up_weights, &results.down_weights, &results.gate_up_bias, &results.down_bias}) {
+    for (Tensor& tensor : *list) views.push_back(&tensor);
+  }
+  for (size_t i = 0; i < views.size(); ++i) {
+    if (!wanted[i]) views[i]->data = nullptr;
+  }
+  const BackwardProblem problem =
+      resolve_backward(arguments(tensors), view(grad_out),
+                       pre_activations.shape()[1] == 1 ? Tensor{} : view(pre_activations), results);
+  Workspace workspace(dispatch::backward_workspace_size(device, problem), place);
+  dispatch::mixture_of_experts_backward(device, problem, workspace.data());
+  return gradients;
 }
 
 // ---------------------------------------------------------------- gate
@@ -221,6 +276,21 @@ std::vector<Shape> gate_shapes(const Shape& hidden_states, const Shape& gate_wei
 }
 
 DataTypes gate_dtypes() { return {paddle::DataType::FLOAT32}; }
+
+PaddleTensors gate_backward(const paddle::Tensor& hidden_states, const paddle::Tensor& gate_weight,
+                            const paddle::Tensor& grad_logits) {
+  const Device device = device_of("hidden_states", hidden_states);
+  paddle::Tensor hidden_states_grad =
+      paddle::empty(hidden_states.shape(), hidden_states.dtype(), hidden_states.place());
+  paddle::Tensor gate_weight_grad =
+      paddle::empty(gate_weight.shape(), gate_weight.dtype(), hidden_states.place());
+  const GateBackwardProblem problem =
+      resolve_gate_backward(view(hidden_states), view(gate_weight), view(grad_logits),
+                            view(hidden_states_grad), view(gate_weight_grad));
+  Workspace workspace(dispatch::gate_backward_workspace_size(device, problem), hidden_states.place());
+  dispatch::gate_backward(device, problem, workspace.data());
+  return {hidden_states_grad, gate_weight_grad};
+}
 
 // ---------------------------------------------------------------- route
 
@@ -252,50 +322,44 @@ std::vector<Shape> route_shapes(const Shape& logits, const paddle::optional<Shap
 
 DataTypes route_dtypes() { return {paddle::DataType::INT32, paddle::DataType::FLOAT32}; }
 
-// ---------------------------------------------------------------- backward
-
-// Without a grad operator Paddle would silently return no gradients.
-PaddleTensors no_backward() {
-  throw NotImplemented(
-      "paddle_moe has no backward yet: call its functions under paddle.no_grad(), or with inputs whose "
-      "stop_gradient is True");
+PaddleTensors route_backward(const paddle::Tensor& logits,
+                             const paddle::optional<paddle::Tensor>& correction_bias,
+                             const paddle::Tensor& routing_table, const paddle::Tensor& grad_router_weights,
+                             int64_t top_k, const std::string& scoring, int64_t num_groups,
+                             int64_t topk_groups, const std::string& group_score, float group_mask_fill,
+                             bool renormalize, float renormalize_eps, float scaling_factor) {
+  const RouteProblem problem = resolve_route(view(logits), view(correction_bias),
+                                             {top_k, scoring, num_groups, topk_groups, group_score,
+                                              group_mask_fill, renormalize, renormalize_eps, scaling_factor});
+  const Device device = device_of("logits", logits);
+  paddle::Tensor grad = paddle::empty(logits.shape(), paddle::DataType::FLOAT32, logits.place());
+  dispatch::route_backward(device,
+                           resolve_route_backward(problem, view(routing_table), view(grad_router_weights)),
+                           grad.data<float>());
+  return {grad};
 }
-
-PaddleTensors no_experts_backward(const paddle::Tensor&, const paddle::Tensor&, const PaddleTensors&,
-                                  const PaddleTensors&, const OptionalTensors&, const OptionalTensors&,
-                                  const paddle::Tensor&) {
-  return no_backward();
-}
-
-PaddleTensors no_gate_backward(const paddle::Tensor&, const paddle::Tensor&, const paddle::Tensor&) {
-  return no_backward();
-}
-
-PaddleTensors no_route_backward(const paddle::Tensor&) { return no_backward(); }
 
 }  // namespace
 }  // namespace paddle_moe
 
+#define PADDLE_MOE_EXPERTS_ATTRIBUTES                                                \
+  {"counts: std::vector<int>", "wanted: std::vector<int>", "permuted_weights: bool", \
+   "activation: std::string",  "experts_min: int64_t",     "experts_max: int64_t",   \
+   "chunk_size: int64_t",      "measurement_mode: bool",   "save_pre_activations: bool"}
+
 PD_BUILD_OP(paddle_moe_experts)
-    .Inputs({"hidden_states", "routing_table", "router_weights", paddle::Vec("gate_up_weights"),
-             paddle::Vec("down_weights"), paddle::Optional(paddle::Vec("gate_up_bias")),
-             paddle::Optional(paddle::Vec("down_bias"))})
-    .Outputs({"out", "amax"})
-    .Attrs({"permuted_weights: bool", "activation: std::string", "experts_min: int64_t",
-            "experts_max: int64_t", "chunk_size: int64_t", "measurement_mode: bool"})
+    .Inputs({"routing_table", paddle::Vec("tensors")})
+    .Outputs({"out", "amax", "pre_activations"})
+    .Attrs(PADDLE_MOE_EXPERTS_ATTRIBUTES)
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::experts>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(paddle_moe::Guarded<paddle_moe::experts_shapes>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(paddle_moe::experts_dtypes));
 
 PD_BUILD_GRAD_OP(paddle_moe_experts)
-    .Inputs({"hidden_states", "router_weights", paddle::Vec("gate_up_weights"), paddle::Vec("down_weights"),
-             paddle::Optional(paddle::Vec("gate_up_bias")), paddle::Optional(paddle::Vec("down_bias")),
-             paddle::Grad("out")})
-    .Outputs({paddle::Grad("hidden_states"), paddle::Grad("router_weights"),
-              paddle::Grad(paddle::Vec("gate_up_weights")), paddle::Grad(paddle::Vec("down_weights")),
-              paddle::Grad(paddle::Optional(paddle::Vec("gate_up_bias"))),
-              paddle::Grad(paddle::Optional(paddle::Vec("down_bias")))})
-    .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::no_experts_backward>::call));
+    .Inputs({"routing_table", paddle::Vec("tensors"), "pre_activations", paddle::Grad("out")})
+    .Outputs({paddle::Grad(paddle::Vec("tensors"))})
+    .Attrs(PADDLE_MOE_EXPERTS_ATTRIBUTES)
+    .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::experts_backward>::call));
 
 PD_BUILD_OP(paddle_moe_gate)
     .Inputs({"hidden_states", "gate_weight"})
@@ -307,22 +371,26 @@ PD_BUILD_OP(paddle_moe_gate)
 PD_BUILD_GRAD_OP(paddle_moe_gate)
     .Inputs({"hidden_states", "gate_weight", paddle::Grad("logits")})
     .Outputs({paddle::Grad("hidden_states"), paddle::Grad("gate_weight")})
-    .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::no_gate_backward>::call));
+    .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::gate_backward>::call));
+
+#define PADDLE_MOE_ROUTE_ATTRIBUTES                                              \
+  {"top_k: int64_t",       "scoring: std::string",     "num_groups: int64_t",    \
+   "topk_groups: int64_t", "group_score: std::string", "group_mask_fill: float", \
+   "renormalize: bool",    "renormalize_eps: float",   "scaling_factor: float"}
 
 PD_BUILD_OP(paddle_moe_route)
     .Inputs({"logits", paddle::Optional("correction_bias")})
     .Outputs({"routing_table", "router_weights"})
-    .Attrs({"top_k: int64_t", "scoring: std::string", "num_groups: int64_t", "topk_groups: int64_t",
-            "group_score: std::string", "group_mask_fill: float", "renormalize: bool",
-            "renormalize_eps: float", "scaling_factor: float"})
+    .Attrs(PADDLE_MOE_ROUTE_ATTRIBUTES)
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::route>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(paddle_moe::Guarded<paddle_moe::route_shapes>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(paddle_moe::route_dtypes));
 
 PD_BUILD_GRAD_OP(paddle_moe_route)
-    .Inputs({paddle::Grad("router_weights")})
+    .Inputs({"logits", paddle::Optional("correction_bias"), "routing_table", paddle::Grad("router_weights")})
     .Outputs({paddle::Grad("logits")})
-    .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::no_route_backward>::call));
+    .Attrs(PADDLE_MOE_ROUTE_ATTRIBUTES)
+    .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::route_backward>::call));
 
 // What Paddle's operator registry has no place for; functional.py calls these through ctypes.
 #define PADDLE_MOE_EXPORT extern "C" __attribute__((visibility("default")))

@@ -62,6 +62,89 @@ void gate_block(const GateProblem& p, const GateLayout& layout, const GateScratc
   }
 }
 
+// Backward, a task is a block of tokens for hidden_states, or a block of the weight's gradient.
+struct GateBackwardLayout {
+  GateBackwardLayout(const GateBackwardProblem& b, void* workspace, int threads)
+      : row_stride(operand_stride(b.forward.num_experts, Operand::kFloat32)) {
+    Arena arena(workspace);
+    for (int i = 0; i < threads; ++i) {
+      scratch.push_back({arena.take<char>(kBlockRows * row_stride * kUnitBytes),
+                         {arena.take<float>(kResultFloats * sizeof(float)),
+                          arena.take<void>(kPackedBytes + kTransposedBytes)}});
+    }
+    bytes = arena.used();
+  }
+  int64_t row_stride;
+  std::vector<GateScratch> scratch;
+  size_t bytes;
+};
+
+void gate_hidden_block(const GateBackwardProblem& b, const GateBackwardLayout& layout,
+                       const GateScratch& scratch, int64_t first_token, int64_t num_tokens) {
+  const GateProblem& p = b.forward;
+  for (int64_t i = 0; i < num_tokens; ++i) {
+    kernels().copy_row(b.grad_logits + (first_token + i) * p.num_experts, DType::kFloat32, p.num_experts,
+                       Operand::kFloat32, scratch.rows + i * layout.row_stride * kUnitBytes);
+  }
+  const Matrix transposed{p.weight.data, p.weight.out_stride, p.weight.in_stride};
+  const int64_t width = block_columns(transposed, num_tokens);
+  for (int64_t column = 0; column < p.hidden_size; column += 2 * width) {
+    const int64_t columns = std::min(2 * width, p.hidden_size - column);
+    const int64_t first = std::min(width, columns);
+    const Matrix weight = from_column(transposed, column, p.weight_dtype);
+    kernels().gemm({scratch.rows,
+                    layout.row_stride,
+                    num_tokens,
+                    p.num_experts,
+                    Operand::kFloat32,
+                    p.weight_dtype,
+                    {weight, from_column(weight, first, p.weight_dtype)},
+                    {first, columns - first},
+                    width,
+                    scratch.thread.result,
+                    2 * width,
+                    scratch.thread.gemm});
+    kernels().store_block(
+        {scratch.thread.result,
+         2 * width,
+         num_tokens,
+         columns,
+         {advance(b.hidden_states, first_token * p.hidden_size + column, p.dtype), p.hidden_size, 1},
+         p.dtype});
+  }
+}
+
+void gate_weight_block(const GateBackwardProblem& b, const GateScratch& scratch, int64_t row,
+                       int64_t column) {
+  const GateProblem& p = b.forward;
+  const int64_t rows = std::min(kBlockRows, p.hidden_size - row);
+  const int64_t columns = std::min(2 * kPackedColumns, p.num_experts - column);
+  const int64_t first = std::min(kPackedColumns, columns);
+  if (p.num_tokens == 0) {
+    std::fill_n(scratch.thread.result, rows * 2 * kPackedColumns, 0.0f);
+  } else {
+    const Matrix right{b.grad_logits + column, p.num_experts, 1};
+    GemmTask task{advance(p.hidden_states, row, p.dtype),
+                  p.hidden_states_stride,
+                  rows,
+                  p.num_tokens,
+                  Operand::kFloat32,
+                  DType::kFloat32,
+                  {right, from_column(right, first, DType::kFloat32)},
+                  {first, columns - first},
+                  kPackedColumns,
+                  scratch.thread.result,
+                  2 * kPackedColumns,
+                  scratch.thread.gemm};
+    task.transposed = true;
+    task.rows_dtype = p.dtype;
+    kernels().gemm(task);
+  }
+  Matrix gradient = from_column(b.weight, column, p.weight_dtype);
+  gradient.data = advance(gradient.data, row * gradient.in_stride, p.weight_dtype);
+  kernels().store_block({scratch.thread.result, 2 * kPackedColumns, rows, columns, gradient, p.weight_dtype});
+}
+
 }  // namespace
 
 size_t gate_workspace_size(const GateProblem& problem, int num_threads) {
@@ -79,6 +162,34 @@ void gate(const GateProblem& problem, int num_threads, void* workspace, float* l
       const int64_t token = i * tokens_per_task;
       gate_block(problem, layout, layout.scratch[thread], token,
                  std::min(tokens_per_task, problem.num_tokens - token), logits);
+    }
+  });
+}
+
+size_t gate_backward_workspace_size(const GateBackwardProblem& problem, int num_threads) {
+  return GateBackwardLayout(problem, nullptr, num_threads).bytes;
+}
+
+void gate_backward(const GateBackwardProblem& b, int num_threads, void* workspace) {
+  const GateBackwardLayout layout(b, workspace, num_threads);
+  const GateProblem& p = b.forward;
+  const int64_t tokens_per_task =
+      std::min(kBlockRows, std::max<int64_t>(16, divide_up(p.num_tokens, 4 * num_threads)));
+  const int64_t hidden_tasks = b.hidden_states ? divide_up(p.num_tokens, tokens_per_task) : 0;
+  const int64_t row_blocks = divide_up(p.hidden_size, kBlockRows);
+  const int64_t weight_tasks = b.weight.data ? row_blocks * divide_up(p.num_experts, 2 * kPackedColumns) : 0;
+  const int64_t num_tasks = hidden_tasks + weight_tasks;
+  std::atomic<int64_t> next{0};
+  parallel(static_cast<int>(std::min<int64_t>(num_threads, num_tasks)), [&](int thread) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
+      if (i < hidden_tasks) {
+        gate_hidden_block(b, layout, layout.scratch[thread], i * tokens_per_task,
+                          std::min(tokens_per_task, p.num_tokens - i * tokens_per_task));
+      } else {
+        const int64_t block = i - hidden_tasks;
+        gate_weight_block(b, layout.scratch[thread], block % row_blocks * kBlockRows,
+                          block / row_blocks * 2 * kPackedColumns);
+      }
     }
   });
 }

@@ -35,6 +35,8 @@ constexpr int64_t kMaxStreamedColumns = 2048;
 // Floats of a GemmTask's result when it is scratch, and bytes of its other scratch.
 constexpr int64_t kResultFloats = kBlockRows * 2 * kPackedColumns;
 constexpr int64_t kPackedBytes = kBlockUnits * 2 * kPackedColumns * kUnitBytes;
+constexpr int64_t kTransposedBytes =
+    kBlockUnits * kBlockRows * kUnitBytes;  // more, where rows are transposed
 
 inline bool is_streamed(const Matrix& weight, int64_t rows) {
   return weight.out_stride == 1 && rows <= kStreamedRows;
@@ -63,7 +65,14 @@ struct GemmTask {
                          // of kPackedColumns
   float* result;
   int64_t result_stride;
-  void* scratch;  // kPackedBytes
+  void* scratch;            // kPackedBytes
+  bool accumulate = false;  // adds to what result holds
+  // The left operand is the transpose of `rows`: `depth` rows with num_rows elements of rows_dtype each,
+  // row_stride elements apart. Needs kTransposedBytes more scratch and weights with out_stride 1. Every
+  // result is then one chain of multiply-adds in the order of the rows, which accumulate continues: cutting
+  // the rows into several tasks changes no bit.
+  bool transposed = false;
+  DType rows_dtype = DType::kUnknown;
 };
 
 // out[r, c] = activation(gate) * up, rounded to dtype and stored as an operand of the second GEMM.
@@ -78,9 +87,58 @@ struct ActivateTask {
   ActivationSpec activation;
   DType dtype;
   Operand operand;
-  void* out;           // at the first column
+  void* out;           // at the first column, or null where only saved_gate and saved_up are wanted
   int64_t out_stride;  // units
   uint32_t amax_bits;  // raised to the bits of max |value before rounding|; NaN is the largest
+  // Where gate and up, with their biases, are kept as dtype for the backward; or null.
+  void* saved_gate = nullptr;
+  void* saved_up = nullptr;
+  int64_t saved_stride = 0;  // elements
+};
+
+// Columns whose part of a router weight's gradient is summed before the parts are added.
+constexpr int64_t kRouterSumColumns = kPackedColumns;
+
+// What an ActivateTask did, backwards: for every row, from the gradient of its intermediate.
+struct ActivateBackwardTask {
+  const float* grad;  // [num_rows, columns], of the intermediate before the router weight; null: not needed
+  int64_t grad_stride;
+  int64_t num_rows, columns;
+  const void* gate;  // pre-activations, of dtype
+  const void* up;
+  int64_t gate_up_stride;      // elements
+  const float* router_weight;  // [num_rows]
+  ActivationSpec activation;
+  DType dtype;
+  Operand operand;
+  // Each null where it is not wanted. Operand rows of router weight x gradient of gate and up, and of router
+  // weight x intermediate; router_sums[r, j]: the sum of grad x intermediate over kRouterSumColumns columns.
+  void* gate_grad;
+  void* up_grad;
+  int64_t gate_up_grad_stride;  // units
+  void* inter;
+  int64_t inter_stride;  // units
+  float* router_sums;
+  int64_t router_sums_stride;
+};
+
+// A block of a weight's gradient: fp32 rows here, a Matrix of any layout there.
+struct BlockTask {
+  float* block;
+  int64_t block_stride;
+  int64_t num_rows, columns;
+  Matrix matrix;  // at the block's first element
+  DType dtype;
+};
+
+// sums[c] += weight[r] * rows[r, c], in the order of r. A null weight is 1.
+struct ColumnSumsTask {
+  const void* rows;
+  DType dtype;
+  int64_t row_stride;  // elements
+  const float* weight;
+  int64_t num_rows, columns;
+  float* sums;
 };
 
 // out[t, :] = sum over k of weight[t, k] * (down[position[t, k], :] + bias of the expert), skipping position
@@ -107,6 +165,11 @@ struct Kernels {
   void (*gemm)(const GemmTask& task);
   void (*activate)(ActivateTask* task);
   void (*combine)(const CombineTask& task);
+  void (*activate_backward)(const ActivateBackwardTask& task);
+  void (*load_block)(const BlockTask& task);   // block = matrix, which is fp32
+  void (*store_block)(const BlockTask& task);  // matrix = block, rounded to dtype
+  void (*column_sums)(const ColumnSumsTask& task);
+  float (*dot)(const void* a, DType a_dtype, const void* b, DType b_dtype, int64_t n);
   // What the machine can do at best, for benchmarks. Both return a value that depends on all they did.
   float (*multiply_add_loop)(int64_t iterations);  // multiply_add_flops each
   float (*read_loop)(const float* data, int64_t count, int64_t streams);

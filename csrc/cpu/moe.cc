@@ -13,39 +13,12 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/float_formats.h"
-#include "cpu/kernels.h"
+#include "cpu/rows.h"
 #include "cpu/threads.h"
-#include "cpu/workspace.h"
 
 namespace paddle_moe {
 namespace cpu {
 namespace {
-
-// Where chunk_size is left to us, chunks are as large as this many bytes of rows allow: every chunk reads the
-// weights anew, so fewer are better.
-constexpr int64_t kChunkBytes = int64_t{512} << 20;
-constexpr int64_t kRowsPerCopyTask = 32;
-constexpr int64_t kTokensPerCombineTask = 16;
-// A thread is woken for at least this many bytes of weights; less is done before it is awake.
-constexpr int64_t kWeightBytesPerThread = 256 * 1024;
-// Streamed blocks are made narrower until each thread has this many; more would cost long runs of memory.
-constexpr int64_t kStreamedBlocksPerThread = 2;
-
-float load_float(const void* data, int64_t i, DType dtype) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
-    case DType::kFloat16:
-      return f16_to_float(static_cast<const uint16_t*>(data)[i]);
-    default:
-      return static_cast<const float*>(data)[i];
-  }
-}
-
-Operand operand_of(DType dtype) {
-  return dtype == DType::kBFloat16 && kernels().bf16_dot ? Operand::kBf16Pairs : Operand::kFloat32;
-}
 
 struct Layout {
   explicit Layout(const Problem& p, void* workspace, int threads)
@@ -54,52 +27,45 @@ struct Layout {
         inter_stride(operand_stride(p.intermediate_size, operand)),
         down_stride(round_up(p.hidden_size, 2 * kPackedColumns)) {
     const int64_t bytes_per_token = p.top_k * (hidden_stride + inter_stride + down_stride) * kUnitBytes;
-    const int64_t chunk =
-        p.chunk_size > 0 ? p.chunk_size : std::max<int64_t>(64, kChunkBytes / bytes_per_token);
-    tokens = std::min(chunk, std::max<int64_t>(1, p.num_tokens));
+    tokens = chunk_tokens(p, bytes_per_token);
     Arena arena(workspace);
-    const int64_t slots = tokens * p.top_k;
-    position = arena.take<int32_t>(slots * sizeof(int32_t));
-    local_expert = arena.take<int32_t>(slots * sizeof(int32_t));
-    weight = arena.take<float>(slots * sizeof(float));
-    slot_token = arena.take<int32_t>(slots * sizeof(int32_t));
-    hidden_rows = arena.take<char>(slots * hidden_stride * kUnitBytes);
-    inter_rows = arena.take<char>(slots * inter_stride * kUnitBytes);
-    down_rows = arena.take<float>(slots * down_stride * sizeof(float));
+    const int64_t num_slots = tokens * p.top_k;
+    slots = Slots(&arena, num_slots);
+    hidden_rows = arena.take<char>(num_slots * hidden_stride * kUnitBytes);
+    inter_rows = arena.take<char>(num_slots * inter_stride * kUnitBytes);
+    down_rows = arena.take<float>(num_slots * down_stride * sizeof(float));
     scratch = take_thread_scratch(&arena, threads);
     bytes = arena.used();
   }
 
   Operand operand;
   int64_t tokens, hidden_stride, inter_stride, down_stride;  // strides in units and floats
-  int32_t *position, *local_expert, *slot_token;
-  float* weight;
+  Slots slots;
   char *hidden_rows, *inter_rows;
   float* down_rows;
   std::vector<ThreadScratch> scratch;
   size_t bytes;
 };
 
-// A block of rows and columns of one expert's GEMM.
-struct GemmBlock {
-  int32_t expert;
-  int64_t first_row, num_rows;
-  int64_t first_column, num_columns;
-  int64_t width;  // of each of the two blocks of columns that are computed together
+// Where the pre-activations are kept, if at all, and the next row of each expert there.
+struct Saved {
+  void* rows;  // [R, 2I]
+  std::vector<int64_t> next;
 };
 
 class Chunk {
  public:
   Chunk(const Problem& problem, const Layout& layout, int64_t first_token, int64_t num_tokens, void* out,
-        uint32_t* amax_bits)
+        uint32_t* amax_bits, Saved* saved)
       : p_(problem),
         w_(layout),
         threads_(static_cast<int64_t>(layout.scratch.size())),
         first_token_(first_token),
         num_tokens_(num_tokens),
         out_(out),
-        amax_(amax_bits) {
-    sort();
+        amax_(amax_bits),
+        saved_(saved),
+        begin_(sort_slots(problem, first_token, num_tokens, layout.slots)) {
     plan();
   }
 
@@ -109,31 +75,10 @@ class Chunk {
     const int64_t useful = 1 + active_experts_ * bytes_per_expert / kWeightBytesPerThread;
     parallel(static_cast<int>(std::min<int64_t>({threads_, useful, num_tasks_})),
              [this](int thread) { work(thread); });
+    for (size_t e = 0; e < saved_->next.size(); ++e) saved_->next[e] += begin_[e + 1] - begin_[e];
   }
 
  private:
-  void sort() {
-    const int64_t num_experts = p_.num_experts(), slots = num_tokens_ * p_.top_k,
-                  base = first_token_ * p_.top_k;
-    begin_.assign(num_experts + 1, 0);
-    for (int64_t i = 0; i < slots; ++i) {
-      const int64_t id = p_.routing_table_dtype == DType::kInt64
-                             ? static_cast<const int64_t*>(p_.routing_table)[base + i]
-                             : static_cast<const int32_t*>(p_.routing_table)[base + i];
-      const bool local = id >= p_.first_expert && id - p_.first_expert < num_experts;
-      w_.local_expert[i] = local ? static_cast<int32_t>(id - p_.first_expert) : -1;
-      if (local) ++begin_[w_.local_expert[i] + 1];
-      w_.weight[i] = load_float(p_.router_weights, base + i, p_.router_weights_dtype);
-    }
-    for (int64_t e = 0; e < num_experts; ++e) begin_[e + 1] += begin_[e];
-    std::vector<int64_t> next(begin_.begin(), begin_.end() - 1);
-    for (int64_t i = 0; i < slots; ++i) {
-      const int32_t e = w_.local_expert[i];
-      w_.position[i] = e < 0 ? -1 : static_cast<int32_t>(next[e]++);
-      if (e >= 0) w_.slot_token[w_.position[i]] = static_cast<int32_t>(i / p_.top_k);
-    }
-  }
-
   void plan() {
     const int64_t num_experts = p_.num_experts();
     num_rows_ = begin_[num_experts];
@@ -144,33 +89,19 @@ class Chunk {
       const size_t before = first_.size();
       if (rows > 0) {
         const Expert& expert = p_.experts[e];
-        add_blocks(e, p_.intermediate_size, 1, expert.gate, &first_);
-        add_blocks(e, p_.hidden_size, 2, expert.down, &second_);
+        const int64_t wanted = divide_up(kStreamedBlocksPerThread * threads_, active_experts_);
+        // The first GEMM computes the same columns of gate and up together, the second GEMM two neighbouring
+        // blocks of columns.
+        cut_into_blocks(e, begin_[e], begin_[e + 1], p_.intermediate_size, 1, expert.gate, wanted,
+                        [this](const GemmBlock& block) { first_.push_back(block); });
+        cut_into_blocks(e, begin_[e], begin_[e + 1], p_.hidden_size, 2, expert.down, wanted,
+                        [this](const GemmBlock& block) { second_.push_back(block); });
       }
       first_left_[e].store(static_cast<int32_t>(first_.size() - before), std::memory_order_relaxed);
     }
     copy_tasks_ = divide_up(num_rows_, kRowsPerCopyTask);
     combine_tasks_ = divide_up(num_tokens_, kTokensPerCombineTask);
     num_tasks_ = copy_tasks_ + static_cast<int64_t>(first_.size() + second_.size()) + combine_tasks_;
-  }
-
-  // The first GEMM computes the same columns of gate and up together, the second GEMM two neighbouring blocks
-  // of columns.
-  void add_blocks(int64_t expert, int64_t columns, int64_t neighbours, const Matrix& weight,
-                  std::vector<GemmBlock>* blocks) const {
-    const int64_t begin = begin_[expert], end = begin_[expert + 1];
-    int64_t width = block_columns(weight, std::min(kBlockRows, end - begin));
-    if (is_streamed(weight, end - begin)) {
-      const int64_t blocks_wanted = divide_up(kStreamedBlocksPerThread * threads_, active_experts_);
-      const int64_t narrow = round_up(divide_up(columns, neighbours * blocks_wanted), kPackedColumns);
-      width = std::min(width, narrow);
-    }
-    for (int64_t c = 0; c < columns; c += neighbours * width) {
-      for (int64_t r = begin; r < end; r += kBlockRows) {
-        blocks->push_back({static_cast<int32_t>(expert), r, std::min(kBlockRows, end - r), c,
-                           std::min(neighbours * width, columns - c), width});
-      }
-    }
   }
 
   void work(int thread) {
@@ -200,7 +131,7 @@ class Chunk {
   void copy_rows(int64_t task) {
     const int64_t end = std::min(num_rows_, (task + 1) * kRowsPerCopyTask);
     for (int64_t row = task * kRowsPerCopyTask; row < end; ++row) {
-      const int64_t token = first_token_ + w_.slot_token[row];
+      const int64_t token = first_token_ + w_.slots.row_token[row];
       kernels().copy_row(advance(p_.hidden_states, token * p_.hidden_states_stride, p_.dtype), p_.dtype,
                          p_.hidden_size, w_.operand, w_.hidden_rows + row * w_.hidden_stride * kUnitBytes);
     }
@@ -233,6 +164,14 @@ class Chunk {
                           p_.activation,        p_.dtype,
                           w_.operand,           out,
                           w_.inter_stride,      0};
+    if (saved_->rows) {
+      const int64_t inter = p_.intermediate_size;
+      const int64_t row = saved_->next[block.expert] + block.first_row - begin_[block.expert];
+      activate.saved_stride = 2 * inter;
+      activate.saved_gate = const_cast<void*>(
+          advance(saved_->rows, row * activate.saved_stride + block.first_column, p_.dtype));
+      activate.saved_up = const_cast<void*>(advance(activate.saved_gate, inter, p_.dtype));
+    }
     kernels().activate(&activate);
     if (amax_) raise(&amax_[block.expert], activate.amax_bits);
   }
@@ -258,10 +197,10 @@ class Chunk {
     const int64_t token = task * kTokensPerCombineTask, slot = token * p_.top_k;
     char* out = static_cast<char*>(out_) +
                 (first_token_ + token) * p_.hidden_size * static_cast<int64_t>(dtype_size(p_.dtype));
-    kernels().combine({w_.down_rows, w_.down_stride, w_.position + slot, w_.local_expert + slot,
-                       w_.weight + slot, p_.experts.data(), p_.bias_dtype, p_.experts[0].down_bias != nullptr,
-                       std::min(kTokensPerCombineTask, num_tokens_ - token), p_.top_k, p_.hidden_size,
-                       p_.dtype, out});
+    kernels().combine(
+        {w_.down_rows, w_.down_stride, w_.slots.position + slot, w_.slots.expert + slot,
+         w_.slots.weight + slot, p_.experts.data(), p_.bias_dtype, p_.experts[0].down_bias != nullptr,
+         std::min(kTokensPerCombineTask, num_tokens_ - token), p_.top_k, p_.hidden_size, p_.dtype, out});
   }
 
   static void raise(uint32_t* maximum, uint32_t value) {
@@ -276,8 +215,9 @@ class Chunk {
   const int64_t threads_, first_token_, num_tokens_;
   void* const out_;
   uint32_t* const amax_;
+  Saved* const saved_;
 
-  std::vector<int64_t> begin_;  // the rows of expert e: begin_[e] .. begin_[e + 1] - 1
+  const std::vector<int64_t> begin_;  // the rows of expert e: begin_[e] .. begin_[e + 1] - 1
   std::vector<GemmBlock> first_, second_;
   int64_t num_rows_ = 0, active_experts_ = 0, copy_tasks_ = 0, combine_tasks_ = 0, num_tasks_ = 0;
 
@@ -292,12 +232,20 @@ size_t workspace_size(const Problem& problem, int num_threads) {
   return Layout(problem, nullptr, num_threads).bytes;
 }
 
-void mixture_of_experts(const Problem& problem, int num_threads, void* workspace, void* out, float* amax) {
+int64_t count_rows(const Problem& problem) { return saved_rows(problem).back(); }
+
+void mixture_of_experts(const Problem& problem, int num_threads, void* workspace, void* out, float* amax,
+                        void* pre_activations) {
   Layout layout(problem, workspace, num_threads);
   std::vector<uint32_t> amax_bits(amax ? problem.num_experts() : 0, 0);
+  Saved saved{pre_activations, {}};
+  if (pre_activations) {
+    saved.next = saved_rows(problem);
+    saved.next.pop_back();
+  }
   for (int64_t t = 0; t < problem.num_tokens; t += layout.tokens) {
     Chunk chunk(problem, layout, t, std::min(layout.tokens, problem.num_tokens - t), out,
-                amax ? amax_bits.data() : nullptr);
+                amax ? amax_bits.data() : nullptr, &saved);
     chunk.run();
   }
   for (size_t e = 0; e < amax_bits.size(); ++e) amax[e] = bits_to_float(amax_bits[e]);

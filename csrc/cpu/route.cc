@@ -48,6 +48,30 @@ class Router {
     }
   }
 
+  // The gradient of the logits from that of the weights.
+  void backward(const float* logits, const int32_t* ids, const float* grad, float* grad_logits) {
+    std::fill_n(grad_logits, p_.num_experts, 0.0f);
+    if (ids[0] < 0) return;
+    score(logits);
+    parts_.resize(p_.top_k);
+    const float divisor = find_parts(ids, parts_.data());
+    const bool over_logits = p_.scoring == Scoring::kSoftmaxTopK;
+    float inner = 0.0f;  // what the weights' common divisor takes away
+    for (int64_t i = 0; (over_logits || p_.renormalize) && i < p_.top_k; ++i)
+      inner += grad[i] * (parts_[i] / divisor);
+    float mean = 0.0f;
+    for (int64_t i = 0; i < p_.top_k; ++i) {
+      const float by_part = p_.scaling_factor * ((grad[i] - inner) / divisor);
+      const float slope = over_logits                       ? parts_[i]
+                          : p_.scoring == Scoring::kSigmoid ? parts_[i] * (1.0f - parts_[i])
+                                                            : 1.0f;
+      grad_logits[ids[i]] = by_part * slope;
+      mean += by_part * parts_[i];
+    }
+    if (p_.scoring != Scoring::kSoftmax) return;
+    for (int64_t e = 0; e < p_.num_experts; ++e) grad_logits[e] = scores_[e] * (grad_logits[e] - mean);
+  }
+
  private:
   // Each of the three steps returns false when it meets something that is not a number.
   bool score(const float* logits) {
@@ -103,41 +127,59 @@ class Router {
     }
   }
 
-  bool weigh(const int32_t* ids, float* weights) const {
+  // A weight is parts[i] / (what this returns) * scaling_factor.
+  float find_parts(const int32_t* ids, float* parts) const {
     const int64_t k = p_.top_k;
     float sum = 0.0f;
     if (p_.scoring == Scoring::kSoftmaxTopK) {
       float largest = kMinusInfinity;
       for (int64_t i = 0; i < k; ++i) largest = std::max(largest, scores_[ids[i]]);
-      for (int64_t i = 0; i < k; ++i) sum += weights[i] = std::exp(scores_[ids[i]] - largest);
-    } else {
-      for (int64_t i = 0; i < k; ++i) sum += weights[i] = scores_[ids[i]];
-      sum = p_.renormalize ? sum + p_.renormalize_eps : 1.0f;
+      for (int64_t i = 0; i < k; ++i) sum += parts[i] = std::exp(scores_[ids[i]] - largest);
+      return sum;
     }
-    for (int64_t i = 0; i < k; ++i) weights[i] = weights[i] / sum * p_.scaling_factor;
+    for (int64_t i = 0; i < k; ++i) sum += parts[i] = scores_[ids[i]];
+    return p_.renormalize ? sum + p_.renormalize_eps : 1.0f;
+  }
+
+  bool weigh(const int32_t* ids, float* weights) const {
+    const float sum = find_parts(ids, weights);
+    for (int64_t i = 0; i < p_.top_k; ++i) weights[i] = weights[i] / sum * p_.scaling_factor;
     return sum == sum;
   }
 
   const RouteProblem& p_;
-  std::vector<float> scores_, keys_, group_keys_;
+  std::vector<float> scores_, keys_, group_keys_, parts_;
   std::vector<bool> kept_;
   Best best_;
 };
 
-}  // namespace
-
-void route(const RouteProblem& problem, int num_threads, int32_t* routing_table, float* router_weights) {
+template <class Function>
+void for_tokens(const RouteProblem& problem, int num_threads, const Function& function) {
   const int64_t num_tasks = (problem.num_tokens + kTokensPerTask - 1) / kTokensPerTask;
   std::atomic<int64_t> next{0};
   parallel(static_cast<int>(std::min<int64_t>(num_threads, num_tasks)), [&](int) {
     Router router(problem);
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
       const int64_t end = std::min(problem.num_tokens, (i + 1) * kTokensPerTask);
-      for (int64_t t = i * kTokensPerTask; t < end; ++t) {
-        router.route(problem.logits + t * problem.num_experts, routing_table + t * problem.top_k,
-                     router_weights + t * problem.top_k);
-      }
+      for (int64_t t = i * kTokensPerTask; t < end; ++t) function(&router, t);
     }
+  });
+}
+
+}  // namespace
+
+void route(const RouteProblem& problem, int num_threads, int32_t* routing_table, float* router_weights) {
+  for_tokens(problem, num_threads, [&](Router* router, int64_t t) {
+    router->route(problem.logits + t * problem.num_experts, routing_table + t * problem.top_k,
+                  router_weights + t * problem.top_k);
+  });
+}
+
+void route_backward(const RouteBackwardProblem& problem, int num_threads, float* grad_logits) {
+  const RouteProblem& p = problem.forward;
+  for_tokens(p, num_threads, [&](Router* router, int64_t t) {
+    router->backward(p.logits + t * p.num_experts, problem.routing_table + t * p.top_k,
+                     problem.grad_router_weights + t * p.top_k, grad_logits + t * p.num_experts);
   });
 }
 

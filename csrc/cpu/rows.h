@@ -1,0 +1,129 @@
+// What the forward and the backward of mixture_of_experts share: the rows of a chunk of tokens, that is the
+// slots (token, k) whose expert is local, sorted by expert; and how an expert's GEMM is cut into blocks.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/float_formats.h"
+#include "cpu/kernels.h"
+#include "cpu/workspace.h"
+
+namespace paddle_moe {
+namespace cpu {
+
+// Where chunk_size is left to us, chunks are as large as this many bytes of rows allow: every chunk reads the
+// weights anew, so fewer are better.
+constexpr int64_t kChunkBytes = int64_t{512} << 20;
+constexpr int64_t kRowsPerCopyTask = 32;
+constexpr int64_t kTokensPerCombineTask = 16;
+// A thread is woken for at least this many bytes of weights; less is done before it is awake.
+constexpr int64_t kWeightBytesPerThread = 256 * 1024;
+// Streamed blocks are made narrower until each thread has this many; more would cost long runs of memory.
+constexpr int64_t kStreamedBlocksPerThread = 2;
+
+inline float load_float(const void* data, int64_t i, DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
+    case DType::kFloat16:
+      return f16_to_float(static_cast<const uint16_t*>(data)[i]);
+    default:
+      return static_cast<const float*>(data)[i];
+  }
+}
+
+inline Operand operand_of(DType dtype) {
+  return dtype == DType::kBFloat16 && kernels().bf16_dot ? Operand::kBf16Pairs : Operand::kFloat32;
+}
+
+// The local expert of slot i, or -1.
+inline int32_t local_expert(const Problem& p, int64_t i) {
+  const int64_t id = p.routing_table_dtype == DType::kInt64 ? static_cast<const int64_t*>(p.routing_table)[i]
+                                                            : static_cast<const int32_t*>(p.routing_table)[i];
+  const bool local = id >= p.first_expert && id - p.first_expert < p.num_experts();
+  return local ? static_cast<int32_t>(id - p.first_expert) : -1;
+}
+
+// The tokens of a chunk; all per slot, in the workspace.
+inline int64_t chunk_tokens(const Problem& p, int64_t bytes_per_token) {
+  const int64_t chunk =
+      p.chunk_size > 0 ? p.chunk_size : std::max<int64_t>(64, kChunkBytes / bytes_per_token);
+  return std::min(chunk, std::max<int64_t>(1, p.num_tokens));
+}
+
+struct Slots {
+  Slots() = default;
+  Slots(Arena* arena, int64_t slots)
+      : position(arena->take<int32_t>(slots * sizeof(int32_t))),
+        expert(arena->take<int32_t>(slots * sizeof(int32_t))),
+        weight(arena->take<float>(slots * sizeof(float))),
+        row_token(arena->take<int32_t>(slots * sizeof(int32_t))) {}
+
+  int32_t* position;   // of each slot: its row, or -1
+  int32_t* expert;     // of each slot: its local expert, or -1
+  float* weight;       // of each slot
+  int32_t* row_token;  // of each row, counted from the first token of the chunk
+};
+
+// Sorts a chunk. The rows of expert e are result[e] .. result[e + 1] - 1.
+inline std::vector<int64_t> sort_slots(const Problem& p, int64_t first_token, int64_t num_tokens,
+                                       const Slots& slots) {
+  const int64_t num_experts = p.num_experts(), count = num_tokens * p.top_k, base = first_token * p.top_k;
+  std::vector<int64_t> begin(num_experts + 1, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t e = slots.expert[i] = local_expert(p, base + i);
+    if (e >= 0) ++begin[e + 1];
+    slots.weight[i] = load_float(p.router_weights, base + i, p.router_weights_dtype);
+  }
+  for (int64_t e = 0; e < num_experts; ++e) begin[e + 1] += begin[e];
+  std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t e = slots.expert[i];
+    slots.position[i] = e < 0 ? -1 : static_cast<int32_t>(next[e]++);
+    if (e >= 0) slots.row_token[slots.position[i]] = static_cast<int32_t>(i / p.top_k);
+  }
+  return begin;
+}
+
+// The same over the whole call, whatever the chunks: this is how pre-activations are kept. Each chunk moves
+// the experts' places on by its own rows.
+inline std::vector<int64_t> saved_rows(const Problem& p) {
+  std::vector<int64_t> begin(p.num_experts() + 1, 0);
+  for (int64_t i = 0; i < p.num_tokens * p.top_k; ++i) {
+    const int32_t e = local_expert(p, i);
+    if (e >= 0) ++begin[e + 1];
+  }
+  for (int64_t e = 0; e < p.num_experts(); ++e) begin[e + 1] += begin[e];
+  return begin;
+}
+
+// A block of rows and columns of one expert's GEMM.
+struct GemmBlock {
+  int32_t expert;
+  int64_t first_row, num_rows;
+  int64_t first_column, num_columns;
+  int64_t width;  // of each of the two blocks of columns that are computed together
+};
+
+// Calls add(block) for all blocks of rows begin .. end - 1. `neighbours` is 2 where the two blocks of columns
+// are neighbours, 1 where they are the same columns of two weights. blocks_wanted: streamed blocks become
+// narrower until there are this many.
+template <class Add>
+void cut_into_blocks(int64_t expert, int64_t begin, int64_t end, int64_t columns, int64_t neighbours,
+                     const Matrix& weight, int64_t blocks_wanted, const Add& add) {
+  int64_t width = block_columns(weight, std::min(kBlockRows, end - begin));
+  if (is_streamed(weight, end - begin)) {
+    width = std::min(width, round_up(divide_up(columns, neighbours * blocks_wanted), kPackedColumns));
+  }
+  for (int64_t c = 0; c < columns; c += neighbours * width) {
+    for (int64_t r = begin; r < end; r += kBlockRows) {
+      add(GemmBlock{static_cast<int32_t>(expert), r, std::min(kBlockRows, end - r), c,
+                    std::min(neighbours * width, columns - c), width});
+    }
+  }
+}
+
+}  // namespace cpu
+}  // namespace paddle_moe
