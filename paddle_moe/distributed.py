@@ -22,6 +22,7 @@ import collections
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import multiprocessing.util
 import os
 import socket
@@ -120,6 +121,9 @@ class ParallelContext:
             tokens.
         grid_group: all ranks of the EP x TP grid of this replica; None if there is no such group, "grid" is
             then EP followed by TP.
+        ep_pairs: on gloo, by global rank, the groups of this rank and one other of ep_group, for send and recv.
+            Paddle numbers the messages of a gloo group in each rank for itself, so two ranks can talk only
+            after equally many calls; in a group of two that is always so.
 
     The groups are paddle.distributed groups and work with its functions. Those of size 1 communicate nothing.
     """
@@ -138,6 +142,7 @@ class ParallelContext:
         self.ep_rank, self.ep_size = _position(ep_group, self.rank), ep_group.nranks
         self.tp_rank, self.tp_size = _position(tp_group, self.rank), tp_group.nranks
         self.dp_rank, self.dp_size = _position(self.dp_group, self.rank), self.dp_group.nranks
+        self.ep_pairs: dict[int, Group] = {}
         self._watchdog = watchdog
         self._grid = self._self_test()
 
@@ -194,7 +199,7 @@ class ParallelContext:
         if group.nranks == 1 or tensor.size == 0:  # gloo refuses an empty tensor
             return tensor
         widen = dtype == "float16" and group.backend == "GLOO" or fp32 and dtype in ("float16", "bfloat16")
-        with paddle.no_grad(), self._waiting(slot, "all_reduce"):
+        with paddle.no_grad(), self.waiting(slot, "all_reduce"):
             reduced = tensor.astype("float32") if widen else tensor
             dist.all_reduce(reduced, op=_OPS[op], group=group)
             if widen:
@@ -282,7 +287,9 @@ class ParallelContext:
             f"group: expected 'ep', 'tp', 'grid', 'dp' or a group of this context, got {group!r}"
         )
 
-    def _waiting(self, slot: str, what: str) -> contextlib.AbstractContextManager[None]:
+    def waiting(self, slot: str, what: str) -> contextlib.AbstractContextManager[None]:
+        """Around a collective of the "ep", "tp", "grid" or "dp" group that all of its ranks make, `what` in words:
+        when one of them does not come within timeout_seconds, all ranks end and say which."""
         if self._watchdog is None:
             return contextlib.nullcontext()
         return self._watchdog.waiting(slot, f"{what} of the {slot} group {list(self._groups()[slot].ranks)}")
@@ -399,13 +406,19 @@ def init_distributed(
     with watchdog.waiting("world", "paddle.distributed.init_parallel_env"):
         world_group = dist.init_parallel_env()
 
+    on_gloo = world_group.backend == "GLOO"
     rank_lists = {one.ep_group for one in grid} | {one.tp_group for one in grid}
     rank_lists |= {one.dp_group for one in grid} | {one.grid_group for one in grid}
-    build = _build_gloo_groups if world_group.backend == "GLOO" else _build_groups
+    if on_gloo:
+        rank_lists |= {pair for one in grid for pair in itertools.combinations(one.ep_group, 2)}
+    build = _build_gloo_groups if on_gloo else _build_groups
     addresses = [address or host for address in hosts]
     groups = build([list(ranks) for ranks in sorted(rank_lists)], world_group, watchdog, addresses)
     own_groups = (groups[ranks] for ranks in (own.ep_group, own.tp_group, own.grid_group, own.dp_group))
     context = ParallelContext(*own_groups, watchdog)
+    if on_gloo:
+        peers = (peer for peer in own.ep_group if peer != rank)
+        context.ep_pairs = {peer: groups[tuple(sorted((rank, peer)))] for peer in peers}
     watchdog.exchange(None, "init_distributed")
     return context
 
