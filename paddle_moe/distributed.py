@@ -403,6 +403,7 @@ def init_distributed(
     )
     if len(set(hosts)) > 1:
         _let_gloo_use_the_route_to(host, port)
+    _use_the_older_store_server()
     with watchdog.waiting("world", "paddle.distributed.init_parallel_env"):
         world_group = dist.init_parallel_env()
 
@@ -522,6 +523,12 @@ def _build_gloo_groups(
                 process_group = core.ProcessGroupGloo.create(store, ranks.index(rank), len(ranks), group_id)
         groups[tuple(ranks)] = _register(ranks, rank, group_id, process_group)
     return groups
+
+
+def _use_the_older_store_server() -> None:
+    """Paddle 3.3.1's store server on libuv now and then aborts its process when a client disconnects at exit."""
+    with contextlib.suppress(ValueError):  # Paddle 2.6 has only the older one
+        paddle.set_flags({"FLAGS_tcp_store_using_libuv": False})
 
 
 def _open_store(host: str) -> tuple[Any, int]:
