@@ -21,6 +21,7 @@ namespace {
 // weights anew, so fewer are better.
 constexpr int64_t kChunkBytes = int64_t{4} << 30;
 constexpr int64_t kMinChunkTokens = 64;
+constexpr int64_t kMinBlockM = 16;                    // of all implementations
 constexpr int64_t kMaxChunkSlots = int64_t{1} << 30;  // positions are 32-bit
 
 void expect(cudaError_t error, const char* what) {
@@ -70,7 +71,8 @@ struct Layout {
     // One tile size for all chunks. The last one may be smaller; the sums do not depend on it.
     block_m = implementation.block_m(p, tokens);
     const int64_t slots = tokens * k, experts_count = p.num_experts();
-    tiles_count = max_tiles(slots, experts_count, block_m);
+    // For any implementation: the size of the workspace must not depend on the alignment of the arrays.
+    tiles_count = max_tiles(slots, experts_count, kMinBlockM);
     Arena arena(workspace);
     experts = arena.take<Expert>(experts_count);
     expert_rows = arena.take<int32_t>(experts_count);

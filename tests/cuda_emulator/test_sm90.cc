@@ -64,6 +64,29 @@ void check_epilogue(Random& random, const char* activation, ::Layout layout, DTy
   }
 }
 
+// An expert without tokens is not read, and NaN in one token does not reach another.
+void check_isolation(Random& random) {
+  Layer layer(random, 70, 72, 40, 3, 1, DType::kBFloat16, ::Layout::kList, false);
+  std::replace(layer.ids.begin(), layer.ids.end(), int64_t{1}, int64_t{-1});
+  const Result expected = run_emulated(resolve(layer.arguments));
+  CHECK(count_differences(layer, expected) == 0, "an expert without tokens changes values");
+  auto fill = [](const Tensor& tensor, int64_t begin, int64_t count) {
+    std::fill_n(static_cast<unsigned char*>(const_cast<void*>(tensor.data)) + 2 * begin, 2 * count, 0xff);
+  };
+  fill(layer.arguments.gate_up_weights[1], 0, 72 * 80);
+  fill(layer.arguments.down_weights[1], 0, 40 * 72);
+  constexpr int kSpoiled = 9;
+  layer.ids[kSpoiled] = 2;
+  fill(layer.arguments.hidden_states, kSpoiled * 72, 72);
+  const Result got = run_emulated(resolve(layer.arguments));
+  for (int t = 0; t < layer.tokens; ++t) {
+    const unsigned char *a = got.out.get() + t * 144, *b = expected.out.get() + t * 144;
+    CHECK(t == kSpoiled || std::equal(a, a + 144, b), "NaN in token %d changed token %d", kSpoiled, t);
+  }
+  CHECK(std::isnan(get(got.out.get(), layer.dtype, kSpoiled * 72)), "NaN was lost");
+  CHECK(std::isnan(got.amax[2]) && got.amax[1] == 0, "amax is %g and %g", got.amax[2], got.amax[1]);
+}
+
 // A layer that tensor copies cannot read takes another path, to the same result.
 void check_refused(const Layer& layer, const char* what) {
   const Problem problem = resolve(layer.arguments);
@@ -91,7 +114,9 @@ void check_refusals(Random& random) {
   Layer rows = make(16, 16);
   shift(rows.arguments.hidden_states);
   check_refused(rows, "misaligned tokens");
+  const size_t workspace = cuda::workspace_size(resolve(layer.arguments));
   shift(layer.arguments.gate_up_weights[1]);
+  CHECK(cuda::workspace_size(resolve(layer.arguments)) == workspace, "the workspace depends on addresses");
   check_refused(layer, "a misaligned gate");
   Layer down = make(16, 16);
   shift(down.arguments.down_weights[0]);
@@ -124,6 +149,8 @@ int main() {
     check_epilogue(random, activation, separate ? ::Layout::kSeparate : ::Layout::kList,
                    pick(random, 0, 1) ? DType::kFloat32 : DType::kBFloat16);
   }
+  check_isolation(random);
   check_refusals(random);
+  check_layer(random, 9, 8, 8, 1500, 2, DType::kFloat16, ::Layout::kList, false);
   return finish();
 }
