@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
-from paddle import nn
+from paddle import _C_ops, nn
 
 from . import functional
 from .collectives import enter_shards, leave_shards, no_contribution
@@ -79,7 +79,7 @@ class FusedMoE(nn.Layer):
         capacity_factor, drop_policy: see policies.limit_capacity; over the tokens of this call. None:
             dropless.
         bias_update_speed: of update_correction_bias, 0: correction_bias is left alone.
-        chunk_size: see mixture_of_experts.
+        recompute, chunk_size: see mixture_of_experts.
         dtype: of the expert weights and the hidden states; None: paddle.get_default_dtype().
         gate_dtype: of the gate weights, "float32" or dtype.
         seed: weights are drawn per expert from it, so that the shards of any grid assemble to the same
@@ -123,6 +123,7 @@ class FusedMoE(nn.Layer):
         capacity_factor: float | None = None,
         drop_policy: str = "probability",
         bias_update_speed: float = 0.0,
+        recompute: bool = False,
         chunk_size: int = 0,
         dtype: str | None = None,
         gate_dtype: str = "float32",
@@ -172,7 +173,7 @@ class FusedMoE(nn.Layer):
         self.num_experts, self.top_k = num_experts, top_k
         self.activation, self.reduce, self.fp32_reduce = activation, reduce, fp32_reduce
         self.shared_intermediate_size = shared_intermediate_size
-        self.chunk_size = chunk_size
+        self.recompute, self.chunk_size = recompute, chunk_size
         self.balance_loss_weight, self.balance_loss = balance_loss_weight, balance_loss
         self.z_loss_weight, self.jitter_epsilon = z_loss_weight, jitter_epsilon
         self.capacity_factor, self.drop_policy = capacity_factor, drop_policy
@@ -462,6 +463,9 @@ class FusedMoE(nn.Layer):
         measure: bool = False,
     ) -> tuple[paddle.Tensor, paddle.Tensor | None]:
         """partial_output, and with `measure` the amax [E_l] of this rank's experts."""
+        autocast = functional._autocast_dtype()
+        if autocast is not None:  # here, so that every rank casts and reduces alike
+            hidden_states = hidden_states.astype(autocast)
         dtype = "float32" if self.fp32_reduce else hidden_states.dtype
         replicated = [hidden_states, router_weights]
         if self.shared_intermediate_size:
@@ -497,6 +501,7 @@ class FusedMoE(nn.Layer):
             experts_min=self.experts_min,
             experts_max=self.experts_max,
             measurement_mode=measure,
+            recompute=self.recompute,
             chunk_size=self.chunk_size,
         )
         return result if measure else (result, None)
@@ -518,6 +523,7 @@ class FusedMoE(nn.Layer):
             share,
             *weights,
             activation=self.activation,
+            recompute=self.recompute,
             chunk_size=self.chunk_size,
         )
 
@@ -590,7 +596,7 @@ class FusedMoE(nn.Layer):
             # Recompute runs the forward twice, the first time without gradients.
             if self.training and self.expert_counts is not None and paddle.is_grad_enabled():
                 counts = self.expert_counts + count_ids(routing_table, self.num_experts)
-                paddle.assign(counts, output=self.expert_counts)
+                _C_ops.assign_out_(counts, self.expert_counts)  # also in a static program
             routing_table, router_weights = self._limit_capacity(routing_table, router_weights)
         if self.parallel is not None and os.environ.get("PADDLE_MOE_CHECK") == "1":
             self.parallel.check_same_routing(routing_table, router_weights)

@@ -11,6 +11,7 @@ import paddle
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F
 
+from paddle_moe.functional import unified
 from paddle_moe.policies import count_ids
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["load_balancing_loss", "router_z_loss"]
 
 
+@unified
 def load_balancing_loss(
     logits: paddle.Tensor,
     routing_table: paddle.Tensor,
@@ -69,11 +71,13 @@ def load_balancing_loss(
             f"got {list(logits.shape)} and {list(routing_table.shape)}"
         )
     num_experts, top_k = logits.shape[1], routing_table.shape[1]
-    if sequence_length is not None and (sequence_length < 1 or logits.shape[0] % sequence_length):
-        raise ValueError(
-            "sequence_length must be at least 1 and divide the number of tokens, "
-            f"got {sequence_length} for {logits.shape[0]} tokens"
-        )
+    if sequence_length is not None:
+        known = isinstance(sequence_length, int) and sequence_length >= 1
+        if not known or logits.shape[0] >= 0 and logits.shape[0] % sequence_length:
+            raise ValueError(
+                "sequence_length must be an integer that is at least 1 and divides the number of tokens, "
+                f"got {sequence_length} for {logits.shape[0]} tokens"
+            )
     if scoring == "sigmoid":
         scores = F.sigmoid(logits)
         probabilities = scores / scores.sum(axis=-1, keepdim=True)

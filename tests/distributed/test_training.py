@@ -1,0 +1,37 @@
+"""FusedMoE trained by real processes: gradients, optimizer steps and everything that it is combined with.
+
+Each rank compares itself with the whole layer in one process. workers/training.py has the checks.
+"""
+
+from __future__ import annotations
+
+import pytest
+from launcher import WORKERS, launch
+
+JOBS = {
+    "ep2_tp2": (
+        (2, 2, 1),
+        "gradients losses faults stop_gradient shared_weights dropped_all_reduces recompute jitter amax",
+    ),
+    "ep2_tp2_mixed_precision": ((2, 2, 1), "mixed_precision clipping flags"),
+    "ep4": ((4, 1, 1), "gradients faults branches stop_gradient dropped_all_reduces amax clipping flags"),
+    "tp4": ((1, 4, 1), "gradients branches dropped_all_reduces flags"),
+    "dp2": ((1, 1, 2), "sharded_optimizer data_parallel flags"),
+    "ep2_sharded_optimizer": ((2, 1, 1), "sharded_optimizer"),
+    "ep2_dp2": (
+        (2, 1, 2),
+        "accumulation data_parallel averages replica_without_tokens global_balance pipeline",
+    ),
+    "ep2_tp2_dp2": ((2, 2, 2), "optimizer_steps"),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_training(name, tmp_path):
+    sizes, checks = JOBS[name]
+    ranks = sizes[0] * sizes[1] * sizes[2]
+    job = launch(tmp_path, WORKERS / "training.py", *sizes, *checks.split(), ranks=ranks, seconds=240)
+    assert job.returncode == 0, str(job)
+    for log in job.logs:
+        assert [line.split()[0] for line in log.splitlines() if line.endswith(" passed")] == checks.split()
+    assert len(job.logs) == ranks

@@ -1,0 +1,468 @@
+"""One rank that trains FusedMoE in many ways: training.py EP_SIZE TP_SIZE DP_SIZE CHECK...
+
+Every rank also trains the whole layer by itself and compares. Prints "CHECK passed" after each check.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from layer_cases import EXPERTS, HIDDEN, TOP_K, tokens
+from training_cases import (
+    Model,
+    assert_close,
+    assert_same_gradients,
+    assert_same_model,
+    autocast,
+    batch,
+    loss_of,
+    make_layer,
+    shard_like,
+    train,
+)
+
+from paddle_moe import (
+    ClipGradByGlobalNorm,
+    average_gradients,
+    broadcast_parameters,
+    init_distributed,
+    load_balancing_loss,
+)
+
+ep_size, tp_size, dp_size = map(int, sys.argv[1:4])
+parallel = init_distributed(ep_size, tp_size, dp_size, timeout_seconds=60)
+CHECKS = {}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+def trained_tokens(*arguments, **options):
+    return paddle.to_tensor(tokens(*arguments, **options), stop_gradient=False)
+
+
+def both(**options):
+    return make_layer(parallel, **options), make_layer(**options)
+
+
+@check
+def gradients():
+    """Every way to reduce; then biases, the shared expert and its gate one by one."""
+    for reduce, fp32_reduce in itertools.product(("two", "one"), (False, True)):
+        layer = make_layer(parallel, reduce=reduce, fp32_reduce=fp32_reduce)
+        assert_same_gradients(layer, make_layer(), trained_tokens())
+    for parts in ({}, dict(bias=True), dict(shared=True), dict(shared=True, shared_gate=True)):
+        assert_same_gradients(*both(parts=parts), trained_tokens())
+
+
+@check
+def losses():
+    options = dict(balance_loss_weight=0.5, z_loss_weight=0.1, return_aux_loss=True)
+    called = dict(return_aux_loss=options.pop("return_aux_loss"))
+    for kind in ("batch", "global"):
+        assert_same_gradients(*both(balance_loss=kind, **options), trained_tokens(), **called)
+    for policy in ("probability", "position"):
+        layers = both(capacity_factor=0.8, drop_policy=policy, **options)
+        assert_same_gradients(*layers, trained_tokens(), **called)
+
+
+@check
+def faults():
+    # Fewer experts than ranks, then fewer columns of the shared expert too: these ranks add nothing.
+    assert_same_gradients(*both(num_experts=3), trained_tokens())
+    assert_same_gradients(*both(num_experts=2, parts={}), trained_tokens())
+    # All tokens on one expert; no token on any expert; no token at all.
+    ones = paddle.ones([len(tokens()), 1])
+    for expert in (0, EXPERTS - 1, -1):
+        table = paddle.full([len(tokens()), 1], expert, "int32")
+        for fixed in (False, True):
+            weights = ones.clone()
+            weights.stop_gradient = fixed
+            inputs = dict(routing_table=table, router_weights=weights)
+            assert_same_gradients(*both(), trained_tokens(), **inputs)
+    assert_same_gradients(*both(), trained_tokens(num_tokens=0))
+
+
+@check
+def stop_gradient():
+    """Any subset, the same on every rank; also where a rank holds no experts."""
+    names = ("hidden_states", "gate_weight", "gate_up_weight", "down_bias")
+    for num_experts, *fixed in itertools.product((2, EXPERTS), *[(False, True)] * 4):
+        layers = both(num_experts=num_experts, parts=dict(bias=True))
+        x = trained_tokens()
+        for name, stops in zip(names, fixed):
+            for holder in layers:
+                tensor = x if name == "hidden_states" else getattr(holder, name)
+                if tensor is not None:
+                    tensor.stop_gradient = stops
+        assert_same_gradients(*layers, x)
+    layers = both()
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.stop_gradient = True
+    assert_same_gradients(*layers, trained_tokens())
+
+
+@check
+def branches():
+    """Layers side by side, with experts on other ranks each: the order of the backward is the same anyway."""
+    sizes = (3, EXPERTS, 2, 4)
+    pairs = [both(num_experts=size, parts={"shared": size == 3}, seed=size) for size in sizes]
+    for x in (trained_tokens(), trained_tokens(num_tokens=3)):
+        for layer, dense in pairs:
+            others = [pair for pair in pairs if pair[0] is not layer]
+            assert_same_gradients(
+                layer,
+                dense,
+                x,
+                call=lambda x, layer=layer, others=others: sum((one(x) for one, _ in others), layer(x)),
+                dense_call=lambda x, dense=dense, others=others: sum((one(x) for _, one in others), dense(x)),
+            )
+
+
+@check
+def shared_weights():
+    """One layer used twice, and its weights in a second layer."""
+    layer, dense = both()
+    assert_same_gradients(
+        layer, dense, trained_tokens(), call=lambda x: layer(layer(x)), dense_call=lambda x: dense(dense(x))
+    )
+    twins = both()
+    for twin, original in zip(twins, (layer, dense)):
+        twin.gate_up_weight, twin.down_weight = original.gate_up_weight, original.down_weight
+    assert_same_gradients(
+        layer,
+        dense,
+        trained_tokens(),
+        call=lambda x: twins[0](layer(x)),
+        dense_call=lambda x: twins[1](dense(x)),
+    )
+
+
+@check
+def dropped_all_reduces():
+    """Each all-reduce of a step, left out on all ranks: the comparison notices."""
+    for reduce in ("two", "one"):
+        layer, dense = make_layer(parallel, reduce=reduce), make_layer()
+        all_reduce, seen, left_out = parallel.all_reduce, [], None
+
+        def faulty(tensor, group, *arguments, **options):
+            seen.append(group)
+            drop = len(seen) - 1 == left_out
+            return tensor if drop else all_reduce(tensor, group, *arguments, **options)
+
+        parallel.all_reduce = faulty
+        try:
+            assert_same_gradients(layer, dense, trained_tokens())
+            # The output, then the gradients of hidden_states, router_weights and the shared gate.
+            groups = ["ep", "tp"] if reduce == "two" else ["grid"]
+            assert seen == groups * 4, seen
+            for left_out in [index for index, group in enumerate(seen) if sizes()[group] > 1]:
+                seen.clear()
+                try:
+                    assert_same_gradients(layer, dense, trained_tokens())
+                except AssertionError:
+                    continue
+                raise RuntimeError(f"nobody noticed that all-reduce {left_out} was left out")
+        finally:
+            parallel.all_reduce = all_reduce
+
+
+def sizes():
+    return {"ep": ep_size, "tp": tp_size, "grid": ep_size * tp_size}
+
+
+@check
+def recompute():
+    from paddle.distributed.fleet.utils import recompute
+
+    options = dict(balance_loss_weight=0.5, jitter_epsilon=0.0, bias_update_speed=1e-3)
+    for reentrant in (True, False):
+        layer, dense = both(**options)
+
+        def run(x, layer=layer, reentrant=reentrant):
+            return recompute(layer, x, return_aux_loss=True, use_reentrant=reentrant)
+
+        assert_same_gradients(
+            layer, dense, trained_tokens(), call=run, dense_call=lambda x: dense(x, return_aux_loss=True)
+        )
+        if reentrant:
+            assert layer.expert_counts.tolist() == dense.expert_counts.tolist()
+
+
+@check
+def jitter():
+    """The noise is that of the first rank, also where the generators differ; recompute repeats it."""
+    from paddle.distributed.fleet.utils import recompute
+
+    layer, dense = both(jitter_epsilon=0.3, parts={})
+    paddle.seed(parallel.rank)
+    x = trained_tokens(num_tokens=50)
+    _, ids, weights = layer(x, return_routing=True)
+    parallel.check_same_routing(ids, weights)
+    paddle.seed(0)
+    _, first_ids, first_weights = dense(x, return_routing=True)
+    assert (ids == first_ids).all() and (weights == first_weights).all()
+    assert (weights != layer.eval()(x, return_routing=True)[2]).any()
+    layer.train()
+
+    def seeded(call):
+        def run(x):
+            paddle.seed(0)
+            return call(x)
+
+        return run
+
+    assert_same_gradients(
+        layer, dense, x, call=seeded(lambda x: recompute(layer, x)), dense_call=seeded(dense)
+    )
+
+
+@check
+def amax():
+    for num_experts in (2, EXPERTS):
+        layer, dense = both(num_experts=num_experts)
+        x = paddle.to_tensor(tokens())
+        (_, ours), (_, whole) = layer(x, return_amax=True), dense(x, return_amax=True)
+        assert ours.shape == [num_experts] and whole.numpy().any()
+        np.testing.assert_allclose(ours.numpy(), whole.numpy(), rtol=1e-6)
+
+
+@check
+def flags():
+    layer = make_layer(parallel)
+    for name, parameter in layer.named_parameters():
+        sharded = name not in ("gate_weight", "shared_gate_weight") and ep_size * tp_size > 1
+        assert parameter.is_distributed == sharded, name
+        assert getattr(parameter, "no_sync", False) == getattr(parameter, "expert", False) == sharded, name
+        assert not sharded or parameter.color == {"color": "moe_expert", "group": parallel.dp_group}
+
+
+@check
+def optimizer_steps():
+    """Twenty steps of AdamW with clipping, every loss and bias updates."""
+    model, dense = Model(parallel), Model()
+    losses = train(model, 20, parallel)
+    expected = train(dense, 20)
+    totals = parallel.all_reduce(paddle.to_tensor(losses), "dp").numpy() / dp_size
+    np.testing.assert_allclose(totals, expected, rtol=1e-5)
+    assert expected[-1] < 0.9 * expected[0]
+    assert_same_model(model, dense)
+
+
+@check
+def accumulation():
+    """Two micro-batches are one batch; the balance loss is one of each micro-batch."""
+    options = dict(balance_loss_weight=0.0)
+    model, dense = Model(parallel, **options), Model(**options)
+    train(model, 3, parallel, micro_batches=2)
+    train(dense, 3)
+    assert_same_model(model, dense)
+
+
+@check
+def mixed_precision():
+    """Automatic casts over float32 parameters, and bfloat16 ones, also where a rank holds no experts."""
+    for level, num_experts in itertools.product(("O1", "O2"), (2, EXPERTS)):
+        layers = both(num_experts=num_experts, dtype="float32" if level == "O1" else "bfloat16")
+
+        def run(x, layer):
+            with autocast(level):
+                return layer(x)
+
+        assert_same_gradients(
+            *layers,
+            trained_tokens(),
+            tolerance=2e-2,
+            call=lambda x: run(x, layers[0]),
+            dense_call=lambda x: run(x, layers[1]),
+        )
+
+
+@check
+def data_parallel():
+    """paddle.DataParallel averages the dense parameters and leaves the shards to average_gradients."""
+    dense = Model()
+    train(dense, 3)
+    for group in (None, parallel.dp_group):
+        model = Model(parallel)
+        wrapped = paddle.DataParallel(model, group=group)
+        shards = [parameter for parameter in model.parameters() if getattr(parameter, "no_sync", False)]
+        train(model, 3, parallel, wrapped=wrapped, after_backward=lambda: average_gradients(shards, parallel))
+        assert_same_model(model, dense)
+
+
+@check
+def clipping():
+    """The norm is that of one process, and paddle's own class is the reference there."""
+    layer, dense = both()
+    x = trained_tokens()
+    for one in (layer, dense):
+        (one(x) ** 2).sum().backward()
+    dense.down_weight.need_clip = layer.down_weight.need_clip = False
+
+    def clipped(layer, clip):
+        pairs = clip([(parameter, parameter.grad.clone()) for parameter in layer.parameters()])
+        names = [name for name, _ in layer.named_parameters()]
+        return {name: gradient.numpy() for name, (_, gradient) in zip(names, pairs)}
+
+    for clip_norm in (0.1, 1e9):
+        mine = clipped(layer, ClipGradByGlobalNorm(clip_norm, parallel))
+        whole = shard_like(layer, clipped(dense, paddle.nn.ClipGradByGlobalNorm(clip_norm)))
+        for name, gradient in whole.items():
+            assert_close(mine[name], gradient, 1e-5, name)
+    layer.gate_weight.is_distributed = True
+    try:
+        clipped(layer, ClipGradByGlobalNorm(0.1, parallel))
+    except ValueError as error:
+        assert "is sharded (is_distributed), but not by FusedMoE" in str(error), error
+    else:
+        raise AssertionError("a foreign shard was clipped")
+
+
+@check
+def averages():
+    """Gradients that only some replicas have, that none has, of two dtypes; and the same start everywhere."""
+    replica = parallel.dp_rank
+    values = {"float32": [1.0, 2.0], "bfloat16": [3.0], "float64": [1e-300]}
+    zeros = paddle.nn.initializer.Constant(0.0)
+    parameters = [
+        paddle.create_parameter([len(value)], dtype, default_initializer=zeros)
+        for dtype, value in values.items()
+    ]
+    unused, fixed = paddle.create_parameter([2], "float32"), paddle.create_parameter([2], "float32")
+    fixed.stop_gradient = True
+    for parameter, value in zip(parameters, values.values()):
+        if replica == 0:
+            parameter.grad = paddle.to_tensor(np.array(value)).astype(parameter.dtype)
+    average_gradients([*parameters, unused, fixed], parallel)
+    for parameter, value in zip(parameters, values.values()):
+        assert parameter.grad.dtype == parameter.dtype
+        np.testing.assert_allclose(
+            parameter.grad.astype("float64").numpy(), np.array(value) / dp_size, rtol=1e-6
+        )
+    assert unused.grad is None and fixed.grad is None
+
+    layer, first = make_layer(parallel, seed=parallel.rank), make_layer(parallel, seed=0)
+    broadcast_parameters(layer.parameters(), parallel)
+    np.testing.assert_array_equal(layer.gate_weight.numpy(), first.gate_weight.numpy())
+    owner = make_layer(parallel, seed=parallel.rank - replica * ep_size * tp_size)
+    np.testing.assert_array_equal(layer.down_weight.numpy(), owner.down_weight.numpy())
+
+
+@check
+def replica_without_tokens():
+    """One replica has no tokens for a whole step: its gradients are zeros, and nobody waits."""
+    layer, dense = both(balance_loss_weight=0.5, balance_loss="global", z_loss_weight=0.1)
+    for num_tokens in (0, 7):
+        x = trained_tokens(num_tokens=num_tokens if parallel.dp_rank else 6)
+        output, loss = layer(x, return_aux_loss=True)
+        (output.sum() / 6 + loss).backward()
+        average_gradients(layer.parameters(), parallel)
+        assert all(np.isfinite(parameter.grad.numpy()).all() for parameter in layer.parameters())
+        assert np.isfinite(loss.item())
+        layer.clear_gradients()
+
+
+@check
+def global_balance():
+    """Replicas with different numbers of tokens: the value and the averaged gradient of the whole batch."""
+    logits = np.random.default_rng(0).standard_normal((10, EXPERTS)).astype(np.float32)
+    ids = paddle.to_tensor(np.argsort(-logits, axis=1)[:, :TOP_K].astype(np.int32))
+    parts = [slice(0, 7), slice(7, 10)] + [slice(10, 10)] * (dp_size - 2)
+    weight = paddle.to_tensor(logits, stop_gradient=False)
+    mine = parts[parallel.dp_rank]
+    local = load_balancing_loss(weight[mine], ids[mine], parallel=parallel)
+    local.backward()
+    average_gradients([weight], parallel)
+    whole = paddle.to_tensor(logits, stop_gradient=False)
+    expected = load_balancing_loss(whole, ids)
+    expected.backward()
+    np.testing.assert_allclose(local.item(), expected.item(), rtol=1e-6)
+    assert_close(weight.grad.numpy(), whole.grad.numpy(), 1e-6, "logits")
+
+
+@check
+def pipeline():
+    """Two stages with a layer of experts each, every stage a grid of its own, two micro-batches in flight."""
+    import paddle.distributed as dist
+
+    stage, other = parallel.dp_rank, parallel.dp_group.ranks[1 - parallel.dp_rank]
+    options = dict(balance_loss_weight=0.5)
+    stages = [make_layer(seed=seed, **options) for seed in (0, 1)]
+    layer = make_layer(parallel, seed=stage, **options)
+    shape = [5, HIDDEN]
+    inputs = [paddle.to_tensor(part, stop_gradient=False) for part in np.split(tokens(num_tokens=10), 2)]
+
+    sent = []
+    for part in inputs:
+        if stage == 1:
+            part = paddle.empty(shape)
+            dist.recv(part, other)
+            part.stop_gradient = False
+        output, loss = layer(part, return_aux_loss=True)
+        if stage == 0:
+            dist.send(output.detach(), other)
+        sent.append((part, output, loss))
+    for part, output, loss in sent:
+        if stage == 1:
+            (output.sum() + loss).backward()
+            dist.send(part.grad, other)
+        else:
+            gradient = paddle.empty(shape)
+            dist.recv(gradient, other)
+            paddle.autograd.backward([output, loss], [gradient, paddle.ones([])])
+
+    for part in inputs:
+        part = part.detach()
+        hidden, first = stages[0](part, return_aux_loss=True)
+        output, second = stages[1](hidden, return_aux_loss=True)
+        (output.sum() + first + second).backward()
+    whole = {name: parameter.grad.numpy() for name, parameter in stages[stage].named_parameters()}
+    part = shard_like(layer, whole)
+    for name, parameter in layer.named_parameters():
+        assert_close(parameter.grad.numpy(), part[name], 2e-6, name)
+
+
+@check
+def sharded_optimizer():
+    """fleet's sharding stage 1 holds the optimizer states of the dense parameters."""
+    from paddle.distributed import fleet
+
+    strategy = fleet.DistributedStrategy()
+    strategy.hybrid_configs = {"dp_degree": 1, "sharding_degree": parallel.world_size}
+    fleet.init(is_collective=True, strategy=strategy)
+    model, dense = Model(parallel), Model()
+    shards = [parameter for parameter in model.parameters() if parameter.is_distributed]
+    others = [parameter for parameter in model.parameters() if not parameter.is_distributed]
+    wrapped = fleet.distributed_model(model)
+    optimizers = [
+        fleet.distributed_optimizer(paddle.optimizer.AdamW(1e-2, parameters=others)),
+        *[paddle.optimizer.AdamW(1e-2, parameters=part) for part in (shards,) if part],
+    ]
+    whole = [paddle.optimizer.AdamW(1e-2, parameters=dense.parameters())]
+    for step in range(3):
+        x, target = batch(step)
+        mine = [np.split(part, dp_size)[parallel.dp_rank] for part in (x, target)]
+        loss_of(wrapped, *mine).backward()
+        average_gradients(shards, parallel)
+        loss_of(dense, x, target).backward()
+        for optimizer in optimizers + whole:
+            optimizer.step()
+            optimizer.clear_grad()
+        for experts in (*model.experts, *dense.experts):
+            experts.update_correction_bias()
+    assert len(optimizers[0].state_dict()) < 4 * len(others)
+    assert_same_model(model, dense)
+
+
+for name in sys.argv[4:]:
+    CHECKS[name]()
+    parallel.barrier()
+    print(name, "passed", flush=True)

@@ -1,0 +1,267 @@
+"""FusedMoE in training mode, in one process: gradients, auxiliary losses, policies, faults, graphs."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+from layer_cases import EXPERTS, HIDDEN, INTER, TOKENS, TOP_K, tokens
+from paddle.nn import functional as F
+from training_cases import assert_close, autocast, gradients, make_layer
+
+from paddle_moe import (
+    FusedMoE,
+    balanced_correction_bias,
+    gate,
+    limit_capacity,
+    load_balancing_loss,
+    router_z_loss,
+    tokens_per_expert,
+)
+
+
+def trained_tokens(*arguments, **options):
+    return paddle.to_tensor(tokens(*arguments, **options), stop_gradient=False)
+
+
+def eager(layer, x):
+    """The layer in Paddle's own operators, a loop over the experts; the routing is that of the layer."""
+    with paddle.no_grad():
+        ids, _ = layer.route(x)
+    scores = F.softmax(x @ layer.gate_weight, axis=-1)
+    chosen = F.one_hot(ids.astype("int64"), EXPERTS)  # [T, K, E]
+    weights = (chosen * scores.unsqueeze(1)).sum(1)
+    weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+
+    def expert(x, gate_up, gate_up_bias, down, down_bias):
+        before, up = (x @ gate_up + gate_up_bias).split(2, axis=-1)
+        return (F.silu(before) * up) @ down + down_bias
+
+    out = expert(x, layer.shared_gate_up_weight[0], 0.0, layer.shared_down_weight[0], 0.0)
+    out = out * F.sigmoid(x @ layer.shared_gate_weight)
+    for e in range(EXPERTS):
+        one = (layer.gate_up_weight[e], layer.gate_up_bias[e], layer.down_weight[e], layer.down_bias[e])
+        out = out + weights[:, e : e + 1] * expert(x, *one)
+    return out
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients(recompute):
+    layer = make_layer(recompute=recompute)
+    reference = make_layer()
+    expected = gradients(reference, trained_tokens(), call=lambda x: eager(reference, x))
+    actual = gradients(layer, trained_tokens())
+    assert set(actual) == set(expected) and len(actual) == 10
+    for name, value in expected.items():
+        assert_close(actual[name], value, 2e-6, name)
+
+
+# ---------------------------------------------------------------- auxiliary losses
+
+
+@pytest.mark.parametrize("kind", ["batch", "sequence", "global"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_aux_loss_is_the_weighted_sum(kind, scoring):
+    options = dict(balance_loss_weight=0.5, balance_loss=kind, z_loss_weight=0.25, scoring=scoring)
+    layer = make_layer(**options)
+    x = trained_tokens(num_tokens=12)
+    _, ids, weights, loss = layer(x.reshape([3, 4, HIDDEN]), return_routing=True, return_aux_loss=True)
+    logits = gate(x, layer.gate_weight)
+    length = 4 if kind == "sequence" else None
+    balance = load_balancing_loss(logits, ids, scoring=scoring, sequence_length=length)
+    assert loss.item() == pytest.approx((0.5 * balance + 0.25 * router_z_loss(logits)).item(), rel=1e-6)
+    loss.backward()
+    assert layer.gate_weight.grad.numpy().any() and x.grad.numpy().any()
+    assert layer.down_weight.grad is None
+
+
+def test_aux_loss_is_never_lost():
+    layer, x = make_layer(z_loss_weight=0.1), trained_tokens()
+    with pytest.raises(ValueError, match="auxiliary losses .* would be lost: pass return_aux_loss=True"):
+        layer(x)
+    _, ids, weights, loss = layer(x, return_routing=True, return_aux_loss=True)
+    layer(x, ids, weights)
+    with pytest.raises(ValueError, match="return_aux_loss=True needs the router"):
+        layer(x, ids, weights, return_aux_loss=True)
+    layer.eval()
+    layer(x)
+    assert layer(x, return_aux_loss=True)[1].item() == loss.item()
+    assert make_layer()(x, return_aux_loss=True)[1].item() == 0
+    with pytest.raises(ValueError, match=r"must have the shape \[..., S, H\] for balance_loss='sequence'"):
+        make_layer(balance_loss_weight=1.0, balance_loss="sequence")(x, return_aux_loss=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (dict(balance_loss="token"), "balance_loss must be 'batch', 'sequence' or 'global', got 'token'"),
+        (dict(balance_loss_weight=-1.0), "balance_loss_weight must be at least 0, got -1.0"),
+        (dict(z_loss_weight=float("nan")), "z_loss_weight must be at least 0, got nan"),
+        (dict(jitter_epsilon=1.0), "jitter_epsilon must be at least 0 and below 1, got 1.0"),
+        (dict(capacity_factor=0.0), "capacity_factor must be positive, got 0.0"),
+        (dict(capacity_factor=1.0, drop_policy="last"), "drop_policy must be one of probability, position"),
+        (dict(bias_update_speed=0.1), "bias_update_speed needs a bias to update"),
+    ],
+)
+def test_bad_options(options, text):
+    with pytest.raises(ValueError, match=text):
+        FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, **options)
+
+
+# ---------------------------------------------------------------- policies
+
+
+@pytest.mark.parametrize("policy", ["probability", "position"])
+def test_capacity_in_training_only(policy):
+    layer, x = make_layer(capacity_factor=0.7, drop_policy=policy), trained_tokens()
+    output, ids, weights = layer(x, return_routing=True)
+    free_output, free_ids, free_weights = layer.eval()(x, return_routing=True)
+    kept = limit_capacity(free_ids, free_weights, EXPERTS, 0.7, policy)
+    np.testing.assert_array_equal(ids.numpy(), kept[0].numpy())
+    np.testing.assert_array_equal(weights.numpy(), kept[1].numpy())
+    assert (ids.numpy() == -1).any() and not (free_ids.numpy() == -1).any()
+    np.testing.assert_array_equal(output.numpy(), layer(x, ids, weights).numpy())
+    assert (output.numpy() != free_output.numpy()).any()
+
+
+def test_jitter_in_training_only():
+    layer, x = make_layer(jitter_epsilon=0.2), trained_tokens()
+    noisy, again = layer(x, return_routing=True)[2], layer(x, return_routing=True)[2]
+    assert (noisy.numpy() != again.numpy()).any()
+    layer.eval()
+    quiet = layer(x, return_routing=True)[2]
+    np.testing.assert_array_equal(quiet.numpy(), make_layer()(x, return_routing=True)[2].numpy())
+
+
+def test_bias_updates():
+    layer, x = make_layer(bias_update_speed=0.125, capacity_factor=0.5), trained_tokens()
+    before = layer.correction_bias.clone()
+    _, ids, _ = make_layer()(x, return_routing=True)
+    counts = tokens_per_expert(ids, EXPERTS)
+    for _ in range(2):
+        layer(x)
+    assert layer.expert_counts.tolist() == (2 * counts).tolist()  # before any drop
+    with paddle.no_grad():
+        layer(x)
+    layer(x, ids, paddle.ones([TOKENS, TOP_K]))
+    layer.eval()(x)
+    assert layer.expert_counts.tolist() == (2 * counts).tolist()
+    layer.update_correction_bias()
+    expected = balanced_correction_bias(before, counts, 0.125)
+    np.testing.assert_array_equal(layer.correction_bias.numpy(), expected.numpy())
+    assert (layer.correction_bias != before).any() and not layer.expert_counts.any()
+    assert "expert_counts" not in layer.state_dict()
+    with pytest.raises(ValueError, match="needs a layer with bias_update_speed > 0"):
+        make_layer().update_correction_bias()
+
+
+def test_amax():
+    layer, x = make_layer(), trained_tokens()
+    output, amax = layer(x, return_amax=True)
+    with paddle.no_grad():
+        logits = x @ layer.gate_up_weight + layer.gate_up_bias.unsqueeze(1)
+        before, up = logits.split(2, axis=-1)
+        intermediate = (F.silu(before) * up).abs().max(-1)  # [E, T]
+        chosen = F.one_hot(layer.route(x)[0].astype("int64"), EXPERTS).sum(1).T
+        expected = (intermediate * chosen).max(-1)
+    np.testing.assert_allclose(amax.numpy(), expected.numpy(), rtol=1e-5)
+    np.testing.assert_array_equal(output.numpy(), layer(x).numpy())
+    assert amax.stop_gradient
+
+
+# ---------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("expert", [0, EXPERTS - 1, -1])
+def test_all_tokens_on_one_expert_or_on_none(expert):
+    layer = make_layer(parts={}, balance_loss_weight=0.0)
+    table = paddle.full([TOKENS, 1], expert, "int32")
+    values = gradients(
+        layer,
+        trained_tokens(),
+        routing_table=table,
+        router_weights=paddle.ones([TOKENS, 1]),
+    )
+    assert all(np.isfinite(value).all() for value in values.values())
+    for name in ("gate_up_weight", "down_weight"):
+        others = [values[name][e] for e in range(EXPERTS) if e != expert]
+        assert not np.any(others) and values[name].any() == (expert >= 0)
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 0.01])
+def test_loss_is_finite_with_idle_experts(capacity_factor):
+    options = dict(balance_loss_weight=1.0, z_loss_weight=1.0, capacity_factor=capacity_factor)
+    layer = make_layer(**options)
+    layer.gate_weight.set_value(paddle.zeros_like(layer.gate_weight))
+    layer.correction_bias.set_value(-100 * paddle.arange(EXPERTS, dtype="float32"))
+    output, ids, _, loss = layer(trained_tokens(), return_routing=True, return_aux_loss=True)
+    assert set(ids.numpy().ravel()) <= {-1, 0, 1}
+    (output.sum() + loss).backward()
+    for parameter in layer.parameters():
+        assert np.isfinite(parameter.grad.numpy()).all()
+
+
+def test_one_layer_twice_and_no_tokens():
+    layer, reference = make_layer(), make_layer()
+    expected = gradients(reference, trained_tokens(), call=lambda x: eager(reference, eager(reference, x)))
+    actual = gradients(layer, trained_tokens(), call=lambda x: layer(layer(x)))
+    for name, value in expected.items():
+        assert_close(actual[name], value, 5e-6, name)
+    values = gradients(layer, trained_tokens(num_tokens=0))
+    assert not any(value.any() for value in values.values())
+
+
+# ---------------------------------------------------------------- mixed precision, static graph
+
+
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_mixed_precision(level):
+    """O1: float32 parameters, computed with in bfloat16. O2: bfloat16 parameters and a float32 router."""
+    layer, x = make_layer(dtype="float32" if level == "O1" else "bfloat16"), trained_tokens()
+    expected = gradients(make_layer(), x)
+
+    def run(x):
+        with autocast(level):
+            return layer(x)
+
+    actual = gradients(layer, x, call=run)
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        assert_close(actual[name], value, 2e-2, name)
+    assert (actual["output"] != expected["output"]).any()
+    assert layer(x.astype(layer.down_weight.dtype)).dtype == layer.down_weight.dtype
+
+
+@pytest.mark.parametrize("shape", [[None, HIDDEN], [None, 4, HIDDEN]])
+def test_to_static_in_training_mode(shape):
+    options = dict(balance_loss_weight=0.5, z_loss_weight=0.1, capacity_factor=1.2, bias_update_speed=0.01)
+    if len(shape) == 3:
+        options["balance_loss"] = "sequence"
+    eager_layer, layer = make_layer(**options), make_layer(**options)
+
+    def run(x):
+        return layer(x, return_aux_loss=True)
+
+    spec = [paddle.static.InputSpec(shape, stop_gradient=False)]
+    static = paddle.jit.to_static(run, input_spec=spec, full_graph=True)
+    for length in (3, 5):
+        x = paddle.to_tensor(tokens(num_tokens=4 * length)).reshape([-1, *shape[1:]])
+        x.stop_gradient = False
+        expected = gradients(eager_layer, x, return_aux_loss=True)
+        actual = gradients(layer, x, call=static)
+        assert set(actual) == set(expected)
+        for name, value in expected.items():
+            assert_close(actual[name], value, 1e-6, name)
+        assert layer.expert_counts.tolist() == eager_layer.expert_counts.tolist()
+
+
+def test_jitter_under_to_static():
+    layer = make_layer(jitter_epsilon=0.2)
+
+    def run(x):
+        return layer(x, return_routing=True)
+
+    spec = [paddle.static.InputSpec([None, HIDDEN])]
+    static = paddle.jit.to_static(run, input_spec=spec, full_graph=True)
+    x = paddle.to_tensor(tokens())
+    assert (static(x)[2].numpy() != static(x)[2].numpy()).any()
