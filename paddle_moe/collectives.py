@@ -27,7 +27,7 @@ __all__ = ["enter_shards", "leave_shards", "no_contribution"]
 def enter_shards(
     tensors: list[paddle.Tensor], parallel: ParallelContext | None, reduce: str, fp32: bool
 ) -> list[paddle.Tensor]:
-    """`tensors`, replicated on the grid, with gradients that are summed over it.
+    """`tensors`, replicated on the grid, with gradients that are summed over it, in place.
 
     Args:
         reduce: "two": EP group, then TP group. "one": the grid.
@@ -78,8 +78,8 @@ class _Enter(PyLayer):
 
     @staticmethod
     def backward(ctx, *gradients: paddle.Tensor):
-        # Copies, because other consumers of the input may hold the same tensor as their gradient.
-        return tuple(sum_over_grid(gradient.clone(), *ctx.options) for gradient in gradients)
+        # In place: operators of FusedMoE made these gradients, and nobody else holds them.
+        return tuple(sum_over_grid(gradient, *ctx.options) for gradient in gradients)
 
 
 class _Leave(PyLayer):
@@ -89,7 +89,7 @@ class _Leave(PyLayer):
 
     @staticmethod
     def backward(ctx, gradient: paddle.Tensor):
-        return gradient.clone()
+        return gradient
 
 
 class _NoContribution(PyLayer):

@@ -17,7 +17,8 @@ JOBS = {
     "ep4": ((4, 1, 1), "gradients faults branches stop_gradient dropped_all_reduces amax clipping flags"),
     "tp4": ((1, 4, 1), "gradients branches dropped_all_reduces flags"),
     "dp2": ((1, 1, 2), "sharded_optimizer data_parallel flags"),
-    "ep2_sharded_optimizer": ((2, 1, 1), "sharded_optimizer"),
+    "ep2_fleet": ((2, 1, 1), "sharded_optimizer"),
+    "ep2_fleet_topology": ((2, 1, 1), "fleet_topology"),
     "ep2_dp2": (
         (2, 1, 2),
         "accumulation data_parallel averages replica_without_tokens global_balance pipeline",

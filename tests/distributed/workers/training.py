@@ -27,6 +27,7 @@ from training_cases import (
 
 from paddle_moe import (
     ClipGradByGlobalNorm,
+    ParallelContext,
     average_gradients,
     broadcast_parameters,
     init_distributed,
@@ -428,6 +429,21 @@ def pipeline():
     part = shard_like(layer, whole)
     for name, parameter in layer.named_parameters():
         assert_close(parameter.grad.numpy(), part[name], 2e-6, name)
+
+
+@check
+def fleet_topology():
+    """The groups of fleet's hybrid topology, where its model-parallel group holds all ranks."""
+    from paddle.distributed import fleet
+
+    strategy = fleet.DistributedStrategy()
+    strategy.hybrid_configs = {"dp_degree": 1, "mp_degree": parallel.world_size}
+    fleet.init(is_collective=True, strategy=strategy)
+    topology = fleet.get_hybrid_communicate_group()
+    single, everyone = topology.get_data_parallel_group(), topology.get_model_parallel_group()
+    for groups in ((single, everyone), (everyone, single)):
+        adopted = ParallelContext.from_groups(*groups, dp_group=single)
+        assert_same_gradients(make_layer(adopted), make_layer(), trained_tokens())
 
 
 @check
