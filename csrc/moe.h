@@ -247,10 +247,10 @@ void route(const RouteProblem& problem, int num_threads, int32_t* routing_table,
 // grad_logits: [T, E].
 void route_backward(const RouteBackwardProblem& problem, int num_threads, float* grad_logits);
 
-// The limits of the machine, for benchmarks: fp32 operations per second of a loop of multiply-adds with the
-// instruction set in use, and bytes per second of reading `bytes` at `data` as `streams` parallel streams per
-// thread.
-double measure_flops(int num_threads);
+// The limits of the machine, for benchmarks: operations per second of a loop of the multiply-adds that the
+// kernels use for this dtype (of bf16 pairs where the processor has them, else of fp32), and bytes per second
+// of reading `bytes` at `data` as `streams` parallel streams per thread.
+double measure_flops(DType dtype, int num_threads);
 double measure_read(const void* data, size_t bytes, int streams, int num_threads);
 
 // The instruction set in use: generic, avx2, avx512 or avx512_bf16. PADDLE_MOE_ISA forces one, for tests.

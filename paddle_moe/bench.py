@@ -6,13 +6,18 @@ with warm ones; the tables show medians over the rounds with their spread. Input
 result is wrong is not timed.
 
 The floor of a call is max(FLOPs / FLOP limit, bytes of the active experts' weights / read limit). The FLOP
-limit is that of fp32, so a processor that multiplies bf16 pairs directly can be below it.
+limit is that of the instructions that the kernels use for the dtype: multiply-adds of bf16 pairs (VDPBF16PS) for
+bfloat16 where the processor has them, of fp32 otherwise.
+
+Cold means that a buffer larger than any cache was read, and then a small layer of the same variant was run for a
+few milliseconds, as the layer before would in a model, so that the variant's threads are awake.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -30,8 +35,13 @@ from .console import print_table
 
 DEFAULT_SHAPES = "8x2x1024x2048,64x8x2048x768"
 FLUSH_BYTES = 256 << 20
+WAKE_SECONDS = 3e-3
 CHECKED_TOKENS = 4
-TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}  # relative L2 against fp64 on the rounded inputs
+TOLERANCE = {
+    "float32": 2e-6,
+    "bfloat16": 1e-2,
+    "float16": 2e-3,
+}  # relative L2 against fp64 on the rounded inputs
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,17 @@ class Case:
         return 6 * self.num_tokens * self.top_k * self.hidden_size * self.intermediate_size
 
     def weight_bytes(self, experts: int) -> int:
-        size = 2 if self.dtype == "bfloat16" else 4
+        size = 4 if self.dtype == "float32" else 2
         return experts * 3 * self.hidden_size * self.intermediate_size * size
+
+
+def _rounded(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """(values in the dtype, bf16 as uint16 bits; the same values in fp32)."""
+    if dtype == "bfloat16":
+        own = reference.to_bf16_bits(values)
+        return own, reference.from_bf16_bits(own).astype(np.float32)
+    own = values.astype(dtype)
+    return own, own.astype(np.float32)
 
 
 class Weights:
@@ -57,23 +76,18 @@ class Weights:
 
     def __init__(self, case: Case, generator: np.random.Generator):
         e, h, i = case.num_experts, case.hidden_size, case.intermediate_size
-        self.fp32 = tuple(
-            generator.random(shape, dtype=np.float32) * (2 * bound) - bound
-            for shape, bound in (((e, h, 2 * i), h**-0.5), ((e, i, h), i**-0.5))
+        self.own, self.fp32 = zip(
+            *(
+                _rounded(generator.random(shape, dtype=np.float32) * (2 * bound) - bound, case.dtype)
+                for shape, bound in (((e, h, 2 * i), h**-0.5), ((e, i, h), i**-0.5))
+            )
         )
-        self.own = self.fp32
-        if case.dtype == "bfloat16":
-            self.own = tuple(reference.to_bf16_bits(w) for w in self.fp32)
-            self.fp32 = tuple(reference.from_bf16_bits(w).astype(np.float32) for w in self.own)
 
 
 class Inputs:
     def __init__(self, case: Case, generator: np.random.Generator):
-        self.hidden = generator.standard_normal((case.num_tokens, case.hidden_size), dtype=np.float32)
-        self.own = self.hidden
-        if case.dtype == "bfloat16":
-            self.own = reference.to_bf16_bits(self.hidden)
-            self.hidden = reference.from_bf16_bits(self.own).astype(np.float32)
+        hidden = generator.standard_normal((case.num_tokens, case.hidden_size), dtype=np.float32)
+        self.own, self.hidden = _rounded(hidden, case.dtype)
         logits = generator.standard_normal((case.num_tokens, case.num_experts), dtype=np.float32)
         self.table, self.weights = core.route(logits, case.top_k)
         self.active = len(np.unique(self.table))
@@ -82,11 +96,17 @@ class Inputs:
 # ---------------------------------------------------------------- variants: build(inputs, weights) -> call
 
 
-def _paddle_moe_core(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
-    arguments = (inputs.own, inputs.table, inputs.weights, [weights.own[0]], [weights.own[1]])
-    workspace = np.empty(core.workspace_size(*arguments), np.uint8)
+def _paddle_moe_core(inputs: Inputs, weights: Weights, layout: str = "stacked") -> Callable[[], np.ndarray]:
+    arrays = [[stack] for stack in weights.own]
+    if layout == "list":
+        arrays = [[np.array(w) for w in stack] for stack in weights.own]
+    elif layout == "permuted":
+        arrays = [[np.ascontiguousarray(stack.swapaxes(1, 2))] for stack in weights.own]
+    arguments = (inputs.own, inputs.table, inputs.weights, *arrays)
+    options = {"permuted_weights": layout == "permuted"}
+    workspace = np.empty(core.workspace_size(*arguments, **options), np.uint8)
     out = np.empty_like(inputs.own)
-    return lambda: core.mixture_of_experts(*arguments, out=out, workspace=workspace)
+    return lambda: core.mixture_of_experts(*arguments, **options, out=out, workspace=workspace)
 
 
 def _paddle_moe_op(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
@@ -145,17 +165,22 @@ def _paddle_loop(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
     return call
 
 
+def _torch_tensors(inputs: Inputs, weights: Weights) -> list:
+    """hidden, table, router weights, gate_up, down."""
+    import torch
+
+    torch.set_num_threads(core.num_threads())
+    hidden, *stacks = (torch.from_numpy(a) for a in (inputs.hidden, *weights.fp32))
+    dtype = {np.uint16: torch.bfloat16, np.float16: torch.float16}.get(inputs.own.dtype.type, torch.float32)
+    table, router = (torch.from_numpy(a) for a in (inputs.table.astype(np.int64), inputs.weights))
+    return [hidden.to(dtype), table, router, *(w.to(dtype) for w in stacks)]
+
+
 def _torch_loop(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
     import torch
     import torch.nn.functional as F
 
-    torch.set_num_threads(core.num_threads())
-    hidden, table, router = (
-        torch.from_numpy(a) for a in (inputs.hidden, inputs.table.astype(np.int64), inputs.weights)
-    )
-    gate_up, down = (torch.from_numpy(w) for w in weights.fp32)
-    if inputs.own.dtype == np.uint16:
-        hidden, gate_up, down = (t.bfloat16() for t in (hidden, gate_up, down))
+    hidden, table, router, gate_up, down = _torch_tensors(inputs, weights)
 
     def call() -> torch.Tensor:
         with torch.no_grad():
@@ -170,13 +195,38 @@ def _torch_loop(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
     return call
 
 
+def _torch_grouped(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
+    import torch
+    import torch.nn.functional as F
+
+    if not hasattr(F, "grouped_mm"):
+        raise ImportError("torch.nn.functional.grouped_mm is missing", name="torch with grouped_mm")
+    hidden, table, router, gate_up, down = _torch_tensors(inputs, weights)
+
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            order = torch.argsort(table.flatten(), stable=True)
+            token = order // table.shape[1]
+            counts = torch.bincount(table.flatten(), minlength=len(down))
+            ends = torch.cumsum(counts, 0).to(torch.int32)
+            gate, up = F.grouped_mm(hidden[token], gate_up, offs=ends).chunk(2, dim=-1)
+            y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)
+            return torch.zeros(hidden.shape).index_add_(0, token, y.float() * router.flatten()[order, None])
+
+    return call
+
+
 VARIANTS: dict[str, Callable[[Inputs, Weights], Callable[[], object]]] = {
     "paddle_moe.core": _paddle_moe_core,
     "paddle_moe": _paddle_moe_op,
     "numpy loop": _numpy_loop,
     "paddle loop": _paddle_loop,
     "torch loop": _torch_loop,
+    "torch grouped": _torch_grouped,
+    "paddle_moe.core list": functools.partial(_paddle_moe_core, layout="list"),
+    "paddle_moe.core permuted": functools.partial(_paddle_moe_core, layout="permuted"),
 }
+DEFAULT_VARIANTS = "paddle_moe.core,paddle_moe,numpy loop,paddle loop,torch loop,torch grouped"
 
 
 # ---------------------------------------------------------------- measuring
@@ -210,10 +260,10 @@ class Limits:
         """Reads far more than any cache holds."""
         _core.measure_read(self._buffer, 1, self._threads)
 
-    def measure(self) -> tuple[float, float]:
-        """(fp32 FLOP/s, bytes/s read)."""
+    def measure(self, dtype: str) -> tuple[float, float]:
+        """(FLOP/s of the instructions for this dtype, bytes/s read)."""
         read = max(_core.measure_read(self._buffer, streams, self._threads) for streams in (1, 2, 4))
-        return _core.measure_flops(self._threads), read
+        return _core.measure_flops(dtype == "bfloat16", self._threads), read
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -222,10 +272,18 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def _wake(call: Callable[[], object]) -> None:
+    end = time.perf_counter() + WAKE_SECONDS
+    while time.perf_counter() < end:
+        call()
+
+
 def _run_case(case: Case, weights: Weights, names: list[str], rounds: int, limits: Limits) -> dict:
     generator = np.random.default_rng([case.num_tokens, case.num_experts])
     inputs = Inputs(case, generator)
-    calls, errors = {}, {}
+    small = Case(4, 2, 256, 512, 8, case.dtype)
+    small_layer = Inputs(small, generator), Weights(small, generator)
+    calls, wakers, errors = {}, {}, {}
     for name in names:
         try:
             call = VARIANTS[name](inputs, weights)
@@ -237,17 +295,19 @@ def _run_case(case: Case, weights: Weights, names: list[str], rounds: int, limit
         # Only ours decides whether the run is good; a peer that is wrong is shown as such.
         if error <= TOLERANCE[case.dtype] or name.startswith("paddle_moe"):
             calls[name] = call
+            wakers[name] = VARIANTS[name](*small_layer)
     samples = {name: {"cold": [], "warm": []} for name in calls}
     floors = {"cold": [], "warm": []}
     machine = []
     for _ in range(rounds):
-        flops, read = limits.measure()
+        flops, read = limits.measure(case.dtype)
         machine.append((flops, read))
         for state in ("cold", "warm"):
             floors[state].append(max(case.flops / flops, case.weight_bytes(inputs.active) / read))
             for name, call in calls.items():
                 if state == "cold":
                     limits.flush()
+                    _wake(wakers[name])
                 else:
                     call()
                 samples[name][state].append(_seconds(call))
@@ -260,7 +320,7 @@ def _run_case(case: Case, weights: Weights, names: list[str], rounds: int, limit
         **case.__dict__,
         "active_experts": inputs.active,
         "limits": {
-            "fp32_flops_per_second": spread([flops for flops, _ in machine]),
+            "flops_per_second": spread([flops for flops, _ in machine]),
             "read_bytes_per_second": spread([read for _, read in machine]),
         },
         "variants": {
@@ -289,7 +349,7 @@ def _print_case(result: dict) -> None:
         f"E={result['num_experts']} K={result['top_k']} H={result['hidden_size']} "
         f"I={result['intermediate_size']} T={result['num_tokens']} {result['dtype']}: "
         f"{result['active_experts']} experts active; limits "
-        f"{limits['fp32_flops_per_second']['median'] / 1e9:.0f} GFLOP/s, "
+        f"{limits['flops_per_second']['median'] / 1e9:.0f} GFLOP/s, "
         f"{limits['read_bytes_per_second']['median'] / 1e9:.1f} GB/s"
     )
     rows = []
@@ -334,30 +394,46 @@ def _save_picture(results: list[dict], path: Path) -> None:
         key = tuple(result[k] for k in ("num_experts", "top_k", "hidden_size", "intermediate_size", "dtype"))
         groups.setdefault(key, []).append(result)
     figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(5.2 * len(groups), 4.2), squeeze=False, sharey=True
+        2, len(groups), figsize=(5.2 * len(groups), 8), squeeze=False, sharex="row", sharey="row"
     )
-    for axis, (key, members) in zip(axes[0], groups.items()):
+    for (floors, roofline), (key, members) in zip(axes.T, groups.items()):
+        intensity, ridge = [_intensity(m) for m in members], statistics.median(map(_ridge, members))
         for name in dict.fromkeys(name for member in members for name in member["variants"]):
             shown = [m for m in members if name in m["variants"]]
             spread = [m["variants"][name]["cold"]["times_floor"] for m in shown]
             tokens = [m["num_tokens"] for m in shown]
-            (line,) = axis.plot(tokens, [s["median"] for s in spread], marker="o", label=name)
-            axis.fill_between(
-                tokens,
-                [s["min"] for s in spread],
-                [s["max"] for s in spread],
-                color=line.get_color(),
-                alpha=0.15,
-            )
-        axis.axhline(1, color="black", linewidth=1, linestyle="--", label="limit of the machine")
-        axis.set(xscale="log", yscale="log", xlabel="tokens", title="E={} K={} H={} I={} {}".format(*key))
-        axis.set_xticks([m["num_tokens"] for m in members], [str(m["num_tokens"]) for m in members])
-        axis.minorticks_off()
-        axis.grid(True, alpha=0.3)
+            (line,) = floors.plot(tokens, [s["median"] for s in spread], marker="o", label=name)
+            lowest, highest = ([s[k] for s in spread] for k in ("min", "max"))
+            floors.fill_between(tokens, lowest, highest, color=line.get_color(), alpha=0.15)
+            # The roof over the time in floors is the share of the FLOP limit that was reached.
+            share = [min(1, _intensity(m) / _ridge(m)) / s["median"] for m, s in zip(shown, spread)]
+            roofline.plot([_intensity(m) for m in shown], share, "o", color=line.get_color(), label=name)
+        floors.axhline(1, color="black", linewidth=1, linestyle="--", label="limit of the machine")
+        floors.set(xscale="log", yscale="log", xlabel="tokens", title="E={} K={} H={} I={} {}".format(*key))
+        floors.set_xticks([m["num_tokens"] for m in members], [str(m["num_tokens"]) for m in members])
+        ends = [min(intensity) / 2, ridge, max(2 * ridge, 2 * max(intensity))]
+        roofline.plot(ends, [x / ridge if x < ridge else 1 for x in ends], color="black", linewidth=1)
+        roofline.set(xscale="log", yscale="log", xlabel="FLOP per byte of weights")
+        for axis in (floors, roofline):
+            axis.minorticks_off()
+            axis.grid(True, alpha=0.3)
     axes[0][0].set_ylabel("time / floor, cold weights (lower is better)")
+    axes[1][0].set_ylabel("share of the FLOP limit; line: what reading and FLOPs allow")
     axes[0][-1].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
+
+
+def _intensity(result: dict) -> float:
+    """FLOP per byte of the active experts' weights."""
+    case = Case(*(result[k] for k in Case.__dataclass_fields__))
+    return case.flops / case.weight_bytes(result["active_experts"])
+
+
+def _ridge(result: dict) -> float:
+    """FLOP per byte from which on a call is bound by FLOPs."""
+    flops, read = (result["limits"][k]["median"] for k in ("flops_per_second", "read_bytes_per_second"))
+    return flops / read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -366,16 +442,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes", default=DEFAULT_SHAPES, help="ExKxHxI, comma-separated (default: %(default)s)"
     )
     parser.add_argument("--tokens", default="1,8,64,512", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--dtypes", default="float32", help="float32,bfloat16 (default: %(default)s)")
+    parser.add_argument("--dtypes", default="float32", help="float32,bfloat16,float16 (default: %(default)s)")
     parser.add_argument(
         "--variants",
-        default=",".join(VARIANTS),
-        help="comma-separated, quoted (default: all that are installed)",
+        default=DEFAULT_VARIANTS,
+        help="comma-separated, quoted, also 'paddle_moe.core list' and 'paddle_moe.core permuted' (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="0: the default of the operator")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="write a chart of time over floor")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="write a chart: time over floor, and the roofline"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -563,9 +563,9 @@ PYBIND11_MODULE(_core, module) {
   module.def("has_cuda", &dispatch::has_cuda);
   module.def("set_num_threads", &cpu::set_num_threads);
   module.def("num_threads", &cpu::num_threads);
-  module.def("measure_flops", [](int num_threads) {
+  module.def("measure_flops", [](bool bf16, int num_threads) {
     py::gil_scoped_release release;
-    return cpu::measure_flops(num_threads);
+    return cpu::measure_flops(bf16 ? DType::kBFloat16 : DType::kFloat32, num_threads);
   });
   module.def("measure_read", [](const py::array& data, int streams, int num_threads) {
     const void* bytes = data.data();

@@ -170,8 +170,9 @@ struct Kernels {
   void (*store_block)(const BlockTask& task);  // matrix = block, rounded to dtype
   void (*column_sums)(const ColumnSumsTask& task);
   float (*dot)(const void* a, DType a_dtype, const void* b, DType b_dtype, int64_t n);
-  // What the machine can do at best, for benchmarks. Both return a value that depends on all they did.
-  float (*multiply_add_loop)(int64_t iterations);  // multiply_add_flops each
+  // What the machine can do at best, for benchmarks. All return a value that depends on all they did.
+  float (*multiply_add_loop)(int64_t iterations);  // of fp32, multiply_add_flops each
+  float (*bf16_dot_loop)(int64_t iterations);      // of bf16 pairs, twice as many each; null without bf16_dot
   float (*read_loop)(const float* data, int64_t count, int64_t streams);
   int64_t multiply_add_flops;
 };

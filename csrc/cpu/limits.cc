@@ -24,10 +24,13 @@ double seconds(int num_threads, const Work& work) {
 
 }  // namespace
 
-double measure_flops(int num_threads) {
-  constexpr int64_t kIterations = 1000000;
-  const double elapsed = seconds(num_threads, [](int) { return kernels().multiply_add_loop(kIterations); });
-  return static_cast<double>(kIterations) * kernels().multiply_add_flops * num_threads / elapsed;
+double measure_flops(DType dtype, int num_threads) {
+  constexpr int64_t kIterations = 500000;
+  const Kernels& k = kernels();
+  const bool pairs = dtype == DType::kBFloat16 && k.bf16_dot;
+  const auto loop = pairs ? k.bf16_dot_loop : k.multiply_add_loop;
+  const double elapsed = seconds(num_threads, [&](int) { return loop(kIterations); });
+  return static_cast<double>(kIterations) * k.multiply_add_flops * (pairs ? 2 : 1) * num_threads / elapsed;
 }
 
 double measure_read(const void* data, size_t bytes, int streams, int num_threads) {
