@@ -289,7 +289,7 @@ def _commit(path: Path, files: list[str], kinds: Mapping[str, Any], index: Mappi
     total = 0
     for name in files:
         if name.endswith(".safetensors"):
-            with safe_open(str(path / name), framework="paddle") as opened:
+            with safe_open(str(path / name), framework="np") as opened:
                 maps[name.partition("-")[0]].update(dict.fromkeys(opened.keys(), name))
             total += (path / name).stat().st_size
     states = [name for name in files if name.endswith(".json")]
@@ -358,21 +358,20 @@ def load_checkpoint(
     kept = {"weight_map": holdings}
     if optimizer is not None:
         kept["optimizer_map"] = _optimizer_holdings(optimizer, holdings)
-    with contextlib.ExitStack() as opened:
-        plans, problems = [], []
-        for map_name, held in kept.items():
-            files = opened.enter_context(TensorFiles(path, map_name))
-            plans.append(
-                _plan(path, files, held, [name for name, (one, _, _) in holdings.items() if one is None])
-            )
-        index = files.index
-        if index or not files.problems:
-            problems += _check_index(path, index, optimizer)
-        random_state = None
-        if optimizer is not None and not problems:
-            random_state, unreadable = _read_random_state(path, index, parallel)
-            problems += unreadable
-        execute(plans, path, parallel, problems=problems, progress=f"loading {path}" if progress else None)
+    plans, problems = [], []
+    for map_name, held in kept.items():
+        files = TensorFiles(path, map_name)
+        plans.append(
+            _plan(path, files, held, [name for name, (one, _, _) in holdings.items() if one is None])
+        )
+    index = files.index
+    if index or not files.problems:
+        problems += _check_index(path, index, optimizer)
+    random_state = None
+    if optimizer is not None and not problems:
+        random_state, unreadable = _read_random_state(path, index, parallel)
+        problems += unreadable
+    execute(plans, path, parallel, problems=problems, progress=f"loading {path}" if progress else None)
     if optimizer is not None:
         if "lr_scheduler" in index:
             optimizer._learning_rate.set_state_dict(index["lr_scheduler"])
@@ -438,7 +437,7 @@ def stored_parts(files: TensorFiles, wholes: Mapping[str, Part]) -> tuple[list[S
         outside = [dim for dim, _, stop in cuts if int(stop) > whole.ranges.get(dim, (0, 0))[1]]
         if outside:
             expected = ", ".join(f"{dim} up to {whole.ranges.get(dim, (0, 0))[1]}" for dim in outside)
-            problems.append(Problem(files.file(key), key, expected, matched["ranges"]))
+            problems.append(Problem(files[key].file.name, key, expected, matched["ranges"]))
         ranges = {dim: (int(start), int(stop)) for dim, start, stop in cuts if dim in whole.ranges}
         sources.append(Source(key, name, Part(whole.pattern, {**whole.ranges, **ranges})))
     return sources, problems

@@ -160,8 +160,9 @@ def load_moe_weights(
             example a bias, is not looked for.
         others: {key: (tensor, transposed)}, tensors outside FusedMoE to fill too, whole on every
             rank. transposed: the file has the matrix turned.
-        transposed: matrices are stored [out, in], as Hugging Face does; False: [in, out], as PaddleNLP does.
-        cast: "lossless": float16 and bfloat16 may become float32. "any": every floating-point dtype may become
+        transposed: matrices are [out, in] in the files, as Hugging Face has them; False: [in, out], as
+            PaddleNLP has them.
+        cast: "lossless": float16 and bfloat16 may become float32. "any": every floating dtype may become
             every other, with rounding. "none": dtypes must be equal.
         parallel: the ranks; None: those of the layers.
         progress: show a bar in a terminal.
@@ -191,11 +192,11 @@ def load_moe_weights(
         stored = replace(part, pattern=" ".join(reversed(part.names))) if is_transposed else part
         sources.append(Source(key, key, stored))
     prefixes = tuple(f"{name}." for name in layers)
-    with TensorFiles(path) as files:
-        plan = Plan(
-            files, targets, sources, path=path, must_match=lambda key: key.startswith(prefixes), cast=cast
-        )
-        return execute([plan], path, parallel, progress=f"loading {path}" if progress else None)
+    files = TensorFiles(path)
+    plan = Plan(
+        files, targets, sources, path=path, must_match=lambda key: key.startswith(prefixes), cast=cast
+    )
+    return execute([plan], path, parallel, progress=f"loading {path}" if progress else None)
 
 
 def _parallel_of_layers(
@@ -250,22 +251,22 @@ def save_moe_weights(
     parts_path = path / "parts"
     index = {"metadata": {"format": FORMAT, "version": VERSION}}
     write_files(parts_path, {"model": pieces_to_write(holdings, parallel)}, index, parallel)
-    with TensorFiles(parts_path) as files:
-        stored, _ = stored_parts(files, {name: whole for name, (_, _, whole) in holdings.items()})
-        parts_of: dict[str, list[Source]] = {}
-        for source in stored:
-            parts_of.setdefault(source.target, []).append(source)
-        sources = [
-            replace(source, target=key)
-            for key, target in targets.items()
-            for source in parts_of.get(parameter_of[key], [])
-            if source.part.overlap(target.part)
-        ]
-        execute(
-            [Plan(files, targets, sources, path=parts_path, must_match=lambda key: False)],
-            parts_path,
-            parallel,
-        )
+    files = TensorFiles(parts_path)
+    stored, _ = stored_parts(files, {name: whole for name, (_, _, whole) in holdings.items()})
+    parts_of: dict[str, list[Source]] = {}
+    for source in stored:
+        parts_of.setdefault(source.target, []).append(source)
+    sources = [
+        replace(source, target=key)
+        for key, target in targets.items()
+        for source in parts_of.get(parameter_of[key], [])
+        if source.part.overlap(target.part)
+    ]
+    execute(
+        [Plan(files, targets, sources, path=parts_path, must_match=lambda key: False)],
+        parts_path,
+        parallel,
+    )
     tensors = {key: target.tensor for key, target in targets.items()}
     if parallel is None or parallel.rank == 0:
         for key, (tensor, is_transposed) in (others or {}).items():

@@ -11,10 +11,8 @@ S those of the shared expert.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,16 +69,20 @@ def _cuts(part: Part, box: Mapping[str, tuple[int, int]]) -> list[list[slice]]:
     return cuts
 
 
-def _read_box(stored: Any, part: Part, box: Mapping[str, tuple[int, int]], dtype: str) -> np.ndarray:
-    """The elements of `box` from a slice object of safetensors, a dimension for each name of `part`."""
+def _read_box(stored: FileTensor, part: Part, box: Mapping[str, tuple[int, int]], dtype: str) -> np.ndarray:
+    """The elements of `box` from a tensor that holds `part`, in a dimension for each name of the pattern."""
 
     def read(chosen: list[slice], rest: list[list[slice]]) -> np.ndarray:
-        if rest:
-            return np.concatenate([read([*chosen, run], rest[1:]) for run in rest[0]], axis=len(chosen))
-        tensor = stored[tuple(chosen)]
-        return (tensor if dtype_name(tensor) == dtype else tensor.astype(dtype)).numpy()
+        if not rest:
+            return stored.array[tuple(chosen)]
+        if len(rest[0]) == 1:
+            return read([*chosen, rest[0][0]], rest[1:])
+        return np.concatenate([read([*chosen, run], rest[1:]) for run in rest[0]], axis=len(chosen))
 
-    return read([], _cuts(part, box)).reshape([box[name][1] - box[name][0] for name in part.names])
+    values = read([], _cuts(part, box))
+    if _DTYPE_NAMES[stored.dtype] != dtype:
+        values = paddle.to_tensor(np.array(values), place=paddle.CPUPlace()).astype(dtype).numpy()
+    return values.reshape([box[name][1] - box[name][0] for name in part.names])
 
 
 def _write_box(
@@ -145,6 +147,42 @@ def raise_together(path: Any, problems: Sequence[Problem], parallel: ParallelCon
 # ---------------------------------------------------------------- files
 
 
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor in a file, mapped into memory: only the pages of what is copied out of it are read.
+
+    Of safetensors' own slices, those for NumPy lack bfloat16, and those for Paddle read the whole file.
+    """
+
+    file: Path
+    dtype: str  # as safetensors writes it
+    shape: list[int]
+    content: np.ndarray  # its bytes
+
+    @property
+    def array(self) -> np.ndarray:
+        """Of NumPy's dtype of the same name; bfloat16 as uint16."""
+        name = _DTYPE_NAMES[self.dtype]
+        return self.content.view("uint16" if name == "bfloat16" else name).reshape(self.shape)
+
+
+def _map_file(file: Path) -> dict[str, FileTensor]:
+    """The tensors of a safetensors file by key.
+
+    Raises:
+        SafetensorError, OSError: it is not one, or not whole.
+    """
+    with safe_open(str(file), framework="np"):  # checks the header, and the size of the file against it
+        content = np.memmap(file, np.uint8, "r")
+    data = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8:data].tobytes())
+    header.pop("__metadata__", None)
+    return {
+        key: FileTensor(file, entry["dtype"], entry["shape"], content[data:][slice(*entry["data_offsets"])])
+        for key, entry in header.items()
+    }
+
+
 class TensorFiles:
     """The tensors in the safetensors files of a directory, by key; reads headers only.
 
@@ -161,8 +199,7 @@ class TensorFiles:
         path = Path(path)
         self.problems: list[Problem] = []
         self.index: dict[str, Any] = {}
-        self._opened = contextlib.ExitStack()
-        self._tensors: dict[str, tuple[Path, Any]] = {}
+        self._tensors: dict[str, FileTensor] = {}
         if path.is_dir() and (path / INDEX_NAME).exists():
             path = path / INDEX_NAME
         if path.suffix == ".json":
@@ -175,13 +212,6 @@ class TensorFiles:
         else:
             self._open([path])
 
-    def __enter__(self) -> TensorFiles:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._tensors.clear()
-        self._opened.close()
-
     def _read_index(self, path: Path, map_name: str) -> None:
         try:
             self.index = json.loads(path.read_text())
@@ -190,44 +220,37 @@ class TensorFiles:
             self.problems.append(Problem(path.name, "*", "an index in JSON", _describe(error)))
             return
         self._open([path.parent / name for name in sorted(set(file_of.values()))])
-        readable = {file.name for file, _ in self._tensors.values()} | {
-            problem.file for problem in self.problems
-        }
+        unreadable = {problem.file for problem in self.problems}
         for key, name in file_of.items():
             found = self._tensors.get(key)
-            if found is None and name in readable and not any(one.file == name for one in self.problems):
+            if found is None and name not in unreadable:
+                expected = f"the tensor that {path.name} places there"
+                self.problems.append(Problem(name, key, expected, "nothing"))
+            elif found is not None and found.file.name != name:
                 self.problems.append(
-                    Problem(name, key, f"the tensor that {path.name} places there", "nothing")
+                    Problem(name, key, "the tensor in this file", f"it in {found.file.name}")
                 )
-            elif found is not None and found[0].name != name:
-                self.problems.append(Problem(name, key, "the tensor in this file", f"it in {found[0].name}"))
 
     def _open(self, files: Iterable[Path]) -> None:
         for file in files:
             try:
-                opened = self._opened.enter_context(safe_open(str(file), framework="paddle"))
+                tensors = _map_file(file)
             except (SafetensorError, OSError) as error:
                 self.problems.append(Problem(file.name, "*", "a whole safetensors file", _describe(error)))
                 continue
-            for key in opened.keys():  # noqa: SIM118 (not a dictionary)
-                if key in self._tensors:
-                    self.problems.append(
-                        Problem(file.name, key, "it once", f"it in {self._tensors[key][0].name} too")
-                    )
-                self._tensors[key] = file, opened
+            for key in tensors.keys() & self._tensors.keys():
+                other = self._tensors[key].file.name
+                self.problems.append(Problem(file.name, key, "it once", f"it in {other} too"))
+            self._tensors.update(tensors)
 
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
 
+    def __getitem__(self, key: str) -> FileTensor:
+        return self._tensors[key]
+
     def keys(self) -> Collection[str]:
         return self._tensors.keys()
-
-    def file(self, key: str) -> str:
-        return self._tensors[key][0].name
-
-    def slice(self, key: str) -> Any:
-        """The slice object of safetensors: get_shape(), get_dtype(), and reading by [...]."""
-        return self._tensors[key][1].get_slice(key)
 
 
 def _describe(error: Exception) -> str:
@@ -321,9 +344,9 @@ class Plan:
         named = {source.key for source in sources}
         self.unmatched = sorted(key for key in files.keys() if key not in named)
         for key in filter(must_match, self.unmatched):
-            found = files.slice(key)
-            text = f"a tensor {found.get_shape()} in {found.get_dtype()}"
-            self.problems.append(Problem(files.file(key), key, "no tensor of this name", text))
+            found = files[key]
+            text = f"a tensor {found.shape} in {found.dtype}"
+            self.problems.append(Problem(found.file.name, key, "no tensor of this name", text))
         if files.problems:
             return  # what they hold is not known, so neither is what is missing
         missing = [source for source in sources if source.key not in files]
@@ -372,20 +395,19 @@ def execute(
 
 
 def _check_source(files: TensorFiles, source: Source, target: Target | None, cast: str) -> Problem | None:
-    stored = files.slice(source.key)
-    shape, dtype = list(stored.get_shape()), stored.get_dtype()
-    if shape != source.part.shape:
-        return Problem(files.file(source.key), source.key, f"the shape {source.part.shape}", f"{shape}")
+    stored = files[source.key]
+    if stored.shape != source.part.shape:
+        return Problem(stored.file.name, source.key, f"the shape {source.part.shape}", f"{stored.shape}")
     if target is None:
         return None
-    found, wanted = _DTYPE_NAMES.get(dtype, dtype), dtype_name(target.tensor)
+    found, wanted = _DTYPE_NAMES.get(stored.dtype, stored.dtype), dtype_name(target.tensor)
     allowed = found == wanted or (found in _FLOATS and wanted in _FLOATS and cast == "any")
     allowed |= cast == "lossless" and (found, wanted) in (
         ("float16", "float32"),
         ("bfloat16", "float32"),
         *((name, "float64") for name in _FLOATS),
     )
-    return None if allowed else Problem(files.file(source.key), source.key, wanted, found)
+    return None if allowed else Problem(stored.file.name, source.key, wanted, found)
 
 
 def _check_cover(path: str, name: str, part: Part, sources: list[Source]) -> Iterator[Problem]:
@@ -417,15 +439,10 @@ def _fill(files: TensorFiles, target: Target, plan: list[tuple[Source, dict]]) -
         return 0
     array = None
     for source, box in plan:
-        stored = files.slice(source.key)
-        values = _read_box(stored, source.part, box, dtype)
+        values = _read_box(files[source.key], source.part, box, dtype)
         if array is None:
             array = np.empty(target.part.shape, values.dtype)
         _write_box(array, target.part, box, values, source.part.names)
-        bytes_read += values.size * _bytes_of(stored.get_dtype())
+        bytes_read += values.size * files[source.key].array.itemsize
     target.tensor.set_value(paddle.to_tensor(array, place=paddle.CPUPlace()))
     return bytes_read
-
-
-def _bytes_of(dtype: str) -> int:
-    return 1 if dtype == "BOOL" else int(re.sub(r"\D", "", dtype)) // 8

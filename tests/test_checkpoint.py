@@ -19,6 +19,7 @@ from checkpoint_cases import Model, assert_loaded, fill_moments, make_optimizer
 from layer_cases import HIDDEN
 from paddle import nn
 from safetensors import safe_open
+from safetensors.paddle import save_file
 
 import paddle_moe
 from paddle_moe import load_checkpoint, save_checkpoint
@@ -250,3 +251,49 @@ def test_parameters_that_other_layers_split(tmp_path):
         ValueError, match="weight is split over ranks, which is supported in FusedMoE layers only"
     ):
         save_checkpoint(tmp_path, model)
+
+
+# ---------------------------------------------------------------- bytes read
+
+
+COLUMNS = 1 << 22
+
+
+@pytest.fixture(scope="module")
+def large_file(tmp_path_factory):
+    """(file, its tensor [E, H, G, I]), 64 MB: the kernel maps and reads ahead in steps of up to 2 MB."""
+    tensor = np.arange(2 * 2 * COLUMNS, dtype=np.float32).reshape(2, 1, 2, COLUMNS)
+    file = tmp_path_factory.mktemp("large") / "model.safetensors"
+    save_file({"w": paddle.to_tensor(tensor.reshape(2, 1, -1))}, str(file))
+    yield file, tensor
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    "experts, columns",
+    [
+        ((0, 2), (0, COLUMNS)),
+        ((1, 2), (0, COLUMNS)),
+        ((0, 2), (0, COLUMNS // 4)),
+        ((1, 2), (COLUMNS // 4, 3 * COLUMNS // 4)),
+    ],
+    ids=["all", "one expert", "a quarter of the columns", "half the columns of one expert"],
+)
+def test_a_rank_reads_its_share_of_a_file(experts, columns, large_file):
+    """Counted by the pages of the file that come into the memory of a process that loads a shard."""
+    file, tensor = large_file
+    script = Path(__file__).parent / "read_a_shard.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(file), *map(str, (*experts, *columns))],
+        env={**os.environ, "PYTHONPATH": str(Path(paddle_moe.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    bytes_read, touched, total = map(float, done.stdout.split())
+    shard = tensor[slice(*experts), :, :, slice(*columns)]
+    assert total == shard.sum(dtype=np.float64)
+    assert bytes_read == shard.nbytes
+    runs = 1 if shard.nbytes == tensor.nbytes else 2 * len(shard)
+    assert shard.nbytes <= touched <= min(shard.nbytes + runs * 2 * 2**21, tensor.nbytes + 2**16)

@@ -1,0 +1,138 @@
+"""scripts/train_lm.py: it learns, goes on after a kill with the same bits, and any grid gives the same losses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+from launcher import environment, launch
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_lm.py"
+STEPS = 24
+SIZES = "--layers 2 --hidden 32 --heads 2 --experts 5 --ffn 20 --sequence 32 --batch 4"
+SMALL = f"{SIZES} --steps {STEPS} --save-every 5 --log-every 4".split()
+
+
+def start(out: Path, *options: object) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), *SMALL, "--out", str(out), *map(str, options)]
+    return subprocess.Popen(
+        command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def train(out: Path, *options: object) -> tuple[dict, str]:
+    """(result, what was printed) of a run to the end."""
+    process = start(out, *options)
+    try:
+        printed, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, printed
+    return json.loads((out / "result.json").read_text()), printed
+
+
+def events(out: Path, name: str) -> list[dict]:
+    lines = [line for path in out.glob("*.jsonl") for line in path.read_text().splitlines()]
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    return out, *train(out)
+
+
+def test_it_learns_and_reports(uninterrupted):
+    out, result, printed = uninterrupted
+    assert len(result["losses"]) == STEPS and all(map(math.isfinite, result["losses"]))
+    assert np.mean(result["losses"][-4:]) < result["losses"][0] - 0.5
+    assert 3 < result["unigram_entropy"] < 3.5, "nats per byte of English help pages"
+    assert f"{result['validation_loss']:.3f} nats per byte" in printed
+    assert f"step {STEPS:>5}  loss {result['losses'][-1]:.4f}" in printed
+    assert (out / "loss.png").stat().st_size > 10_000
+    loads = events(out, "expert_load")
+    assert len(loads) == 2 * (STEPS // 4)
+    assert {sum(load["tokens_per_expert"]) for load in loads} == {2 * 4 * 32}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """(directory, losses by step) of a run that got SIGKILL in the middle."""
+    out = tmp_path_factory.mktemp("killed")
+    process = start(out)
+    try:
+        deadline = time.monotonic() + 100
+        while not any(event["step"] >= 12 for event in events(out, "step")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    losses = {event["step"]: event["loss"] for event in events(out, "step")}
+    assert max(losses) < STEPS, "killed too late to test anything"
+    return out, losses
+
+
+def test_killed_and_started_again_gives_the_same_bits(uninterrupted, killed, tmp_path):
+    _, expected, _ = uninterrupted
+    out, losses = killed
+    for step, loss in losses.items():
+        assert loss == expected["losses"][step - 1], f"the killed run differs in step {step}"
+    shutil.copytree(out, tmp_path / "again")
+    result, printed = train(tmp_path / "again")
+    resumed_at = int(re.search(r"resumed from .* at step (\d+)", printed)[1])
+    assert resumed_at >= 10 and resumed_at % 5 == 0 and resumed_at <= max(losses)
+    assert result == expected
+
+
+def test_a_grid_goes_on_with_the_losses_of_one_process(uninterrupted, killed, tmp_path):
+    _, expected, _ = uninterrupted
+    out, losses = killed
+    shutil.copytree(out / "checkpoint", tmp_path / "grid" / "checkpoint")
+    options = ["--ep", 2, "--dp", 2, *SMALL, "--out", tmp_path / "grid"]
+    job = launch(tmp_path / "logs", SCRIPT, *options, ranks=4)
+    assert job.returncode == 0, job
+    assert "resumed from" in job.logs[0]
+    result = json.loads((tmp_path / "grid" / "result.json").read_text())
+    np.testing.assert_allclose(result["losses"], expected["losses"], rtol=1e-3)
+    assert result["losses"] != expected["losses"], "the grid adds in another order"
+
+
+def test_nothing_is_left_to_do(uninterrupted):
+    out, expected, _ = uninterrupted
+    result, printed = train(out)
+    assert f"at step {STEPS}\n" in printed and result == expected
+
+
+def test_the_loop_over_experts_is_the_same_model(uninterrupted, tmp_path):
+    result, _ = train(tmp_path, "--eager")
+    _, expected, _ = uninterrupted
+    np.testing.assert_allclose(result["losses"], expected["losses"], rtol=1e-3)
+    np.testing.assert_allclose(result["losses"][:5], expected["losses"][:5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--batch", 3, "--dp", 2], "--batch must be a multiple of --dp = 2, got 3"),
+        (["--hidden", 30, "--heads", 4], "--hidden must be a multiple of --heads = 4, got 30"),
+        (["--eager", "--ep", 2], "--eager has no expert or tensor parallelism"),
+        (["--steps", 0], "--steps must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(options, message, tmp_path):
+    process = start(tmp_path, *options)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and message in printed
