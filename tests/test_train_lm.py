@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -132,7 +133,8 @@ def test_the_loop_over_experts_is_the_same_model(uninterrupted, tmp_path):
         (["--steps", 0], "--steps must be at least 1, got 0"),
     ],
 )
-def test_bad_arguments(options, message, tmp_path):
-    process = start(tmp_path, *options)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and message in printed
+def test_bad_arguments(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, options)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT))["parse_arguments"]()
+    assert message in capsys.readouterr().err
