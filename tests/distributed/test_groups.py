@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import paddle
 import pytest
 from launcher import WORKERS, launch
@@ -30,17 +32,24 @@ def test_pure_ep_and_pure_tp():
 
 @pytest.mark.parametrize("ep_size", [1, 2, 3, 5, 16])
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 8])
-def test_groups_follow_from_the_places(ep_size, tp_size):
-    grid = rank_grid(ep_size * tp_size, ep_size, tp_size)
-    assert sorted((one.ep_rank, one.tp_rank) for one in grid) == [
-        (ep_rank, tp_rank) for ep_rank in range(ep_size) for tp_rank in range(tp_size)
-    ]
-    for one in grid:
-        assert grid[one.rank] is one
-        assert one.ep_group == tuple(other.rank for other in grid if other.tp_rank == one.tp_rank)
-        assert one.tp_group == tuple(other.rank for other in grid if other.ep_rank == one.ep_rank)
+@pytest.mark.parametrize("dp_size", [1, 3])
+def test_groups_follow_from_the_places(ep_size, tp_size, dp_size):
+    grid = rank_grid(ep_size * tp_size * dp_size, ep_size, tp_size, dp_size)
+    assert [(one.dp_rank, one.ep_rank, one.tp_rank) for one in grid] == list(
+        itertools.product(range(dp_size), range(ep_size), range(tp_size))
+    )
+    for rank, one in enumerate(grid):
+        assert one.rank == rank
+        replica = [other for other in grid if other.dp_rank == one.dp_rank]
+        assert one.grid_group == tuple(other.rank for other in replica)
+        assert one.ep_group == tuple(other.rank for other in replica if other.tp_rank == one.tp_rank)
+        assert one.tp_group == tuple(other.rank for other in replica if other.ep_rank == one.ep_rank)
+        assert one.dp_group == tuple(
+            other.rank for other in grid if (other.ep_rank, other.tp_rank) == (one.ep_rank, one.tp_rank)
+        )
         assert [grid[rank].ep_rank for rank in one.ep_group] == list(range(ep_size))
         assert [grid[rank].tp_rank for rank in one.tp_group] == list(range(tp_size))
+        assert [grid[rank].dp_rank for rank in one.dp_group] == list(range(dp_size))
 
 
 def test_sizes_that_do_not_fit():

@@ -23,7 +23,7 @@ JOBS = {
         (2, 1, 2),
         "accumulation data_parallel averages replica_without_tokens global_balance pipeline",
     ),
-    "ep2_tp2_dp2": ((2, 2, 2), "optimizer_steps"),
+    "ep2_tp2_dp2": ((2, 2, 2), "groups optimizer_steps"),
 }
 
 

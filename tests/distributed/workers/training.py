@@ -32,6 +32,7 @@ from paddle_moe import (
     broadcast_parameters,
     init_distributed,
     load_balancing_loss,
+    rank_grid,
 )
 
 ep_size, tp_size, dp_size = map(int, sys.argv[1:4])
@@ -325,6 +326,24 @@ def clipping():
         assert "is sharded (is_distributed), but not by FusedMoE" in str(error), error
     else:
         raise AssertionError("a foreign shard was clipped")
+
+
+@check
+def groups():
+    """Every group sums its own ranks, and a dp_group across different places of the grids is refused."""
+    own = rank_grid(parallel.world_size, ep_size, tp_size, dp_size)[parallel.rank]
+    for name in ("ep", "tp", "dp", "grid"):
+        ranks = getattr(own, name + "_group")
+        assert tuple(getattr(parallel, name + "_group").ranks) == ranks
+        assert parallel.all_reduce(paddle.to_tensor([2**parallel.rank]), name).item() == sum(
+            2**rank for rank in ranks
+        )
+    try:
+        ParallelContext.from_groups(parallel.ep_group, parallel.tp_group, dp_group=parallel.grid_group)
+    except RuntimeError as error:
+        assert "joins ranks at different places of their grids" in str(error), error
+    else:
+        raise AssertionError("wrong groups were accepted")
 
 
 @check
