@@ -10,6 +10,7 @@
 // AddressSanitizer sees a step outside of it and of every array that a test allocates.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -100,9 +101,16 @@ struct Copy {
   int bytes, zeros;
 };
 
+// Where a fiber, or the scheduler, goes on.
+struct Context {
+  ucontext_t start;
+  jmp_buf jump;
+  bool started = false;
+};
+
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  Context context;
+  char* stack = nullptr;
   unsigned thread = 0;
   bool done = false;
   // Where it waits: ready(waiting_for) says when it may go on.
@@ -138,7 +146,7 @@ struct Block {
   std::vector<Warp> warps;
   Barrier barriers[16];
   unsigned alive = 0;
-  ucontext_t scheduler;
+  Context scheduler;
   Fiber* running = nullptr;
   std::unique_ptr<void, void (*)(void*)> shared{nullptr, std::free};
   size_t shared_bytes = 0;
@@ -155,16 +163,27 @@ inline Block* block = nullptr;
 
 constexpr size_t kStackBytes = 256 * 1024;
 
-// AddressSanitizer has to be told which stack is in use.
-inline void switch_to(ucontext_t* from, ucontext_t* to, const void* stack, size_t size, bool last = false) {
+// Stacks outlive a launch: fresh memory costs more than all else.
+inline char* stack_of(size_t thread) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() <= thread) stacks.emplace_back(new char[kStackBytes]);
+  return stacks[thread].get();
+}
+
+inline void switch_to(Context* from, Context* to, const void* stack, size_t size, bool last = false) {
 #if defined(__SANITIZE_ADDRESS__)
-  void* fake = nullptr;
+  void* fake = nullptr;  // AddressSanitizer has to be told which stack is in use
   __sanitizer_start_switch_fiber(last ? nullptr : &fake, stack, size);
-  swapcontext(from, to);
+  swapcontext(&from->start, &to->start);
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #else
   (void)stack, (void)size, (void)last;
-  swapcontext(from, to);
+  // swapcontext asks the kernel for the signal mask each time; a jump does not.
+  if (_setjmp(from->jump) == 0) {
+    if (to->started) _longjmp(to->jump, 1);
+    to->started = true;
+    setcontext(&to->start);
+  }
 #endif
 }
 
@@ -204,7 +223,7 @@ inline void run_block() {
       fiber.ready = nullptr;
       block->running = &fiber;
       threadIdx = dim3(fiber.thread);
-      switch_to(&block->scheduler, &fiber.context, fiber.stack.get(), kStackBytes);
+      switch_to(&block->scheduler, &fiber.context, fiber.stack, kStackBytes);
     }
     expect(progress, "deadlock: every thread waits");
   }
@@ -272,6 +291,7 @@ cudaError_t launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_byt
   ++num_launches;
   auto body = [&] { std::apply(kernel, arguments); };
   Block state;
+  state.scheduler.started = true;
   block = &state;
   gridDim = grid;
   blockDim = dim3(threads);
@@ -279,8 +299,9 @@ cudaError_t launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_byt
   state.body_arguments = &body;
   state.fibers.resize(threads);
   for (unsigned t = 0; t < threads; ++t) {
-    state.fibers[t].stack.reset(new char[kStackBytes]);
+    state.fibers[t].stack = stack_of(t);
     state.fibers[t].thread = t;
+    getcontext(&state.fibers[t].context.start);
   }
   for (unsigned b = 0; b < grid.x; ++b) {
     blockIdx = dim3(order == Order::kBackward ? grid.x - 1 - b : b);
@@ -292,10 +313,10 @@ cudaError_t launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_byt
     state.clock = 0;
     state.alive = threads;
     for (Fiber& fiber : state.fibers) {
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStackBytes;
-      makecontext(&fiber.context, start_fiber, 0);
+      fiber.context.start.uc_stack.ss_sp = fiber.stack;
+      fiber.context.start.uc_stack.ss_size = kStackBytes;
+      fiber.context.started = false;
+      makecontext(&fiber.context.start, start_fiber, 0);
       fiber.done = false;
       fiber.ready = nullptr;
       fiber.copy_groups.clear();
