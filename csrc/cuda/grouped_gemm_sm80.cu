@@ -12,6 +12,7 @@
 #include "cuda/activation.cuh"
 #include "cuda/common.cuh"
 #include "cuda/grouped_gemm.h"
+#include "cuda/tile_schedule.h"
 
 namespace paddle_moe {
 namespace cuda {
@@ -26,7 +27,6 @@ enum class Load {
 
 constexpr int kVector = 8;  // 16-bit elements in 16 bytes
 constexpr int kMmaDepth = 16;
-constexpr int kGroupM = 8;  // blocks of rows that share weights while those are in L2
 
 template <int kBlockM_, int kBlockDepth_, int kWarpsM_, int kWarpsN_, int kStages_>
 struct Config {
@@ -71,18 +71,6 @@ __device__ void copy_elements(T* destination, const T* source, int64_t stride, i
 #pragma unroll
   for (int i = 0; i < kVector; ++i) value[i] = i < count ? source[i * stride] : T{0};
   store_vector(destination, value);
-}
-
-// The block of tile m and column block n that a block computes: n changes slower than the kGroupM blocks of
-// rows that read the same weights.
-struct Place {
-  int m, n;
-};
-
-__device__ Place place_of_block(int block, int blocks_m, int blocks_n) {
-  const int group = block / (kGroupM * blocks_n), first_m = group * kGroupM;
-  const int in_group = block % (kGroupM * blocks_n), height = min(kGroupM, blocks_m - first_m);
-  return {first_m + in_group % height, in_group / height};
 }
 
 template <class T, class C, Stage kStage, Load kLoad>
@@ -135,21 +123,20 @@ class TileMultiplier {
     uint32_t largest = 0;
     for (int row = threadIdx.x / kThreadsPerRow; row < tile_.num_rows; row += C::kThreads / kThreadsPerRow) {
       if (count == 0) break;
-      const float* gate = result + row * C::kResultStride + column;
+      float* gate = result + row * C::kResultStride + column;
       const float* up = gate + C::kHalfN;
-      T value[kVector];
 #pragma unroll 1
-      for (int i = 0; i < kVector; ++i) {
-        value[i] = T{0};
-        if (i >= count) continue;
+      for (int i = 0; i < count; ++i) {
         const int64_t c = first_column_ + column + i;
         float g = gate[i], u = up[i];
         if (expert_.gate_bias != nullptr) g += load_as_float(expert_.gate_bias, c, g_.bias_dtype);
         if (expert_.up_bias != nullptr) u += load_as_float(expert_.up_bias, c, g_.bias_dtype);
-        const float activated = activate(g_.activation, g, u);
-        largest = max(largest, __float_as_uint(fabsf(activated)));
-        value[i] = from_float<T>(activated);
+        gate[i] = activate(g_.activation, g, u);
+        largest = max(largest, __float_as_uint(fabsf(gate[i])));
       }
+      T value[kVector];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) value[i] = from_float<T>(i < count ? gate[i] : 0.0f);
       T* out = static_cast<T*>(g_.out) + (tile_.first_row + row) * g_.out_stride + first_column_ + column;
       store_vector(out, value);
     }
@@ -302,11 +289,13 @@ class TileMultiplier {
 
 template <class T, class C, Stage kStage, Load kLoad>
 __global__ void __launch_bounds__(C::kThreads)
-    multiply_tiles(const __grid_constant__ GroupedGemm g, int blocks_m, int blocks_n) {
-  const Place place = place_of_block(blockIdx.x, blocks_m, blocks_n);
-  if (place.m >= *g.num_tiles) return;
+    multiply_tiles(const __grid_constant__ GroupedGemm g, int column_tiles) {
+  const TileSchedule schedule{*g.num_tiles, column_tiles};
+  if (static_cast<int>(blockIdx.x) >= schedule.size()) return;
+  const TilePosition position = schedule[blockIdx.x];
   constexpr int kColumns = kStage == Stage::kGateUp ? C::kHalfN : 2 * C::kHalfN;
-  TileMultiplier<T, C, kStage, kLoad> tile(g, g.tiles[place.m], static_cast<int64_t>(place.n) * kColumns);
+  TileMultiplier<T, C, kStage, kLoad> tile(g, g.tiles[position.row_tile],
+                                           static_cast<int64_t>(position.column_tile) * kColumns);
   tile.multiply(static_cast<T*>(shared_memory()));
   if (kStage == Stage::kGateUp) {
     tile.store_activated(static_cast<float*>(shared_memory()));
@@ -342,10 +331,10 @@ Load choose_load(Stage stage, const Problem& problem, const GroupedGemm& gemm) {
 template <class T, class C, Stage kStage, Load kLoad>
 void start(const GroupedGemm& gemm, Stream stream) {
   constexpr int kColumns = kStage == Stage::kGateUp ? C::kHalfN : 2 * C::kHalfN;
-  const int64_t blocks_n = divide_up(gemm.columns, kColumns);
+  const int64_t column_tiles = divide_up(gemm.columns, kColumns);
   launch(kStage == Stage::kGateUp ? "grouped_gemm_sm80 (gate_up)" : "grouped_gemm_sm80 (down)",
-         multiply_tiles<T, C, kStage, kLoad>, gemm.max_tiles * blocks_n, C::kThreads, C::kSharedBytes, stream,
-         gemm, static_cast<int>(gemm.max_tiles), static_cast<int>(blocks_n));
+         multiply_tiles<T, C, kStage, kLoad>, gemm.max_tiles * column_tiles, C::kThreads, C::kSharedBytes,
+         stream, gemm, static_cast<int>(column_tiles));
 }
 
 template <class T, class C, Stage kStage>

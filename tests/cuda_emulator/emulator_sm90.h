@@ -122,21 +122,22 @@ inline void tensor_copy(void* destination, const TensorMap* map, int32_t i0, int
   emulator::expect(reinterpret_cast<uintptr_t>(destination) % 1024 == 0,
                    "a tensor copy to a misaligned atom");
   char* to = static_cast<char*>(destination);
-  start_copy(barrier, [=] {
-    for (uint32_t r = 0; r < map->box[1]; ++r) {
-      for (uint32_t c = 0; c < map->box[0]; ++c) {
+  // A copy of the map: kernel parameters live on the stack of a thread, which may be done by then.
+  start_copy(barrier, [=, map = *map] {
+    for (uint32_t r = 0; r < map.box[1]; ++r) {
+      for (uint32_t c = 0; c < map.box[0]; ++c) {
         const int64_t x = int64_t{i0} + c, y = int64_t{i1} + r, z = i2;
-        const bool inside = x >= 0 && y >= 0 && z >= 0 && x < static_cast<int64_t>(map->sizes[0]) &&
-                            y < static_cast<int64_t>(map->sizes[1]) &&
-                            z < static_cast<int64_t>(map->sizes[2]);
+        const bool inside = x >= 0 && y >= 0 && z >= 0 && x < static_cast<int64_t>(map.sizes[0]) &&
+                            y < static_cast<int64_t>(map.sizes[1]) &&
+                            z < static_cast<int64_t>(map.sizes[2]);
         uint16_t element = 0;
-        if (inside) std::memcpy(&element, map->base + 2 * x + y * map->strides[0] + z * map->strides[1], 2);
+        if (inside) std::memcpy(&element, map.base + 2 * x + y * map.strides[0] + z * map.strides[1], 2);
         std::memcpy(swizzled(to + r * 128 + c * 2), &element, 2);
       }
     }
     const size_t chunk = (to - static_cast<char*>(shared_memory())) / 16;
-    std::fill_n(emulator::block->written.begin() + chunk, map->box[1] * 128 / 16, 0);
-    barrier->bytes -= static_cast<int32_t>(map->box[0] * map->box[1] * 2);
+    std::fill_n(emulator::block->written.begin() + chunk, map.box[1] * 128 / 16, 0);
+    barrier->bytes -= static_cast<int32_t>(map.box[0] * map.box[1] * 2);
     end_phase_if_complete(barrier);
   });
 }
