@@ -287,8 +287,11 @@ class TileMultiplier {
   float sum_[2][kFragmentsM][kFragmentsN][4] = {};
 };
 
+// Two blocks of a multiprocessor hide each other's barriers; the bound keeps the sums in registers.
+constexpr int kBlocksPerMultiprocessor = 2;
+
 template <class T, class C, Stage kStage, Load kLoad>
-__global__ void __launch_bounds__(C::kThreads)
+__global__ void __launch_bounds__(C::kThreads, kBlocksPerMultiprocessor)
     multiply_tiles(const __grid_constant__ GroupedGemm g, int column_tiles) {
   const TileSchedule schedule{*g.num_tiles, column_tiles};
   if (static_cast<int>(blockIdx.x) >= schedule.size()) return;
