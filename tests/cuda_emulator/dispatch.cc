@@ -38,10 +38,20 @@ size_t workspace_size(const Device&, const Problem& problem) {
   return cuda::workspace_size(problem);
 }
 
-void mixture_of_experts(const Device&, const Problem& problem, void* workspace, void* out, float* amax) {
+void mixture_of_experts(const Device&, const Problem& problem, void* workspace, void* out, float* amax,
+                        void*) {
   const auto lock = next_schedule();
   cuda::mixture_of_experts(problem, nullptr, workspace, out, amax);
 }
+
+int64_t saved_rows(const Device&, const Problem&) { return 0; }
+
+[[noreturn]] void no_gradient() { throw NotImplemented("the CUDA back end has no gradients yet"); }
+size_t backward_workspace_size(const Device&, const BackwardProblem&) { no_gradient(); }
+void mixture_of_experts_backward(const Device&, const BackwardProblem&, void*) { no_gradient(); }
+size_t gate_backward_workspace_size(const Device&, const GateBackwardProblem&) { no_gradient(); }
+void gate_backward(const Device&, const GateBackwardProblem&, void*) { no_gradient(); }
+void route_backward(const Device&, const RouteBackwardProblem&, float*) { no_gradient(); }
 
 size_t gate_workspace_size(const Device&, const GateProblem&) { return 0; }
 
