@@ -128,8 +128,7 @@ inline void tensor_copy(void* destination, const TensorMap* map, int32_t i0, int
       for (uint32_t c = 0; c < map.box[0]; ++c) {
         const int64_t x = int64_t{i0} + c, y = int64_t{i1} + r, z = i2;
         const bool inside = x >= 0 && y >= 0 && z >= 0 && x < static_cast<int64_t>(map.sizes[0]) &&
-                            y < static_cast<int64_t>(map.sizes[1]) &&
-                            z < static_cast<int64_t>(map.sizes[2]);
+                            y < static_cast<int64_t>(map.sizes[1]) && z < static_cast<int64_t>(map.sizes[2]);
         uint16_t element = 0;
         if (inside) std::memcpy(&element, map.base + 2 * x + y * map.strides[0] + z * map.strides[1], 2);
         std::memcpy(swizzled(to + r * 128 + c * 2), &element, 2);
