@@ -75,8 +75,8 @@ def wanted_cuda_toolkit() -> Path | None:
     if toolkit is None:
         reason = "PADDLE_MOE_CUDA=1" if choice == "1" else "the installed Paddle is a CUDA build"
         raise RuntimeError(
-            f"{reason}, but no nvcc was found. Set CUDA_HOME to a CUDA toolkit, or PADDLE_MOE_CUDA=0 to build "
-            "paddle_moe for the CPU alone"
+            f"{reason}, but no nvcc was found. Set CUDA_HOME to a CUDA toolkit, or PADDLE_MOE_CUDA=0 to "
+            "build paddle_moe for the CPU alone"
         )
     return toolkit
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Runs nvcc, and fails where ptxas says that a kernel did not become what was written. setup.py and CMake use it.
+"""Runs nvcc, and fails where ptxas says that a kernel did not become what was written.
 
     strict_nvcc.py NVCC ARGUMENT...
 
-It fails on registers that spill to memory (but for MAY_SPILL), on serialised wgmma instructions (C7510, C7515,
-C7517), on an ignored setmaxnreg (C7508), and when nvcc itself fails. Then it leaves no output file behind, so
-that no later step can take an old one for the new one.
+setup.py and CMake compile with it. It fails on registers that spill to memory (but for MAY_SPILL), on
+serialised wgmma instructions (C7510, C7515, C7517), on an ignored setmaxnreg (C7508), and when nvcc itself
+fails. Then it leaves no output file behind, so that no later step can take an old one for the new one.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ case goes to `paddle_moe.core`, to the Paddle op and to `paddle_moe.reference`.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -250,43 +252,123 @@ class Core:
             assert (fence == poison).all(), "bytes beside a buffer were overwritten"
         self._fenced = []
 
+    # Where the arrays of a case lie when the functions are called: a GPU has its own.
+    def _to_device(self, case: dict) -> dict:
+        return case
+
+    def _to_numpy(self, result):
+        return result
+
     def mixture_of_experts(self, *, poison: int = 0xFF, **case):
         from paddle_moe import core
 
         out = self._array(case["hidden_states"].shape, case["hidden_states"].dtype, poison)
+        case = self._to_device(case)
         workspace = self._buffer(core.workspace_size(**case), poison)
         result = core.mixture_of_experts(**case, out=out, workspace=workspace)
-        first = result[0] if case.get("measurement_mode") else result
-        assert np.shares_memory(first, out) or out.size == 0, "out= was not used"
+        assert (result[0] if case.get("measurement_mode") else result) is out, "out= was not used"
         self._check_fences()
-        return result
+        return self._to_numpy(result)
 
     def route(self, logits, top_k, **options):
         from paddle_moe import core
 
         shape = (len(logits), top_k)
-        result = core.route(
-            logits, top_k, **options, out=(self._array(shape, "int32"), self._array(shape, "float32"))
-        )
+        out = (self._array(shape, "int32"), self._array(shape, "float32"))
+        result = core.route(**self._to_device({"logits": logits, **options}), top_k=top_k, out=out)
         self._check_fences()
-        return result
+        return self._to_numpy(result)
 
     def gate(self, hidden_states, gate_weight):
         from paddle_moe import core
 
         out = self._array((len(hidden_states), gate_weight.shape[1]), "float32")
-        workspace = self._buffer(core.gate_workspace_size(hidden_states, gate_weight), 0xFF)
-        result = core.gate(hidden_states, gate_weight, out=out, workspace=workspace)
+        case = self._to_device({"hidden_states": hidden_states, "gate_weight": gate_weight})
+        workspace = self._buffer(core.gate_workspace_size(**case), 0xFF)
+        result = core.gate(**case, out=out, workspace=workspace)
         self._check_fences()
-        return result
+        return self._to_numpy(result)
 
     def fused_gate_moe(self, **case):
         from paddle_moe import core
 
         out = self._array(case["hidden_states"].shape, case["hidden_states"].dtype)
-        result = core.fused_gate_moe(**case, out=out)
+        result = core.fused_gate_moe(**self._to_device(case), out=out)
         self._check_fences()
-        return result
+        return self._to_numpy(result)
+
+
+@functools.lru_cache(maxsize=None)
+def why_not_cuda() -> str:
+    """Why nothing can run on a GPU here; empty where it can."""
+    from paddle_moe import core
+
+    if not core._core.has_cuda():
+        return "paddle_moe was built without CUDA"
+    if importlib.util.find_spec("torch") is None:
+        return "PyTorch, which the tests on a GPU use, is not installed"
+    import torch
+
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
+def on_gpu(array: np.ndarray):
+    """The array as a PyTorch tensor on the GPU with the same strides, and NaN in the gaps between them."""
+    import torch
+
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        array = np.ascontiguousarray(array)
+    strides = [stride // array.itemsize for stride in array.strides]
+    # A dimension of stride 0 repeats one element, which is copied once.
+    once = array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
+    dense = torch.from_numpy(np.array(once.view(np.int16) if array.dtype == np.uint16 else once, order="C"))
+    if array.dtype == np.uint16:
+        dense = dense.view(torch.bfloat16)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(array.shape, strides)) if array.size else 0
+    memory = torch.full((span * array.itemsize,), 0xFF, dtype=torch.uint8, device="cuda").view(dense.dtype)
+    memory.as_strided(dense.shape, strides).copy_(dense)
+    return memory.as_strided(array.shape, strides)
+
+
+class Cuda(Core):
+    """`paddle_moe.core` on the GPU, through PyTorch tensors; NumPy in and out."""
+
+    name = "cuda"
+
+    def _buffer(self, num_bytes: int, poison: int):
+        import torch
+
+        whole = torch.full((num_bytes + 2 * self.FENCE,), poison, dtype=torch.uint8, device="cuda")
+        self._fenced.append((whole, poison))
+        return whole[self.FENCE : self.FENCE + num_bytes]
+
+    def _array(self, shape, dtype, poison: int = 0xFF):
+        import torch
+
+        dtype = np.dtype(dtype)
+        kind = torch.bfloat16 if dtype == np.uint16 else getattr(torch, dtype.name)
+        return self._buffer(int(np.prod(shape)) * dtype.itemsize, poison).view(kind).reshape(shape)
+
+    def _check_fences(self) -> None:
+        self._fenced = [(whole.cpu().numpy(), poison) for whole, poison in self._fenced]
+        super()._check_fences()
+
+    def _to_device(self, case: dict) -> dict:
+        def moved(value):
+            if isinstance(value, np.ndarray):
+                return on_gpu(value)
+            return [moved(entry) for entry in value] if isinstance(value, list) else value
+
+        return {name: moved(value) for name, value in case.items()}
+
+    def _to_numpy(self, result):
+        import torch
+
+        if isinstance(result, tuple):
+            return tuple(self._to_numpy(entry) for entry in result)
+        if result.dtype == torch.bfloat16:
+            return result.view(torch.int16).cpu().numpy().view(np.uint16)
+        return result.cpu().numpy()
 
 
 class Paddle:

@@ -10,6 +10,7 @@ import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import checks` works from any directory and import mode
+import checks  # noqa: E402
 
 # The same examples on every run and machine; HYPOTHESIS_PROFILE=explore looks for new ones.
 hypothesis.settings.register_profile(
@@ -19,19 +20,27 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-@pytest.fixture(params=["core", "paddle"])
+# On a machine with a GPU the tests of the operators run there too; `-k cuda` chooses those.
+_CORES = ["core"] if checks.why_not_cuda() else ["core", "cuda"]
+
+
+def _caller(name: str):
+    if name == "paddle":
+        pytest.importorskip("paddle")
+        return checks.Paddle()
+    return checks.Cuda() if name == "cuda" else checks.Core()
+
+
+@pytest.fixture(params=[*_CORES, "paddle"])
 def backend(request):
-    """The same operators through NumPy arrays and through Paddle tensors."""
-    import checks
-
-    return checks.Core() if request.param == "core" else checks.Paddle()
+    """The same operators through NumPy arrays, on a GPU, and through Paddle tensors."""
+    return _caller(request.param)
 
 
-@pytest.fixture
-def core():
-    import checks
-
-    return checks.Core()
+@pytest.fixture(params=_CORES)
+def core(request):
+    """The operators without Paddle."""
+    return _caller(request.param)
 
 
 @pytest.fixture
