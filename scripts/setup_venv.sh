@@ -72,6 +72,8 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
 
 requirements=("paddlepaddle>=2.6.2,<3.4" "setuptools>=61" wheel "pybind11>=2.11" numpy
   "safetensors>=0.7" matplotlib rich pytest pytest-timeout hypothesis "cmake>=3.18")
+# They take the machine code apart that a build with CUDA has to contain.
+[ "${PADDLE_MOE_CUDA:-}" != 1 ] || requirements+=(nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 
 make_venv
 once requirements "${requirements[*]}" "installing Paddle and the tools (about 250 MB the first time)" \

@@ -1,0 +1,134 @@
+"""The build of the CUDA back end, where a toolkit is: what is compiled, what is refused. Needs no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from paddle_moe import core
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TOOLKIT_TOOLS = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
+# pip's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm put theirs here.
+PIP_TOOLS = str(Path(sys.prefix) / "lib" / f"python3.{sys.version_info[1]}/site-packages/nvidia/cu13/bin")
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), TOOLKIT_TOOLS, PIP_TOOLS])
+NVCC = shutil.which("nvcc", path=SEARCH_PATH)
+CUOBJDUMP = shutil.which("cuobjdump", path=SEARCH_PATH)
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc found")
+
+
+def compile_strictly(tmp_path: Path, kernel: str, *flags: str) -> tuple[subprocess.CompletedProcess, Path]:
+    source, target = tmp_path / "kernel.cu", tmp_path / "kernel.o"
+    source.write_text(kernel)
+    target.write_text("an object of an earlier build")
+    command = [sys.executable, str(REPOSITORY / "scripts" / "strict_nvcc.py"), NVCC, "-c", str(source)]
+    done = subprocess.run([*command, "-o", str(target), *flags], capture_output=True, text=True, timeout=120)
+    return done, target
+
+
+@needs_nvcc
+def test_a_good_kernel_is_compiled(tmp_path):
+    done, target = compile_strictly(tmp_path, "__global__ void one(float* a) { a[threadIdx.x] = 1; }")
+    assert done.returncode == 0, done.stderr
+    assert target.read_bytes().startswith(b"\x7fELF")
+
+
+@needs_nvcc
+def test_spilled_registers_fail_the_build(tmp_path):
+    kernel = """
+        __global__ void __launch_bounds__(1024) greedy(float* a) {
+          float x[200];
+        #pragma unroll
+          for (int i = 0; i < 200; ++i) x[i] = a[i * 1024 + threadIdx.x];
+          __syncthreads();
+        #pragma unroll
+          for (int i = 0; i < 200; ++i) a[i * 1024 + threadIdx.x] = x[i] * x[(i * 7 + 3) % 200];
+        }
+    """
+    done, target = compile_strictly(tmp_path, kernel, "-gencode=arch=compute_80,code=sm_80")
+    assert done.returncode != 0
+    assert re.search(r"error: registers were spilled by \S*greedy\S* for sm_80", done.stderr), done.stderr
+    assert not target.exists(), "the old object could be linked instead"
+
+
+@needs_nvcc
+def test_a_failed_compile_fails_the_build(tmp_path):
+    done, target = compile_strictly(tmp_path, "#error broken on purpose\n")
+    assert done.returncode != 0 and "broken on purpose" in done.stderr
+    assert not target.exists()
+
+
+def test_the_refused_messages_of_ptxas_are_recognised():
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    try:
+        from strict_nvcc import complaints
+    finally:
+        sys.path.pop(0)
+    serialised = (
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    )
+    ignored = "ptxas warning : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum"
+    fine = (
+        "ptxas info    : Compiling entry function 'k' for 'sm_90a'\n    0 bytes stack frame, 0 bytes spill "
+    )
+    fine += "stores, 0 bytes spill loads\nptxas info    : Used 168 registers"
+    assert complaints(fine) == []
+    assert len(complaints(f"{fine}\n{serialised}\n{ignored}")) == 2
+
+
+def machine_code(file: Path, architecture: str) -> str:
+    environment = {**os.environ, "PATH": SEARCH_PATH}
+    done = subprocess.run(
+        [CUOBJDUMP, "--dump-sass", "--gpu-architecture", architecture, str(file)],
+        capture_output=True, text=True, timeout=120, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not core._core.has_cuda(), reason="paddle_moe was built without CUDA")
+@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump found (pip install nvidia-cuda-cuobjdump)")
+@pytest.mark.parametrize("module", ["_core", "_ops"])
+def test_the_modules_hold_the_instructions_they_are_fast_by(module):
+    """HGMMA: wgmma. UTMALDG: tensor copies. LDGSTS: cp.async. HMMA: mma.sync."""
+    [file] = Path(core.__file__).parent.glob(f"{module}.*.so")
+    for architecture, kernel, instructions in (
+        ("sm_80", "grouped_gemm", ("HMMA", "LDGSTS")),
+        ("sm_90a", "grouped_gemm", ("HGMMA", "UTMALDG", "LDGSTS", "HMMA")),
+    ):
+        code = machine_code(file, architecture)
+        assert kernel in code
+        missing = [name for name in instructions if not re.search(rf"\b{name}\b", code)]
+        assert not missing, f"{file.name} has no {', '.join(missing)} for {architecture}"
+
+
+@needs_nvcc
+@pytest.mark.skipif(not core._core.has_cuda(), reason="paddle_moe was built without CUDA")
+@pytest.mark.timeout(900)
+def test_cmake_builds_the_core_with_cuda(tmp_path):
+    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), SEARCH_PATH]))
+    if cmake is None:
+        pytest.skip("no cmake found (pip install cmake)")
+    build, package = str(tmp_path / "build"), tmp_path / "package"
+    for command in (
+        ["-S", str(REPOSITORY), "-B", build, "-DPADDLE_MOE_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"],
+        ["--build", build, "--target", "_core", "--parallel", "2"],
+        ["--install", build, "--prefix", str(package)],
+    ):
+        done = subprocess.run(
+            [cmake, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=800
+        )
+        assert done.returncode == 0, done.stdout
+    code = "from paddle_moe import core; print(core.__file__, core._core.has_cuda())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(package)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.split() == [str(package / "paddle_moe" / "core.py"), "True"], done.stderr
