@@ -105,6 +105,7 @@ def test_the_modules_hold_the_instructions_they_are_fast_by(module):
     ):
         code = machine_code(file, architecture)
         assert kernel in code
+        assert ("HGMMA" in code) == (architecture == "sm_90a"), "the code of another architecture was read"
         missing = [name for name in instructions if not re.search(rf"\b{name}\b", code)]
         assert not missing, f"{file.name} has no {', '.join(missing)} for {architecture}"
 
