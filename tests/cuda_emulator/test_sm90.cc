@@ -142,6 +142,13 @@ int main() {
       }
     }
   });
+  // So deep that a barrier with one arrival too few to wait for has let go of a stage before all have read
+  // it.
+  emulator::order = emulator::Order::kRandom;
+  emulator::copies = emulator::Copies::kEager;
+  for (int tokens : {5, 64}) {
+    check_layer(random, tokens, 4104, 8, 1, 1, DType::kBFloat16, ::Layout::kStacked, true);
+  }
   constexpr const char* kActivations[] = {"silu",  "gelu", "gelu_tanh", "relu",
                                           "relu2", "selu", "identity",  "swigluoai(1.5, 3)"};
   for (const char* activation : kActivations) {
