@@ -4,6 +4,7 @@
 #   PADDLE_MOE_VENV   where the environment is made (default: .venv in the clone)
 #   PYTHON            the Python it is made from (default: python3)
 #   PADDLE_MOE_CUDA   1: with the CUDA back end; see setup.py for this and related variables
+#   requirements      what is installed into it: arguments of `pip install` (default: Paddle and the tools)
 set -euo pipefail
 
 # Another environment must not leak into this one.
@@ -70,7 +71,7 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
     fail "python setup.py build_ext --inplace failed: run it to see why"
 }
 
-requirements=("paddlepaddle>=2.6.2,<3.4" "setuptools>=61" wheel "pybind11>=2.11" numpy
+[ -n "${requirements+set}" ] || requirements=("paddlepaddle>=2.6.2,<3.4" "setuptools>=61" wheel "pybind11>=2.11" numpy
   "safetensors>=0.7" matplotlib rich pytest pytest-timeout hypothesis "cmake>=3.18")
 # They take the machine code apart that a build with CUDA has to contain.
 [ "${PADDLE_MOE_CUDA:-}" != 1 ] || requirements+=(nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
