@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/paddlenlp_blocks.py --out FILE.json
 
 in the environment of docs/integrations.md. The stock blocks raise on Paddle 3.3; here they get back the two
-functions of Paddle whose results changed, as columns and as int32, and are otherwise untouched. In each round
+functions of Paddle whose results changed, as columns and as int32, else they are untouched. In each round
 the stock and the accelerated variant run one after the other, and the ratio is taken within the round, because
 machines drift. fp32, random weights, evaluation.
 """
@@ -133,8 +133,14 @@ def compare(stock, accelerated, rounds: int, budget: float) -> dict:
     }
 
 
-def first(output):
-    return output if isinstance(output, paddle.Tensor) else output[0]
+def caller(layer, inputs):
+    """A call of the layer that returns its first output."""
+
+    def call():
+        output = layer(inputs)
+        return output if isinstance(output, paddle.Tensor) else output[0]
+
+    return call
 
 
 def block_of(model):
@@ -169,8 +175,8 @@ def main() -> None:
             for what, (stock, ours, inputs) in pairs.items():
                 with paddle.no_grad():
                     result = compare(
-                        lambda: first(stock(inputs)),
-                        lambda: first(ours(inputs)),
+                        caller(stock, inputs),
+                        caller(ours, inputs),
                         arguments.rounds,
                         arguments.budget,
                     )
@@ -190,7 +196,9 @@ def main() -> None:
             "paddle_moe": paddle_moe.__version__,
             "mkl_debug_cpu_type": os.environ.get("MKL_DEBUG_CPU_TYPE"),
         }
-        arguments.out.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
+        arguments.out.write_text(
+            json.dumps({"environment": environment, "results": results}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -24,7 +25,8 @@ from paddle import nn
 from paddle_moe import functional
 from paddle_moe.collectives import enter_shards, leave_shards, no_contribution
 from paddle_moe.distributed import ParallelContext, init_distributed
-from paddle_moe.params import shard_range
+from paddle_moe.params import Part, shard_range
+from paddle_moe.tensor_files import LoadReport, Plan, Source, Target, TensorFiles, execute
 
 Tensor = paddle.Tensor
 
@@ -117,78 +119,63 @@ def activation_of(function: Any) -> str:
 
 @dataclass
 class Slice:
-    """What this rank holds of a parameter that is spread over the grid.
+    """What this rank holds of a parameter that is spread over the grid: ``part`` of ``whole``.
 
-    Attributes:
-        parameter: of the model; it holds the local part.
-        shape: of the whole.
-        axis: the dimension that is cut. ranges: half-open ranges of it that are kept, in order.
-        experts: half-open range of dimension 0 that is kept of stacked experts; None: of one expert.
-        present: False where this rank holds nothing of it.
+    The dimensions are those of FusedMoE.parts: E experts, H hidden, G the halves gate and up, I intermediate.
     """
 
     parameter: Tensor
-    shape: list[int]
-    axis: int
-    ranges: list[tuple[int, int]]
-    experts: tuple[int, int] | None = None
-    present: bool = True
+    part: Part
+    whole: Part
 
-    def pieces(self) -> list[tuple[slice, ...]]:
-        """Indices into the whole; joined along ``axis`` they are the local part."""
-        indices = []
-        for start, stop in self.ranges:
-            index = [slice(None)] * len(self.shape)
-            if self.experts is not None:
-                index[0] = slice(*self.experts)
-            index[self.axis] = slice(start, stop)
-            indices.append(tuple(index))
-        return indices
+    @classmethod
+    def of(
+        cls, parameter: Tensor, pattern: str, sizes: dict[str, int], kept: dict[str, tuple[int, int]]
+    ) -> Slice:
+        """``kept`` gives the ranges of the dimensions that are cut, ``sizes`` the whole size of each."""
+        whole = Part(pattern, {name: (0, sizes[name]) for name in Part(pattern, {}).names})
+        ranges = {name: kept.get(name, whole.ranges[name]) for name in whole.names}
+        return cls(parameter, Part(pattern, ranges), whole)
 
     @paddle.no_grad()
     def cut(self) -> None:
         """Shrinks the parameter, still whole, to the local part."""
-        if self.present:
-            parts = [self.parameter[index] for index in self.pieces()]
-            self.hold(paddle.concat(parts, axis=self.axis))
+        if self.part.size:
+            unfolded = self.parameter.reshape([self.whole.length(name) for name in self.whole.names])
+            self.hold(unfolded[self._place()].reshape(self.part.shape))
         else:
-            self.hold(paddle.zeros([0], self.parameter.dtype))
+            self.hold(paddle.zeros(self.part.shape, self.parameter.dtype))
         self.parameter.no_sync = True  # data parallelism must not add up gradients of different shards
 
     def hold(self, value: Tensor) -> None:
         """Gives the parameter another shape and value; it stays the object that others refer to."""
         self.parameter.clear_gradient(False)
-        self.parameter.get_tensor()._share_data_with(value.get_tensor())
+        self.parameter.get_tensor()._share_data_with(value.clone().get_tensor())
 
     @paddle.no_grad()
     def gather(self, parallel: ParallelContext) -> Tensor:
         """The whole, on every rank of the grid: all ranks call this together."""
-        whole = paddle.zeros(self.shape, self.parameter.dtype)
-        if self.present and self.parameter.size:
-            start = 0
-            for index in self.pieces():
-                stop = start + index[self.axis].stop - index[self.axis].start
-                part = [slice(None)] * len(self.shape)
-                part[self.axis] = slice(start, stop)
-                whole[index] = self.parameter[tuple(part)]
-                start = stop
-        return parallel.all_reduce(whole, "grid")
+        names = self.whole.names
+        unfolded = paddle.zeros([self.whole.length(name) for name in names], self.parameter.dtype)
+        if self.part.size:
+            unfolded[self._place()] = self.parameter.reshape([self.part.length(name) for name in names])
+        return parallel.all_reduce(unfolded, "grid").reshape(self.whole.shape)
+
+    def _place(self) -> tuple[slice, ...]:
+        return tuple(slice(*self.part.ranges[name]) for name in self.whole.names)
 
 
 def _slices_of_expert(expert: nn.Layer, rank: int, size: int, present: bool) -> list[Slice]:
     gate_up, down = _projections(expert)
     inter, hidden = down.weight.shape
-    start, stop = shard_range(inter, rank, size)
-    columns = [(start, stop)] if len(gate_up) == 2 else [(start, stop), (inter + start, inter + stop)]
-    slices = [Slice(one.weight, list(one.weight.shape), 1, columns, None, present) for one in gate_up]
-    slices += [
-        Slice(one.bias, list(one.bias.shape), 0, columns, None, present)
-        for one in gate_up
-        if one.bias is not None
-    ]
-    slices.append(Slice(down.weight, [inter, hidden], 0, [(start, stop)], None, present))
+    sizes = {"H": hidden, "I": inter, "G": 2}
+    kept = {"I": shard_range(inter, rank, size) if present else (0, 0)}
+    columns = "I" if len(gate_up) == 2 else "(G I)"
+    slices = [Slice.of(one.weight, f"H {columns}", sizes, kept) for one in gate_up]
+    slices += [Slice.of(one.bias, columns, sizes, kept) for one in gate_up if one.bias is not None]
+    slices.append(Slice.of(down.weight, "I H", sizes, kept))
     if down.bias is not None:  # added once, by the first rank
-        slices.append(Slice(down.bias, [hidden], 0, [(0, hidden)], None, present and rank == 0))
+        slices.append(Slice.of(down.bias, "H", sizes, {} if present and rank == 0 else {"H": (0, 0)}))
     return slices
 
 
@@ -238,13 +225,13 @@ class MoEBlock:
     def slices(self, parallel: ParallelContext, first: int, end: int) -> list[Slice]:
         """What is left on this rank of each parameter of the experts, of which it holds [first, end)."""
         if self._stacked():
-            weights, experts = self.weights(), (first, end)
+            weights = self.weights()
             num_experts, inter, hidden = weights.down.shape
-            start, stop = shard_range(inter, parallel.tp_rank, parallel.tp_size)
-            columns = [(start, stop), (inter + start, inter + stop)]
+            sizes = {"E": num_experts, "H": hidden, "I": inter, "G": 2}
+            kept = {"E": (first, end), "I": shard_range(inter, parallel.tp_rank, parallel.tp_size)}
             return [
-                Slice(weights.gate_up, [num_experts, hidden, 2 * inter], 2, columns, experts),
-                Slice(weights.down, [num_experts, inter, hidden], 1, [(start, stop)], experts),
+                Slice.of(weights.gate_up, "E H (G I)", sizes, kept),
+                Slice.of(weights.down, "E I H", sizes, kept),
             ]
         slices = []
         for index, expert in enumerate(self._present_experts()):
@@ -364,10 +351,24 @@ def _accelerated(block: type[MoEBlock], stock: type[nn.Layer]) -> type[nn.Layer]
 
 
 class Integration:
-    """The functions of one package: accelerate, restore, patch and unpatch."""
+    """The functions of one package: accelerate, restore, patch, unpatch and load_checkpoint.
 
-    def __init__(self, package: str, blocks: list[type[MoEBlock]]):
+    Args:
+        package: its name.
+        blocks: what is known of its blocks.
+        published_names: gives, for a model, {name of a parameter: (its key in the published files of that
+            model, whether these have the matrix turned)}; None: only files with the package's own names can
+            be loaded.
+    """
+
+    def __init__(
+        self,
+        package: str,
+        blocks: list[type[MoEBlock]],
+        published_names: Callable[[nn.Layer], dict[str, tuple[str, bool]]] | None = None,
+    ):
         self.package = package
+        self._published_names = published_names
         self._blocks = {block.stock: block for block in blocks}
         self._original_init: dict[type, Any] = {}
 
@@ -461,6 +462,68 @@ class Integration:
             stock.__init__ = original
         self._original_init.clear()
 
+    def load_checkpoint(
+        self,
+        model: nn.Layer,
+        path: str | os.PathLike,
+        *,
+        layout: str = "auto",
+        cast: str = "lossless",
+        progress: bool = False,
+    ) -> LoadReport:
+        """Fills a model, accelerated or not, from safetensors files; each rank reads only what it holds.
+
+        All ranks that share the model call it together.
+
+        Args:
+            model: with parameters of the right shapes; for EP x TP, accelerated already.
+            path: a directory with model.safetensors.index.json or with *.safetensors, or one such file.
+            layout: "huggingface": names and [out, in] matrices of the published files. "paddle": those of the
+                package's own files. "auto": whichever names the files have.
+            cast: "lossless": float16 and bfloat16 may become float32. "any": every floating-point dtype may
+                become every other, with rounding. "none": dtypes must be equal.
+            progress: show a bar in a terminal.
+
+        Returns:
+            LoadReport: the keys loaded, the keys of the files that nothing asked for, the bytes read.
+
+        Raises:
+            ValueError: an unknown layout, or one that this package has no names for.
+            CheckpointError: a ValueError, on every rank, that lists file, key, what was expected and what
+                found, for all that is missing, doubled, truncated, of another shape or dtype, and for keys of
+                the mixture-of-experts blocks that the model lacks. Nothing was assigned.
+        """
+        if layout not in ("auto", "huggingface", "paddle"):
+            raise ValueError(f"layout must be 'auto', 'huggingface' or 'paddle', got {layout!r}")
+        if layout == "huggingface" and self._published_names is None:
+            raise ValueError(f"layout must be 'paddle' for models of {self.package}, got {layout!r}")
+        blocks = [layer for layer in model.sublayers(include_self=True) if isinstance(layer, MoEBlock)]
+        parallel = next((block.parallel for block in blocks), None)
+        holdings = _holdings(model)
+        own = {name: (name, False) for name in holdings}
+        published = own if self._published_names is None else self._published_names(model)
+        with TensorFiles(path) as files:
+            if layout == "auto":
+                found = [sum(names[name][0] in files for name in holdings) for names in (own, published)]
+                if found[0] == found[1] > 0 and published is not own:
+                    raise ValueError(
+                        "layout must be 'huggingface' or 'paddle' where both have the same names, got 'auto'"
+                    )
+                layout = "huggingface" if found[1] > found[0] else "paddle"
+            names = published if layout == "huggingface" else own
+            sources = [
+                Source(names[name][0], name, _turned(whole) if names[name][1] else whole)
+                for name, (_, _, whole) in holdings.items()
+            ]
+            targets = {name: Target(tensor, part) for name, (tensor, part, _) in holdings.items()}
+            inside = tuple(
+                {key.partition(".experts.")[0] + "." for key in files.keys() if ".experts." in key}
+            )
+            plan = Plan(
+                files, targets, sources, path=path, must_match=lambda key: key.startswith(inside), cast=cast
+            )
+            return execute([plan], path, parallel, progress=f"loading {path}" if progress else None)
+
     def supported(self) -> str:
         return ", ".join(
             f"{block.stock.partition(':')[2]} of {block.model}" for block in self._blocks.values()
@@ -477,6 +540,30 @@ class Integration:
                     inside.update(id(one) for one in layer.sublayers())
                     yield layer, block
                     break
+
+
+def _holdings(model: nn.Layer) -> dict[str, tuple[Tensor, Part, Part]]:
+    """Tensor, part and whole of everything that the model has or another rank has instead, by name."""
+    tensors = dict(model.state_dict())
+    slices = {}
+    for prefix, layer in model.named_sublayers(include_self=True):
+        if isinstance(layer, MoEBlock):
+            slices.update({id(one.parameter): one for one in layer._slices})
+            for index, expert in layer._away.items():
+                for name, parameter in expert.named_parameters():
+                    tensors[".".join(filter(None, [prefix, "experts", index, name]))] = parameter
+    holdings = {}
+    for name, tensor in tensors.items():
+        one = slices.get(id(tensor))
+        whole = Part.whole(tensor.shape) if one is None else one.whole
+        holdings[name] = tensor, whole if one is None else one.part, whole
+    return dict(sorted(holdings.items()))  # in one order on all ranks
+
+
+def _turned(part: Part) -> Part:
+    """The same part, stored with the dimensions of the array in reverse order."""
+    dimensions = re.findall(r"\([^)]*\)|\S+", part.pattern)
+    return Part(" ".join(reversed(dimensions)), part.ranges)
 
 
 def _context(ep_size: int, tp_size: int, parallel: ParallelContext | None) -> ParallelContext | None:

@@ -20,7 +20,7 @@ from paddle_moe.params import shard_range
 
 Tensor = paddle.Tensor
 
-__all__ = ["accelerate", "patch", "restore", "unpatch"]
+__all__ = ["accelerate", "load_checkpoint", "patch", "restore", "unpatch"]
 
 
 class Experts(MoEBlock):
@@ -121,23 +121,16 @@ class GptOss(MoEBlock):
         return super().run(tokens, routing_table, router_weights, ordered, first)
 
     def slices(self, parallel, first: int, end: int) -> list[Slice]:
-        experts, here = self.experts_layer(), (first, end)
+        experts = self.experts_layer()
         num_experts, inter, hidden = experts.down_proj.shape
-        start, stop = shard_range(inter, parallel.tp_rank, parallel.tp_size)
-        pairs = [(2 * start, 2 * stop)]
+        sizes = {"E": num_experts, "H": hidden, "I": inter, "G": 2}
+        kept = {"E": (first, end), "I": shard_range(inter, parallel.tp_rank, parallel.tp_size)}
+        once = kept if parallel.tp_rank == 0 else {"E": (0, 0)}  # added by the first rank alone
         return [
-            Slice(experts.gate_up_proj, [num_experts, hidden, 2 * inter], 2, pairs, here),
-            Slice(experts.gate_up_proj_bias, [num_experts, 2 * inter], 1, pairs, here),
-            Slice(experts.down_proj, [num_experts, inter, hidden], 1, [(start, stop)], here),
-            # Added once, by the first rank.
-            Slice(
-                experts.down_proj_bias,
-                [num_experts, hidden],
-                1,
-                [(0, hidden)],
-                here,
-                present=parallel.tp_rank == 0,
-            ),
+            Slice.of(experts.gate_up_proj, "E H (I G)", sizes, kept),
+            Slice.of(experts.gate_up_proj_bias, "E (I G)", sizes, kept),
+            Slice.of(experts.down_proj, "E I H", sizes, kept),
+            Slice.of(experts.down_proj_bias, "E H", sizes, once),
         ]
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,5 +230,6 @@ class Ernie45Moe(MoEBlock):
 
 
 _integration = Integration("paddleformers", [Qwen3Moe, DeepseekV3, Glm4Moe, GptOss, Ernie45Moe, Experts])
+load_checkpoint = _integration.load_checkpoint
 accelerate, restore = _integration.accelerate, _integration.restore
 patch, unpatch = _integration.patch, _integration.unpatch

@@ -10,6 +10,7 @@ docs/integrations.md.
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import paddle
@@ -21,7 +22,7 @@ from paddle_moe.losses import load_balancing_loss
 
 Tensor = paddle.Tensor
 
-__all__ = ["accelerate", "patch", "restore", "unpatch"]
+__all__ = ["accelerate", "load_checkpoint", "patch", "restore", "unpatch"]
 
 
 class Mixtral(MoEBlock):
@@ -137,6 +138,17 @@ class Deepseek(_MoELayer):
         return output
 
 
-_integration = Integration("paddlenlp", [Mixtral, Qwen2Moe, Deepseek, Jamba])
+def _published_names(model) -> dict[str, tuple[str, bool]]:
+    """From PaddleNLP's own table, which depends on the class that a model was saved from."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    return {
+        one.target_name: (one.source_name, one.action == "transpose")
+        for one in model._get_name_mappings(config)
+    }
+
+
+_integration = Integration("paddlenlp", [Mixtral, Qwen2Moe, Deepseek, Jamba], _published_names)
+load_checkpoint = _integration.load_checkpoint
 accelerate, restore = _integration.accelerate, _integration.restore
 patch, unpatch = _integration.patch, _integration.unpatch

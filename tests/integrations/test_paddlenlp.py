@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from importlib import import_module
 
 import numpy as np
 import paddle
 import pytest
 from checks import relative_l2
+from safetensors.numpy import save_file
 
 paddlenlp = pytest.importorskip("paddlenlp", reason="paddlenlp is not installed: see docs/integrations.md")
 
@@ -16,12 +18,16 @@ from families import assert_same_gradients, blocks_of, logits, loss_and_gradient
 from paddlenlp_models import FAMILIES, build, generated
 
 from paddle_moe.integrations.blocks import MoEBlock
-from paddle_moe.integrations.paddlenlp import accelerate, patch, restore, unpatch
+from paddle_moe.integrations.paddlenlp import accelerate, load_checkpoint, patch, restore, unpatch
+from paddle_moe.tensor_files import CheckpointError
 
 # Before 3.0 PaddleNLP has Mixtral only.
 PRESENT = [family for family in FAMILIES if hasattr(paddlenlp.transformers, family.model)]
 each_family = pytest.mark.parametrize("family", PRESENT, ids=lambda family: family.name)
 family_of = {family.name: family for family in PRESENT}
+
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 
 
 def dense_model(family, **options):
@@ -167,6 +173,77 @@ def test_checkpoints_are_interchangeable(family, tmp_path):
         parameter.set_value(paddle.zeros_like(parameter))
     model.set_state_dict(type(stock).from_pretrained(tmp_path / "stock").state_dict())
     np.testing.assert_array_equal(logits(model), expected)
+
+
+def write_published_files(model, path, change=lambda tensors: None):
+    """Two safetensors files with the names and the [out, in] matrices of the published ones, and an index."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    state, tensors = model.state_dict(), {}
+    for one in model._get_name_mappings(config):
+        if one.target_name in state:
+            value = state[one.target_name].numpy()
+            tensors[one.source_name] = np.ascontiguousarray(value.T if one.action == "transpose" else value)
+    change(tensors)
+    path.mkdir()
+    keys, weight_map = sorted(tensors), {}
+    for part in range(2):
+        file = f"model-{part + 1:05}-of-00002.safetensors"
+        save_file({key: tensors[key] for key in keys[part::2]}, path / file)
+        weight_map.update(dict.fromkeys(keys[part::2], file))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@each_family
+def test_published_files(family, tmp_path):
+    model = build(family)
+    write_published_files(model, tmp_path / "files")
+    expected = {name: one.numpy() for name, one in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.set_value(paddle.zeros_like(parameter))
+    report = load_checkpoint(accelerate(model), tmp_path / "files")
+    assert report.unmatched == [] and report.bytes_read == sum(one.nbytes for one in expected.values())
+    for name, one in model.state_dict().items():
+        np.testing.assert_array_equal(one.numpy(), expected[name])
+
+
+@each_family
+def test_files_of_paddlenlp(family, tmp_path):
+    model = build(family)
+    expected = {name: one.numpy() for name, one in model.state_dict().items()}
+    save_file(expected, tmp_path / "model.safetensors")
+    for parameter in model.parameters():
+        parameter.set_value(paddle.zeros_like(parameter))
+    load_checkpoint(accelerate(model), tmp_path)
+    for name, one in model.state_dict().items():
+        np.testing.assert_array_equal(one.numpy(), expected[name])
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda t: t.pop(EXPERT), rf"{EXPERT}: expected a tensor \[91, 64\], found nothing"),
+        (
+            lambda t: t.update({EXPERT: t[EXPERT].T.copy()}),
+            rf"{EXPERT}: expected the shape \[91, 64\], found \[64, 91\]",
+        ),
+        (lambda t: t.update({EXPERT: t[EXPERT].astype("int8")}), rf"{EXPERT}: expected float32, found int8"),
+        (
+            lambda t: t.update({EXPERT.replace("s.2", "s.5"): t[EXPERT]}),
+            r"experts\.5\.w1\.weight: expected no tensor",
+        ),
+    ],
+    ids=["missing", "turned", "dtype", "extra"],
+)
+def test_files_that_do_not_fit(change, text, tmp_path):
+    model = accelerate(build(family_of["mixtral"]))
+    write_published_files(model, tmp_path / "files", change)
+    for parameter in model.parameters():
+        parameter.set_value(paddle.zeros_like(parameter))
+    with pytest.raises(CheckpointError, match=text) as raised:
+        load_checkpoint(model, tmp_path / "files")
+    assert len(raised.value.problems) == 1
+    assert not any(parameter.any() for parameter in model.parameters()), "half loaded"
 
 
 @each_family
