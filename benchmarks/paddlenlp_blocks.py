@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/paddlenlp_blocks.py --out FILE.json
 
 in the environment of docs/integrations.md. The stock blocks raise on Paddle 3.3; here they get back the two
-functions of Paddle whose results changed, as columns and as int32, else they are untouched. In each round
-the stock and the accelerated variant run one after the other, and the ratio is taken within the round, because
+functions of Paddle whose results changed, as columns and as int32, and are untouched otherwise. In a round
+the stock and the accelerated variant run one after the other, and the ratio is taken within the round, since
 machines drift. fp32, random weights, evaluation.
 """
 

@@ -145,12 +145,22 @@ class Slice:
             self.hold(unfolded[self._place()].reshape(self.part.shape))
         else:
             self.hold(paddle.zeros(self.part.shape, self.parameter.dtype))
-        self.parameter.no_sync = True  # data parallelism must not add up gradients of different shards
+        self._mark(sharded=True)
+
+    def restore(self, parallel: ParallelContext) -> None:
+        """Undoes :meth:`cut`: all ranks of the grid call this together."""
+        self.hold(self.gather(parallel))
+        self._mark(sharded=False)
+
+    def _mark(self, sharded: bool) -> None:
+        """As on the parameters of FusedMoE: what sums gradients or norms over ranks must know."""
+        self.parameter.is_distributed = self.parameter.expert = self.parameter.no_sync = sharded
 
     def hold(self, value: Tensor) -> None:
         """Gives the parameter another shape and value; it stays the object that others refer to."""
         self.parameter.clear_gradient(False)
-        self.parameter.get_tensor()._share_data_with(value.clone().get_tensor())
+        value = value.clone()  # may be a view; and it must outlive the call, get_tensor() does not keep it
+        self.parameter.get_tensor()._share_data_with(value.get_tensor())
 
     @paddle.no_grad()
     def gather(self, parallel: ParallelContext) -> Tensor:
@@ -260,8 +270,7 @@ class MoEBlock:
     def unshard(self) -> None:
         """Brings everything back: all ranks of the grid call this together."""
         for one in self._slices:
-            one.hold(one.gather(self.parallel))
-            one.parameter.no_sync = False
+            one.restore(self.parallel)
         for name, expert in self._away.items():
             self.experts_layer()._sub_layers[name] = expert
         for name in ("parallel", "_slices", "_away", "_total_experts"):
@@ -412,7 +421,7 @@ class Integration:
             stock = type(layer)
             layer.__class__ = _accelerated(block, stock)
             try:
-                _check(layer)
+                _check(layer, ep_size * tp_size > 1 or parallel is not None)
             finally:
                 layer.__class__ = stock
         parallel = _context(ep_size, tp_size, parallel)
@@ -577,8 +586,13 @@ def _context(ep_size: int, tp_size: int, parallel: ParallelContext | None) -> Pa
     return parallel if parallel.ep_size * parallel.tp_size > 1 else None
 
 
-def _check(block: MoEBlock) -> None:
+def _check(block: MoEBlock, over_ranks: bool) -> None:
     block.check()
+    if over_ranks and getattr(getattr(block, "config", None), "sequence_parallel", False):
+        raise ValueError(
+            "sequence_parallel must be False for ep_size or tp_size above 1, because all ranks must pass the "
+            "same tokens, got True"
+        )
     block.weights()
     block.activation()
     if block.shared_expert() is not None:
@@ -593,7 +607,7 @@ def _accelerating_init(stock: type[nn.Layer], block: type[MoEBlock], parallel: P
         original(self, *args, **kwargs)
         if type(self) is stock:  # a subclass is not ready yet, and may compute something else
             self.__class__ = _accelerated(block, stock)
-            _check(self)
+            _check(self, parallel is not None)
             if parallel is not None:
                 self.shard(parallel)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from importlib import import_module
 
 import numpy as np
@@ -15,7 +14,7 @@ from safetensors.numpy import save_file
 paddlenlp = pytest.importorskip("paddlenlp", reason="paddlenlp is not installed: see docs/integrations.md")
 
 from families import assert_same_gradients, blocks_of, logits, loss_and_gradients, use_dense_blocks
-from paddlenlp_models import FAMILIES, build, generated
+from paddlenlp_models import FAMILIES, build, generated, write_published_files
 
 from paddle_moe.integrations.blocks import MoEBlock
 from paddle_moe.integrations.paddlenlp import accelerate, load_checkpoint, patch, restore, unpatch
@@ -173,25 +172,6 @@ def test_checkpoints_are_interchangeable(family, tmp_path):
         parameter.set_value(paddle.zeros_like(parameter))
     model.set_state_dict(type(stock).from_pretrained(tmp_path / "stock").state_dict())
     np.testing.assert_array_equal(logits(model), expected)
-
-
-def write_published_files(model, path, change=lambda tensors: None):
-    """Two safetensors files with the names and the [out, in] matrices of the published ones, and an index."""
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    state, tensors = model.state_dict(), {}
-    for one in model._get_name_mappings(config):
-        if one.target_name in state:
-            value = state[one.target_name].numpy()
-            tensors[one.source_name] = np.ascontiguousarray(value.T if one.action == "transpose" else value)
-    change(tensors)
-    path.mkdir()
-    keys, weight_map = sorted(tensors), {}
-    for part in range(2):
-        file = f"model-{part + 1:05}-of-00002.safetensors"
-        save_file({key: tensors[key] for key in keys[part::2]}, path / file)
-        weight_map.update(dict.fromkeys(keys[part::2], file))
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 @each_family

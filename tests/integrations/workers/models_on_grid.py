@@ -1,6 +1,7 @@
 """One rank of EP x TP that runs the models of a package: models_on_grid.py PACKAGE EP_SIZE TP_SIZE OUTPUT.
 
-PACKAGE is paddlenlp or paddleformers. Writes logits and generated tokens to OUTPUT/rank_R.npz.
+PACKAGE is paddlenlp or paddleformers. Writes logits and generated tokens to OUTPUT/rank_R.npz. Gradients and
+loaded weights are checked here, against an unsharded model on the same rank.
 """
 
 import sys
@@ -8,11 +9,20 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import paddle
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-from families import blocks_of, logits
+from families import assert_same_gradients, blocks_of, logits, loss_and_gradients
 
 from paddle_moe.distributed import init_distributed
+from paddle_moe.integrations.blocks import Slice
+
+
+def cut(values: np.ndarray, one: Slice) -> np.ndarray:
+    """This rank's part of a whole array."""
+    unfolded = values.reshape([one.whole.length(name) for name in one.whole.names])
+    return unfolded[tuple(slice(*one.part.ranges[name]) for name in one.whole.names)].reshape(one.part.shape)
+
 
 package, ep_size, tp_size, output = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
 models = import_module(f"{package}_models")
@@ -24,11 +34,34 @@ for family in models.FAMILIES:
     model = models.build(family)
     whole = {name: one.numpy() for name, one in model.state_dict().items()}
     integration.accelerate(model, ep_size, tp_size, parallel=parallel)
+    local = {name: one.numpy() for name, one in model.state_dict().items()}
     results[f"{family.name} logits"] = logits(model)
     if (package, family.name) != ("paddleformers", "deepseek_v3"):
         results[f"{family.name} tokens"] = np.array(models.generated(model))
-    local = sum(one.size for block in blocks_of(model, family) for one in block.experts.parameters())
-    results[f"{family.name} elements"] = np.array(local)
+    held = sum(one.size for block in blocks_of(model, family) for one in block.experts.parameters())
+    results[f"{family.name} elements"] = np.array(held)
+
+    files = output / "files" / family.name
+    if files.exists():
+        for parameter in model.parameters():
+            parameter.set_value(paddle.zeros_like(parameter))
+        report = integration.load_checkpoint(model, files)
+        assert report.unmatched == []
+        assert report.bytes_read == sum(value.nbytes for value in local.values())
+        for name, one in model.state_dict().items():
+            np.testing.assert_array_equal(one.numpy(), local[name], err_msg=name)
+
+    slices = {id(one.parameter): one for block in blocks_of(model, family) for one in block._slices}
+    slice_of = {name: slices.get(id(one)) for name, one in model.named_parameters()}
+    loss, gradients = loss_and_gradients(model)
+    single_loss, expected = loss_and_gradients(integration.accelerate(models.build(family)))
+    assert abs(loss - single_loss) < 1e-6 * abs(single_loss)
+    expected = {
+        name: cut(expected[name], one) if one else expected[name]
+        for name, one in slice_of.items()
+        if name in expected and (one is None or one.part.size)
+    }
+    assert_same_gradients({name: gradients[name] for name in expected}, expected)
 
     integration.restore(model)
     restored = {name: one.numpy() for name, one in model.state_dict().items()}
