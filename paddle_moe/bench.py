@@ -402,12 +402,13 @@ def _save_picture(results: list[dict], path: Path) -> None:
             shown = [m for m in members if name in m["variants"]]
             spread = [m["variants"][name]["cold"]["times_floor"] for m in shown]
             tokens = [m["num_tokens"] for m in shown]
-            (line,) = floors.plot(tokens, [s["median"] for s in spread], marker="o", label=name)
+            color = f"C{list(VARIANTS).index(name)}"
+            floors.plot(tokens, [s["median"] for s in spread], marker="o", color=color, label=name)
             lowest, highest = ([s[k] for s in spread] for k in ("min", "max"))
-            floors.fill_between(tokens, lowest, highest, color=line.get_color(), alpha=0.15)
+            floors.fill_between(tokens, lowest, highest, color=color, alpha=0.15)
             # The roof over the time in floors is the share of the FLOP limit that was reached.
             share = [min(1, _intensity(m) / _ridge(m)) / s["median"] for m, s in zip(shown, spread)]
-            roofline.plot([_intensity(m) for m in shown], share, "o", color=line.get_color(), label=name)
+            roofline.plot([_intensity(m) for m in shown], share, "o", color=color, label=name)
         floors.axhline(1, color="black", linewidth=1, linestyle="--", label="limit of the machine")
         floors.set(xscale="log", yscale="log", xlabel="tokens", title="E={} K={} H={} I={} {}".format(*key))
         floors.set_xticks([m["num_tokens"] for m in members], [str(m["num_tokens"]) for m in members])
