@@ -339,6 +339,16 @@ PaddleTensors route_backward(const paddle::Tensor& logits,
   return {grad};
 }
 
+// ---------------------------------------------------------------- second derivatives
+
+// Without these operators Paddle would silently return none.
+PaddleTensors no_second_derivative() {
+  throw dispatch::NotImplemented(
+      "paddle_moe has no second derivatives: call paddle.grad() without create_graph");
+}
+PaddleTensors no_second_derivative_of_list(const PaddleTensors&) { return no_second_derivative(); }
+PaddleTensors no_second_derivative_of_one(const paddle::Tensor&) { return no_second_derivative(); }
+
 }  // namespace
 }  // namespace paddle_moe
 
@@ -361,6 +371,11 @@ PD_BUILD_GRAD_OP(paddle_moe_experts)
     .Attrs(PADDLE_MOE_EXPERTS_ATTRIBUTES)
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::experts_backward>::call));
 
+PD_BUILD_DOUBLE_GRAD_OP(paddle_moe_experts)
+    .Inputs({paddle::Grad(paddle::Grad(paddle::Vec("tensors")))})
+    .Outputs({paddle::Grad(paddle::Grad("out"))})
+    .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::no_second_derivative_of_list>::call));
+
 PD_BUILD_OP(paddle_moe_gate)
     .Inputs({"hidden_states", "gate_weight"})
     .Outputs({"logits"})
@@ -372,6 +387,11 @@ PD_BUILD_GRAD_OP(paddle_moe_gate)
     .Inputs({"hidden_states", "gate_weight", paddle::Grad("logits")})
     .Outputs({paddle::Grad("hidden_states"), paddle::Grad("gate_weight")})
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::gate_backward>::call));
+
+PD_BUILD_DOUBLE_GRAD_OP(paddle_moe_gate)
+    .Inputs({paddle::Grad(paddle::Grad("hidden_states"))})
+    .Outputs({paddle::Grad(paddle::Grad("logits"))})
+    .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::no_second_derivative_of_one>::call));
 
 #define PADDLE_MOE_ROUTE_ATTRIBUTES                                              \
   {"top_k: int64_t",       "scoring: std::string",     "num_groups: int64_t",    \
@@ -391,6 +411,11 @@ PD_BUILD_GRAD_OP(paddle_moe_route)
     .Outputs({paddle::Grad("logits")})
     .Attrs(PADDLE_MOE_ROUTE_ATTRIBUTES)
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::route_backward>::call));
+
+PD_BUILD_DOUBLE_GRAD_OP(paddle_moe_route)
+    .Inputs({paddle::Grad(paddle::Grad("logits"))})
+    .Outputs({paddle::Grad(paddle::Grad("router_weights"))})
+    .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::no_second_derivative_of_one>::call));
 
 // What Paddle's operator registry has no place for; functional.py calls these through ctypes.
 #define PADDLE_MOE_EXPORT extern "C" __attribute__((visibility("default")))
