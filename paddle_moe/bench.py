@@ -5,7 +5,8 @@ measures the limits (a loop of multiply-adds, a loop of reads) and then every va
 with warm ones; the tables show medians over the rounds with their spread. Inputs are random. A variant whose
 result is wrong is not timed.
 
-The floor of a call is max(FLOPs / FLOP limit, bytes of the active experts' weights / read limit). The FLOP
+The floor of a call is max(FLOPs / FLOP limit, bytes of the active experts' weights / read limit). With
+--backward a call is forward and backward, three times the FLOPs and bytes, and gives all gradients. The FLOP
 limit is that of the instructions that the kernels use for the dtype: multiply-adds of bf16 pairs (VDPBF16PS) for
 bfloat16 where the processor has them, of fp32 otherwise.
 
@@ -52,14 +53,21 @@ class Case:
     intermediate_size: int
     num_tokens: int
     dtype: str
+    backward: bool = False
 
     @property
     def flops(self) -> int:
-        return 6 * self.num_tokens * self.top_k * self.hidden_size * self.intermediate_size
+        return (
+            (18 if self.backward else 6)
+            * self.num_tokens
+            * self.top_k
+            * self.hidden_size
+            * self.intermediate_size
+        )
 
     def weight_bytes(self, experts: int) -> int:
         size = 4 if self.dtype == "float32" else 2
-        return experts * 3 * self.hidden_size * self.intermediate_size * size
+        return (3 if self.backward else 1) * experts * 3 * self.hidden_size * self.intermediate_size * size
 
 
 def _rounded(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
@@ -91,6 +99,10 @@ class Inputs:
         logits = generator.standard_normal((case.num_tokens, case.num_experts), dtype=np.float32)
         self.table, self.weights = core.route(logits, case.top_k)
         self.active = len(np.unique(self.table))
+        self.own_grad = self.grad = None  # of the result
+        if case.backward:
+            grad = generator.standard_normal(self.hidden.shape, dtype=np.float32)
+            self.own_grad, self.grad = _rounded(grad, case.dtype)
 
 
 # ---------------------------------------------------------------- variants: build(inputs, weights) -> call
@@ -106,7 +118,23 @@ def _paddle_moe_core(inputs: Inputs, weights: Weights, layout: str = "stacked") 
     options = {"permuted_weights": layout == "permuted"}
     workspace = np.empty(core.workspace_size(*arguments, **options), np.uint8)
     out = np.empty_like(inputs.own)
-    return lambda: core.mixture_of_experts(*arguments, **options, out=out, workspace=workspace)
+    if inputs.grad is None:
+        return lambda: core.mixture_of_experts(*arguments, **options, out=out, workspace=workspace)
+    grad = inputs.own_grad
+    kept = np.empty((inputs.table.size, weights.own[0].shape[2]), inputs.own.dtype)
+    scratch = np.empty(
+        core.backward_workspace_size(grad, *arguments, **options, pre_activations=kept), np.uint8
+    )
+    gradients = core.mixture_of_experts_backward(grad, *arguments, **options)
+
+    def call() -> np.ndarray:
+        core.mixture_of_experts(*arguments, **options, out=out, workspace=workspace, pre_activations=kept)
+        core.mixture_of_experts_backward(
+            grad, *arguments, **options, pre_activations=kept, out=gradients, workspace=scratch
+        )
+        return gradients.hidden_states
+
+    return call
 
 
 def _paddle_moe_op(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
@@ -119,7 +147,27 @@ def _paddle_moe_op(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]
         return paddle.to_tensor(array, place=paddle.CPUPlace())
 
     arguments = [tensor(a) for a in (inputs.own, inputs.table, inputs.weights, *weights.own)]
-    return lambda: paddle_moe.mixture_of_experts(*arguments)
+    hidden, _, *trained = arguments
+    return _paddle_call(lambda: paddle_moe.mixture_of_experts(*arguments), inputs, [hidden, *trained])
+
+
+def _paddle_call(forward: Callable, inputs: Inputs, trained: list) -> Callable:
+    """`forward`, or with its backward: then the gradient of the first of `trained`, hidden_states."""
+    import paddle
+
+    if inputs.grad is None:
+        return paddle.no_grad()(forward)
+    for tensor in trained:
+        tensor.stop_gradient = False
+
+    def call() -> paddle.Tensor:
+        for tensor in trained:
+            tensor.clear_gradient(set_to_zero=False)
+        out = forward()
+        out.backward(paddle.to_tensor(inputs.grad, place=paddle.CPUPlace()).astype(out.dtype))
+        return trained[0].grad
+
+    return call
 
 
 def _numpy_loop(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
@@ -149,20 +197,19 @@ def _paddle_loop(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
     # Per-expert parameters, as model code holds them.
     gate_up, down = ([paddle.to_tensor(w, place=paddle.CPUPlace()) for w in stack] for stack in weights.fp32)
 
-    def call() -> paddle.Tensor:
-        with paddle.no_grad():
-            out = paddle.zeros_like(hidden)
-            for e in range(len(down)):
-                chosen = paddle.nonzero(table == e)
-                if chosen.shape[0] == 0:
-                    continue
-                token = chosen[:, 0]
-                gate, up = paddle.chunk(paddle.index_select(hidden, token) @ gate_up[e], 2, axis=-1)
-                y = (F.silu(gate) * up) @ down[e]
-                out = paddle.index_add(out, token, 0, y * paddle.gather_nd(router, chosen).unsqueeze(-1))
-            return out
+    def forward() -> paddle.Tensor:
+        out = paddle.zeros_like(hidden)
+        for e in range(len(down)):
+            chosen = paddle.nonzero(table == e)
+            if chosen.shape[0] == 0:
+                continue
+            token = chosen[:, 0]
+            gate, up = paddle.chunk(paddle.index_select(hidden, token) @ gate_up[e], 2, axis=-1)
+            y = (F.silu(gate) * up) @ down[e]
+            out = paddle.index_add(out, token, 0, y * paddle.gather_nd(router, chosen).unsqueeze(-1))
+        return out
 
-    return call
+    return _paddle_call(forward, inputs, [hidden, router, *gate_up, *down])
 
 
 def _torch_tensors(inputs: Inputs, weights: Weights) -> list:
@@ -182,15 +229,35 @@ def _torch_loop(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
 
     hidden, table, router, gate_up, down = _torch_tensors(inputs, weights)
 
-    def call() -> torch.Tensor:
-        with torch.no_grad():
-            out = torch.zeros(hidden.shape)
-            for e in torch.unique(table).tolist():
-                token, slot = torch.where(table == e)
-                gate, up = (hidden[token] @ gate_up[e]).chunk(2, dim=-1)
-                y = (F.silu(gate) * up) @ down[e]
-                out.index_add_(0, token, y.float() * router[token, slot, None])
-            return out
+    # Per-expert parameters, as model code holds them.
+    gate_up, down = list(gate_up), list(down)
+
+    def forward() -> torch.Tensor:
+        out = torch.zeros(hidden.shape)
+        for e in torch.unique(table).tolist():
+            token, slot = torch.where(table == e)
+            gate, up = (hidden[token] @ gate_up[e]).chunk(2, dim=-1)
+            y = (F.silu(gate) * up) @ down[e]
+            out.index_add_(0, token, y.float() * router[token, slot, None])
+        return out
+
+    return _torch_call(forward, inputs, [hidden, router, *gate_up, *down])
+
+
+def _torch_call(forward: Callable, inputs: Inputs, trained: list) -> Callable:
+    """The same as _paddle_call."""
+    import torch
+
+    if inputs.grad is None:
+        return torch.no_grad()(forward)
+    for tensor in trained:
+        tensor.requires_grad_()
+
+    def call() -> np.ndarray:
+        for tensor in trained:
+            tensor.grad = None
+        forward().backward(torch.from_numpy(inputs.grad))
+        return trained[0].grad.float().numpy()
 
     return call
 
@@ -203,17 +270,16 @@ def _torch_grouped(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]
         raise ImportError("torch.nn.functional.grouped_mm is missing", name="torch with grouped_mm")
     hidden, table, router, gate_up, down = _torch_tensors(inputs, weights)
 
-    def call() -> torch.Tensor:
-        with torch.no_grad():
-            order = torch.argsort(table.flatten(), stable=True)
-            token = order // table.shape[1]
-            counts = torch.bincount(table.flatten(), minlength=len(down))
-            ends = torch.cumsum(counts, 0).to(torch.int32)
-            gate, up = F.grouped_mm(hidden[token], gate_up, offs=ends).chunk(2, dim=-1)
-            y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)
-            return torch.zeros(hidden.shape).index_add_(0, token, y.float() * router.flatten()[order, None])
+    def forward() -> torch.Tensor:
+        order = torch.argsort(table.flatten(), stable=True)
+        token = order // table.shape[1]
+        counts = torch.bincount(table.flatten(), minlength=len(down))
+        ends = torch.cumsum(counts, 0).to(torch.int32)
+        gate, up = F.grouped_mm(hidden[token], gate_up, offs=ends).chunk(2, dim=-1)
+        y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)
+        return torch.zeros(hidden.shape).index_add_(0, token, y.float() * router.flatten()[order, None])
 
-    return call
+    return _torch_call(forward, inputs, [hidden, router, gate_up, down])
 
 
 VARIANTS: dict[str, Callable[[Inputs, Weights], Callable[[], object]]] = {
@@ -242,12 +308,16 @@ def _relative_error(result: object, case: Case, inputs: Inputs, weights: Weights
     n = min(CHECKED_TOKENS, case.num_tokens)
     table = inputs.table[:n]
     used = np.unique(table)
-    expected = reference.mixture_of_experts(
+    arguments = (
         inputs.hidden[:n],
         np.searchsorted(used, table),
         inputs.weights[:n],
         *(list(w[used]) for w in weights.fp32),
     )
+    if case.backward:
+        expected = reference.mixture_of_experts_backward(inputs.grad[:n], *arguments)["hidden_states"]
+    else:
+        expected = reference.mixture_of_experts(*arguments)
     return float(np.linalg.norm(_as_float(result)[:n] - expected) / np.linalg.norm(expected))
 
 
@@ -281,7 +351,7 @@ def _wake(call: Callable[[], object]) -> None:
 def _run_case(case: Case, weights: Weights, names: list[str], rounds: int, limits: Limits) -> dict:
     generator = np.random.default_rng([case.num_tokens, case.num_experts])
     inputs = Inputs(case, generator)
-    small = Case(4, 2, 256, 512, 8, case.dtype)
+    small = Case(4, 2, 256, 512, 8, case.dtype, case.backward)
     small_layer = Inputs(small, generator), Weights(small, generator)
     calls, wakers, errors = {}, {}, {}
     for name in names:
@@ -347,7 +417,8 @@ def _print_case(result: dict) -> None:
     limits = result["limits"]
     title = (
         f"E={result['num_experts']} K={result['top_k']} H={result['hidden_size']} "
-        f"I={result['intermediate_size']} T={result['num_tokens']} {result['dtype']}: "
+        f"I={result['intermediate_size']} T={result['num_tokens']} {result['dtype']}"
+        f"{' with backward' if result['backward'] else ''}: "
         f"{result['active_experts']} experts active; limits "
         f"{limits['flops_per_second']['median'] / 1e9:.0f} GFLOP/s, "
         f"{limits['read_bytes_per_second']['median'] / 1e9:.1f} GB/s"
@@ -449,6 +520,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_VARIANTS,
         help="comma-separated, quoted, also 'paddle_moe.core list' and 'paddle_moe.core permuted' (default: %(default)s)",
     )
+    parser.add_argument("--backward", action="store_true", help="forward and backward, all gradients")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="0: the default of the operator")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures")
@@ -460,6 +532,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Runs the benchmark; 1 when a result of paddle_moe is wrong, 2 when an option is."""
     names = arguments.variants.split(",")
+    if arguments.backward:
+        names = [name for name in names if name != "numpy loop"]  # which has no gradients
     unknown = [*(set(names) - set(VARIANTS)), *(set(arguments.dtypes.split(",")) - set(TOLERANCE))]
     try:
         shapes = [tuple(int(n) for n in shape.split("x")) for shape in arguments.shapes.split(",")]
@@ -487,7 +561,8 @@ def main(arguments: argparse.Namespace) -> int:
         for dtype in arguments.dtypes.split(","):
             weights = Weights(Case(*shape, 0, dtype), np.random.default_rng(shape))
             for t in tokens:
-                results.append(_run_case(Case(*shape, t, dtype), weights, names, arguments.rounds, limits))
+                case = Case(*shape, t, dtype, arguments.backward)
+                results.append(_run_case(case, weights, names, arguments.rounds, limits))
                 _print_case(results[-1])
     report = {
         "paddle_moe": __version__,

@@ -45,6 +45,17 @@ def test_figures_and_picture(tmp_path):
     assert done.stdout.count("paddle loop") == 4
 
 
+def test_backward(tmp_path):
+    out = tmp_path / "bench.json"
+    done = run(*TINY, "--backward", "--dtypes", "float32,bfloat16", "--out", out)
+    assert done.returncode == 0, done.stderr
+    for result in json.loads(out.read_text())["results"]:
+        assert {"paddle_moe", "paddle_moe.core", "paddle loop"} <= set(result["variants"]), result["left_out"]
+        assert "numpy loop" not in result["variants"]
+        for name in ("paddle_moe", "paddle_moe.core"):
+            assert result["variants"][name]["relative_error"] < bench.TOLERANCE[result["dtype"]]
+
+
 def test_a_wrong_peer_is_not_timed_and_a_wrong_operator_fails(monkeypatch, capsys):
     right = bench.VARIANTS["paddle_moe.core"]
 
