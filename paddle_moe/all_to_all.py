@@ -1,16 +1,17 @@
-"""All-to-all expert parallelism: every token lives on one EP rank, and only the rows that a peer needs travel.
+"""All-to-all expert parallelism: every token lives on one EP rank, and only the rows that a peer needs
+travel.
 
 A token goes once to each rank that owns at least one of its experts, however many of them that rank owns. The
-rank runs its experts on the rows that arrived and sends one partial sum per row back; the token's own rank adds
-them up. Gradients take the same ways in the opposite direction.
+rank runs its experts on the rows that arrived and sends one partial sum per row back; the token's own rank
+adds them up. Gradients take the same ways in the opposite direction.
 
     rank 0   rows ─┐  ┌─ experts 0.. ─┐  ┌─ sum per token
                    ├──┤               ├──┤
     rank 1   rows ─┘  └─ experts n.. ─┘  └─ sum per token
             send       mixture_of_experts  send back
 
-This is the dispatch and combine of Lepikhin et al., "GShard" (2020), without capacity: counts vary per pair of
-ranks and per call, and zero is an ordinary count.
+This is the dispatch and combine of Lepikhin et al., "GShard" (2020), without capacity: counts vary per pair
+of ranks and per call, and zero is an ordinary count.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ def all_to_all_experts(
         hidden_states: [T, H], the tokens of this rank.
         routing_table: [T, K] int32 or int64 global expert ids; -1 for none.
         router_weights: [T, K], fp32 or the dtype of hidden_states.
-        experts: gets (rows [N, H], ids [N, K] int32, weights [N, K] fp32) from all ranks and returns [N, H] in the
-            dtype of rows, the sum over the experts of this rank. Ids of other ranks' experts are left in place. It
-            is not called on a rank that has no experts.
+        experts: gets (rows [N, H], ids [N, K] int32, weights [N, K] fp32) from all ranks and returns [N, H]
+            in the dtype of rows, the sum over the experts of this rank. Ids of other ranks' experts are left
+            in place. It is not called on a rank that has no experts.
         expert_ranges: (first, end) of the experts of every EP rank, the same on all ranks.
         parallel: its ep_group is exchanged over.
         meanwhile: called while the rows are on their way, for work that does not need them.
@@ -62,12 +63,20 @@ def all_to_all_experts(
         (out [T, H] in the dtype of hidden_states, the result of `meanwhile`).
 
     Raises:
-        ValueError: expert_ranges does not have one entry per EP rank, or `experts` returns another shape or dtype.
+        ValueError: expert_ranges does not have one entry per EP rank, or `experts` returns another shape or
+        dtype.
+        NotImplementedError: a static program is being built.
         RuntimeError: the transport failed.
     """
     if len(expert_ranges) != parallel.ep_size:
         raise ValueError(
-            f"expert_ranges must have one (first, end) per EP rank, {parallel.ep_size}, got {len(expert_ranges)}"
+            f"expert_ranges must have one (first, end) for each of the {parallel.ep_size} EP ranks, "
+            f"got {len(expert_ranges)}"
+        )
+    if not paddle.in_dynamic_mode():
+        raise NotImplementedError(
+            "all-to-all expert parallelism needs dynamic mode, because the sizes of its messages depend on "
+            "the data; leave this layer out of paddle.jit.to_static, or use dispatch='replicated'"
         )
     router_weights = router_weights.astype("float32")
     ids = routing_table.astype("int32")
@@ -84,8 +93,8 @@ def all_to_all_experts(
     partial = experts(rows, ids, weights) if first < end else no_contribution(rows, weights)
     if partial.dtype != rows.dtype or partial.shape != rows.shape:
         raise ValueError(
-            f"experts must return the shape and dtype of its rows, {rows.shape} {rows.dtype}, got {partial.shape} "
-            f"{partial.dtype}"
+            f"experts must return the shape and dtype of its rows, {rows.shape} {rows.dtype}, "
+            f"got {partial.shape} {partial.dtype}"
         )
     # Also where nothing of this rank needs a gradient, the others wait for its part of the exchange.
     anchor = paddle.zeros([1])
@@ -158,11 +167,11 @@ class _Exchange:
         self._received = [row[parallel.ep_rank] for row in table]
 
     def start_sending(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
-        """Sends the rows [T, ...] of the tokens to where they are needed; the result waits for those from there."""
+        """Sends the rows [T, ...] of tokens to where they are needed; the result waits for what comes in."""
         return self._start([_gather(t.detach(), self._tokens) for t in tensors], self._sent, self._received)
 
     def start_returning(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
-        """Sends rows in the order of arrival back; the result waits for this rank's own, ordered as they left."""
+        """Sends rows in the order of arrival back; the result waits for this rank's own, as they left."""
         return self._start([t.detach() for t in tensors], self._received, self._sent)
 
     def sum_per_token(self, rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ no experts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Sequence
 
 import paddle
 from paddle.autograd import PyLayer
@@ -25,31 +25,33 @@ __all__ = ["enter_shards", "leave_shards", "no_contribution"]
 
 
 def enter_shards(
-    tensors: list[paddle.Tensor], parallel: ParallelContext | None, reduce: str, fp32: bool
+    tensors: list[paddle.Tensor], parallel: ParallelContext | None, groups: Sequence[str], fp32: bool
 ) -> list[paddle.Tensor]:
-    """`tensors`, replicated on the grid, with gradients that are summed over it, in place.
+    """`tensors`, replicated on the ranks of `groups`, with gradients that are summed over them, in place.
 
     Args:
-        reduce: "two": EP group, then TP group. "one": the grid.
+        groups: names of groups of `parallel`, summed over one after the other.
         fp32: sum bfloat16 and float16 in float32.
     """
     trained = [index for index, tensor in enumerate(tensors) if not tensor.stop_gradient]
-    if not _spans_ranks(parallel) or not trained or not paddle.is_grad_enabled():
+    if not _spans_ranks(parallel, groups) or not trained or not paddle.is_grad_enabled():
         return tensors
-    entered = _Enter.apply(parallel, reduce, fp32, *[tensors[index] for index in trained])
+    entered = _Enter.apply(parallel, groups, fp32, *[tensors[index] for index in trained])
     result = list(tensors)
     for index, tensor in zip(trained, entered):
         result[index] = tensor
     return result
 
 
-def leave_shards(partial: paddle.Tensor, parallel: ParallelContext | None, reduce: str) -> paddle.Tensor:
-    """The sum of `partial` over the grid; the gradient of the sum is that of each part."""
-    if not _spans_ranks(parallel):
+def leave_shards(
+    partial: paddle.Tensor, parallel: ParallelContext | None, groups: Sequence[str]
+) -> paddle.Tensor:
+    """The sum of `partial` over the ranks of `groups`; the gradient of the sum is that of each part."""
+    if not _spans_ranks(parallel, groups):
         return partial
     if partial.stop_gradient or not paddle.is_grad_enabled():
-        return sum_over_grid(partial, parallel, reduce)
-    return _Leave.apply(partial, parallel, reduce)
+        return sum_over(partial, parallel, groups)
+    return _Leave.apply(partial, parallel, groups)
 
 
 def no_contribution(like: paddle.Tensor, *inputs: paddle.Tensor | None) -> paddle.Tensor:
@@ -57,35 +59,35 @@ def no_contribution(like: paddle.Tensor, *inputs: paddle.Tensor | None) -> paddl
     return _NoContribution.apply(like, *[tensor for tensor in inputs if tensor is not None])
 
 
-def sum_over_grid(
-    tensor: paddle.Tensor, parallel: ParallelContext, reduce: str, fp32: bool = False
+def sum_over(
+    tensor: paddle.Tensor, parallel: ParallelContext, groups: Sequence[str], fp32: bool = False
 ) -> paddle.Tensor:
-    """All-reduces `tensor` in place, over the EP group and then the TP group ("two") or the grid ("one")."""
-    if reduce == "one":
-        return parallel.all_reduce(tensor, "grid", fp32=fp32)
-    return parallel.all_reduce(parallel.all_reduce(tensor, "ep", fp32=fp32), "tp", fp32=fp32)
+    """All-reduces `tensor` in place over each of `groups`."""
+    for group in groups:
+        parallel.all_reduce(tensor, group, fp32=fp32)
+    return tensor
 
 
-def _spans_ranks(parallel: ParallelContext | None) -> bool:
-    return parallel is not None and parallel.ep_size * parallel.tp_size > 1
+def _spans_ranks(parallel: ParallelContext | None, groups: Sequence[str]) -> bool:
+    return parallel is not None and any(parallel.size(group) > 1 for group in groups)
 
 
 class _Enter(PyLayer):
     @staticmethod
-    def forward(ctx, parallel: ParallelContext, reduce: str, fp32: bool, *tensors: paddle.Tensor):
-        ctx.options = parallel, reduce, fp32
+    def forward(ctx, parallel: ParallelContext, groups: Sequence[str], fp32: bool, *tensors: paddle.Tensor):
+        ctx.options = parallel, groups, fp32
         return tuple(tensor.clone() for tensor in tensors)
 
     @staticmethod
     def backward(ctx, *gradients: paddle.Tensor):
         # In place: operators of FusedMoE made these gradients, and nobody else holds them.
-        return tuple(sum_over_grid(gradient, *ctx.options) for gradient in gradients)
+        return tuple(sum_over(gradient, *ctx.options) for gradient in gradients)
 
 
 class _Leave(PyLayer):
     @staticmethod
-    def forward(ctx, partial: paddle.Tensor, parallel: ParallelContext, reduce: str):
-        return sum_over_grid(partial.clone(), parallel, reduce)
+    def forward(ctx, partial: paddle.Tensor, parallel: ParallelContext, groups: Sequence[str]):
+        return sum_over(partial.clone(), parallel, groups)
 
     @staticmethod
     def backward(ctx, gradient: paddle.Tensor):

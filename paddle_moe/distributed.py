@@ -121,9 +121,9 @@ class ParallelContext:
             tokens.
         grid_group: all ranks of the EP x TP grid of this replica; None if there is no such group, "grid" is
             then EP followed by TP.
-        ep_pairs: on gloo, by global rank, the groups of this rank and one other of ep_group, for send and recv.
-            Paddle numbers the messages of a gloo group in each rank for itself, so two ranks can talk only
-            after equally many calls; in a group of two that is always so.
+        ep_pairs: on gloo, by global rank, the groups of this rank and one other of ep_group, for send and
+            recv. Paddle numbers the messages of a gloo group in each rank for itself, so two ranks can talk
+            only after equally many calls; in a group of two that is always so.
 
     The groups are paddle.distributed groups and work with its functions. Those of size 1 communicate nothing.
     """
@@ -165,6 +165,10 @@ class ParallelContext:
                 different places of the grids.
         """
         return cls(ep_group, tp_group, grid_group, dp_group)
+
+    def size(self, group: str) -> int:
+        """Ranks in the "ep", "tp", "grid" or "dp" group."""
+        return self.ep_size * self.tp_size if group == "grid" else self._groups()[group].nranks
 
     def all_reduce(
         self, tensor: paddle.Tensor, group: str | Group, op: str = "sum", *, fp32: bool = False
@@ -288,8 +292,8 @@ class ParallelContext:
         )
 
     def waiting(self, slot: str, what: str) -> contextlib.AbstractContextManager[None]:
-        """Around a collective of the "ep", "tp", "grid" or "dp" group that all of its ranks make, `what` in words:
-        when one of them does not come within timeout_seconds, all ranks end and say which."""
+        """Around a collective of the "ep", "tp", "grid" or "dp" group, `what` in words: when one of its ranks
+        does not come within timeout_seconds, all ranks end and say which."""
         if self._watchdog is None:
             return contextlib.nullcontext()
         return self._watchdog.waiting(slot, f"{what} of the {slot} group {list(self._groups()[slot].ranks)}")
@@ -526,7 +530,7 @@ def _build_gloo_groups(
 
 
 def _use_the_older_store_server() -> None:
-    """Paddle 3.3.1's store server on libuv now and then aborts its process when a client disconnects at exit."""
+    """Paddle 3.3.1's store server on libuv aborts its process now and then when a client disconnects."""
     with contextlib.suppress(ValueError):  # Paddle 2.6 has only the older one
         paddle.set_flags({"FLAGS_tcp_store_using_libuv": False})
 

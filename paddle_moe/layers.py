@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import paddle
 from paddle import _C_ops, nn
 
 from . import functional
+from .all_to_all import all_to_all_experts
 from .collectives import enter_shards, leave_shards, no_contribution
 from .losses import load_balancing_loss, router_z_loss
 from .params import Part, random_expert, random_gate_weight, shard_experts, shard_range, slice_intermediate
@@ -30,6 +32,29 @@ def _now(tensor: paddle.Tensor) -> float:
 
 def _tensor(value: Any) -> paddle.Tensor:
     return value if isinstance(value, paddle.Tensor) else paddle.to_tensor(value)
+
+
+@dataclass
+class _Partial:
+    """What the experts of a rank give."""
+
+    output: paddle.Tensor  # [T, H]
+    amax: paddle.Tensor | None  # [E_l], where it was asked for
+    ids: paddle.Tensor  # the routing table that they saw
+
+
+class _OwnExperts:
+    """The experts of one rank as a function of the rows that have arrived there."""
+
+    def __init__(self, layer: FusedMoE, measure: bool):
+        self.layer, self.measure = layer, measure
+        self.amax = paddle.zeros([0]) if measure else None
+        self.ids = paddle.zeros([0, layer.top_k], "int32")
+
+    def __call__(self, rows: paddle.Tensor, ids: paddle.Tensor, weights: paddle.Tensor) -> paddle.Tensor:
+        self.ids = ids
+        output, self.amax = self.layer._routed_output(rows, ids, weights, self.measure)
+        return output
 
 
 class FusedMoE(nn.Layer):
@@ -64,6 +89,10 @@ class FusedMoE(nn.Layer):
         hidden_size: H. intermediate_size: I of one expert. num_experts: E over all ranks. top_k: per token.
         parallel: result of init_distributed; None: this process holds everything.
         activation: see mixture_of_experts.
+        dispatch: "replicated": every rank of the grid passes the same tokens. "alltoall": every EP rank
+            passes tokens of its own (the ranks of a tp_group the same), and only the rows that another rank's
+            experts need travel, see all_to_all.py; in dynamic mode only. The shared expert is then sliced
+            over tp_group alone and runs while the rows travel.
         reduce: "two": all-reduce over ep_group, then over tp_group. "one": a single all-reduce over the
             grid instead; the same sum with less traffic, rounded differently.
         fp32_reduce: add the partial sums, and those of the gradients, in fp32 and round once at the end.
@@ -101,6 +130,7 @@ class FusedMoE(nn.Layer):
         *,
         parallel: ParallelContext | None = None,
         activation: str = "silu",
+        dispatch: str = "replicated",
         reduce: str = "two",
         fp32_reduce: bool = False,
         gate_up_bias: bool = False,
@@ -146,6 +176,8 @@ class FusedMoE(nn.Layer):
             )
         if shared_gate and not shared_intermediate_size:
             raise ValueError("shared_gate=True needs a shared expert, got shared_intermediate_size=0")
+        if dispatch not in ("replicated", "alltoall"):
+            raise ValueError(f"dispatch must be 'replicated' or 'alltoall', got {dispatch!r}")
         if reduce not in ("two", "one"):
             raise ValueError(f"reduce must be 'two' or 'one', got {reduce!r}")
         if balance_loss not in ("batch", "sequence", "global"):
@@ -171,7 +203,13 @@ class FusedMoE(nn.Layer):
 
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.num_experts, self.top_k = num_experts, top_k
-        self.activation, self.reduce, self.fp32_reduce = activation, reduce, fp32_reduce
+        self.activation, self.dispatch = activation, dispatch
+        self.reduce, self.fp32_reduce = reduce, fp32_reduce
+        # Groups of `parallel`: whose ranks hold parts of the same output; whose ranks hold other tokens.
+        if dispatch == "alltoall":
+            self._partial_groups, self._replicas = ("tp",), ("dp", "ep")
+        else:
+            self._partial_groups, self._replicas = (("ep", "tp") if reduce == "two" else ("grid",)), ("dp",)
         self.shared_intermediate_size = shared_intermediate_size
         self.recompute, self.chunk_size = recompute, chunk_size
         self.balance_loss_weight, self.balance_loss = balance_loss_weight, balance_loss
@@ -203,9 +241,7 @@ class FusedMoE(nn.Layer):
         first, end = shard_range(num_experts, self.ep_rank, self.ep_size)
         self.experts_min, self.experts_max = first, end - 1
         start, stop = shard_range(intermediate_size, self.tp_rank, self.tp_size)
-        shared_start, shared_stop = shard_range(
-            shared_intermediate_size, self.ep_rank * self.tp_size + self.tp_rank, self.ep_size * self.tp_size
-        )
+        shared_start, shared_stop = shard_range(shared_intermediate_size, *self._place_in_shared())
         experts, columns, shared_columns = end - first, stop - start, shared_stop - shared_start
         self._holds_experts, self._holds_shared = experts > 0, shared_columns > 0
 
@@ -329,11 +365,17 @@ class FusedMoE(nn.Layer):
 
     def _load_shared(self, gate_up: Any, down: Any) -> None:
         """Cuts this rank's columns out of the dense shared expert, [H, 2 Is] and [Is, H]."""
-        rank, size = self.ep_rank * self.tp_size + self.tp_rank, self.ep_size * self.tp_size
+        rank, size = self._place_in_shared()
         self._load(
             shared_gate_up_weight=slice_intermediate(gate_up, rank, size, axis=-1, halves=2)[None],
             shared_down_weight=slice_intermediate(down, rank, size, axis=-2)[None],
         )
+
+    def _place_in_shared(self) -> tuple[int, int]:
+        """This rank's index among the ranks that slice the shared expert, and their number."""
+        if self.dispatch == "alltoall":
+            return self.tp_rank, self.tp_size
+        return self.ep_rank * self.tp_size + self.tp_rank, self.ep_size * self.tp_size
 
     def _mark_shards(self) -> None:
         """The flags by which fleet and PaddleNLP know parameters that differ between ranks."""
@@ -341,17 +383,18 @@ class FusedMoE(nn.Layer):
             return
         # What holds the same shard, and may share its optimizer state, is the data-parallel group.
         color = {"color": "moe_expert", "group": self.parallel.dp_group}
-        for parameter in (
-            self.gate_up_weight,
-            self.down_weight,
-            self.gate_up_bias,
-            self.down_bias,
-            self.shared_gate_up_weight,
-            self.shared_down_weight,
-        ):
-            if parameter is not None:
-                parameter.is_distributed = parameter.expert = parameter.no_sync = True
-                parameter.color = color
+        experts = [self.gate_up_weight, self.down_weight, self.gate_up_bias, self.down_bias]
+        shared = [self.shared_gate_up_weight, self.shared_down_weight]
+        if self.dispatch == "replicated":
+            experts += shared
+        elif self.tp_size > 1:
+            for parameter in (p for p in shared if p is not None):
+                parameter.is_distributed = parameter.no_sync = True
+                parameter.shard_group = "tp"
+        for parameter in (p for p in experts if p is not None):
+            parameter.is_distributed = parameter.expert = parameter.no_sync = True
+            parameter.shard_group = "grid"
+            parameter.color = color
 
     def parts(self, *, dense: bool = False) -> dict[str, Part]:
         """Which part of the dense weights each parameter and buffer is; with dense, on a single rank.
@@ -362,11 +405,12 @@ class FusedMoE(nn.Layer):
         ep_rank, ep_size, tp_rank, tp_size = (
             (0, 1, 0, 1) if dense else (self.ep_rank, self.ep_size, self.tp_rank, self.tp_size)
         )
-        rank, size = ep_rank * tp_size + tp_rank, ep_size * tp_size
         hidden, all_experts = {"H": (0, self.hidden_size)}, {"E": (0, self.num_experts)}
         experts = {"E": shard_range(self.num_experts, ep_rank, ep_size)}
         columns = {"I": shard_range(self.intermediate_size, tp_rank, tp_size)}
-        shared = {"S": shard_range(self.shared_intermediate_size, rank, size)}
+        shared = {
+            "S": shard_range(self.shared_intermediate_size, *((0, 1) if dense else self._place_in_shared()))
+        }
         halves = {"G": (0, 2)}
         parts = {
             "gate_weight": Part("H E", {**hidden, **all_experts}),
@@ -411,7 +455,8 @@ class FusedMoE(nn.Layer):
 
     def _logits(self, hidden_states: paddle.Tensor) -> paddle.Tensor:
         if self.training and self.jitter_epsilon:
-            hidden_states = jitter(hidden_states, self.jitter_epsilon, self.parallel)
+            same_tokens = "tp" if self.dispatch == "alltoall" else "grid"
+            hidden_states = jitter(hidden_states, self.jitter_epsilon, self.parallel, same_tokens)
         return functional.gate(hidden_states, self.gate_weight)
 
     def _choose(self, logits: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
@@ -438,6 +483,7 @@ class FusedMoE(nn.Layer):
                 scoring=self.route_options["scoring"],
                 sequence_length=leading[-1] if self.balance_loss == "sequence" else None,
                 parallel=self.parallel if self.balance_loss == "global" else None,
+                replicas=self._replicas,
             )
             loss = loss + self.balance_loss_weight * balance
         if self.z_loss_weight:
@@ -449,11 +495,11 @@ class FusedMoE(nn.Layer):
     ) -> paddle.Tensor:
         """What this rank adds to the output: [T, H], fp32 with fp32_reduce, else the dtype of hidden_states.
 
-        The sum over all ranks of the grid is the output. Arguments are [T, H], [T, K], [T, K]. The gradients
-        of hidden_states, router_weights and the shared gate are sums over the grid, so all ranks run the
-        backward together.
+        The sum over all ranks of the grid is the output (with dispatch="alltoall", over the TP group).
+        Arguments are [T, H], [T, K], [T, K]. The gradients of hidden_states, router_weights and the shared
+        gate are sums over the same ranks, so all of them run the backward together.
         """
-        return self._partial_output(hidden_states, routing_table, router_weights)[0]
+        return self._partial_output(hidden_states, routing_table, router_weights).output
 
     def _partial_output(
         self,
@@ -461,8 +507,7 @@ class FusedMoE(nn.Layer):
         routing_table: paddle.Tensor,
         router_weights: paddle.Tensor,
         measure: bool = False,
-    ) -> tuple[paddle.Tensor, paddle.Tensor | None]:
-        """partial_output, and with `measure` the amax [E_l] of this rank's experts."""
+    ) -> _Partial:
         autocast = functional._autocast_dtype()
         if autocast is not None:  # here, so that every rank casts and reduces alike
             hidden_states = hidden_states.astype(autocast)
@@ -471,14 +516,31 @@ class FusedMoE(nn.Layer):
         if self.shared_intermediate_size:
             replicated.append(self._shared_share(hidden_states))
         hidden_states, router_weights, *share = enter_shards(
-            replicated, self.parallel, self.reduce, self.fp32_reduce
+            replicated, self.parallel, self._partial_groups, self.fp32_reduce
         )
-        routed, amax = self._routed_output(hidden_states, routing_table, router_weights, measure)
-        if not share:
-            return routed.astype(dtype), amax
-        # In fp32, also because the CPU has no half-precision addition.
-        shared = self._shared_output(hidden_states, *share)
-        return (routed.astype("float32") + shared.astype("float32")).astype(dtype), amax
+
+        def shared_output() -> paddle.Tensor | None:
+            return self._shared_output(hidden_states, *share) if share else None
+
+        if self.dispatch == "alltoall" and self.ep_size > 1:
+            own_experts = _OwnExperts(self, measure)
+            ranges = [shard_range(self.num_experts, rank, self.ep_size) for rank in range(self.ep_size)]
+            routed, shared = all_to_all_experts(
+                hidden_states,
+                routing_table,
+                router_weights,
+                own_experts,
+                ranges,
+                self.parallel,
+                shared_output,
+            )
+            amax, ids = own_experts.amax, own_experts.ids
+        else:
+            routed, amax = self._routed_output(hidden_states, routing_table, router_weights, measure)
+            shared, ids = shared_output(), routing_table
+        if shared is not None:  # in fp32, also because the CPU has no half-precision addition
+            routed = routed.astype("float32") + shared.astype("float32")
+        return _Partial(routed.astype(dtype), amax, ids)
 
     def _routed_output(
         self,
@@ -542,7 +604,8 @@ class FusedMoE(nn.Layer):
         RuntimeError that names them.
 
         Args:
-            hidden_states: [..., H], the same on every rank of the grid.
+            hidden_states: [..., H], the same on every rank of the grid; with dispatch="alltoall" on every
+                rank of the TP group.
             routing_table, router_weights: [..., K] ids (int32 or int64) and weights (fp32 or the dtype of
                 hidden_states) to use instead of the router's, for example those that an earlier call
                 returned. Both or neither. They are used as they are: no jitter, no drops, no counts.
@@ -598,7 +661,8 @@ class FusedMoE(nn.Layer):
                 counts = self.expert_counts + count_ids(routing_table, self.num_experts)
                 _C_ops.assign_out_(counts, self.expert_counts)  # also in a static program
             routing_table, router_weights = self._limit_capacity(routing_table, router_weights)
-        if self.parallel is not None and os.environ.get("PADDLE_MOE_CHECK") == "1":
+        checked = self.dispatch == "replicated" and os.environ.get("PADDLE_MOE_CHECK") == "1"
+        if self.parallel is not None and checked:
             self.parallel.check_same_routing(routing_table, router_weights)
 
         output, amax = self._timed_output(tokens, routing_table, router_weights, return_amax)
@@ -623,14 +687,14 @@ class FusedMoE(nn.Layer):
         measure: bool,
     ) -> tuple[paddle.Tensor, paddle.Tensor | None]:
         if self.logger is None:
-            partial, amax = self._partial_output(tokens, routing_table, router_weights, measure)
-            return leave_shards(partial, self.parallel, self.reduce), amax
+            partial = self._partial_output(tokens, routing_table, router_weights, measure)
+            return leave_shards(partial.output, self.parallel, self._partial_groups), partial.amax
         started = _now(tokens)
-        partial, amax = self._partial_output(tokens, routing_table, router_weights, measure)
-        computed = _now(partial)
-        output = leave_shards(partial, self.parallel, self.reduce)
+        partial = self._partial_output(tokens, routing_table, router_weights, measure)
+        computed = _now(partial.output)
+        output = leave_shards(partial.output, self.parallel, self._partial_groups)
         reduced = _now(output)
-        slots = routing_table.numpy().ravel() - self.experts_min
+        slots = partial.ids.numpy().ravel() - self.experts_min
         experts = self.experts_max - self.experts_min + 1
         slots = slots[(slots >= 0) & (slots < experts)]
         self.logger.event(
@@ -642,7 +706,7 @@ class FusedMoE(nn.Layer):
             kernel_ms=1e3 * (computed - started),
             collective_ms=1e3 * (reduced - computed),
         )
-        return output, amax
+        return output, partial.amax
 
     def _gathered_amax(self, amax: paddle.Tensor) -> paddle.Tensor:
         """The amax of all experts, [E], from that of this rank's experts and columns."""
@@ -664,7 +728,7 @@ class FusedMoE(nn.Layer):
         if not self.bias_update_speed:
             raise ValueError("update_correction_bias needs a layer with bias_update_speed > 0")
         bias = balanced_correction_bias(
-            self.correction_bias, self.expert_counts, self.bias_update_speed, self.parallel
+            self.correction_bias, self.expert_counts, self.bias_update_speed, self.parallel, self._replicas
         )
         self.correction_bias.set_value(bias)
         self.expert_counts.zero_()
@@ -677,5 +741,6 @@ class FusedMoE(nn.Layer):
             f"(here {self.experts_min}..{self.experts_max}), top_k={self.top_k}, "
             f"activation={self.activation}, shared_intermediate_size={self.shared_intermediate_size}, "
             f"ep {self.ep_rank} of {self.ep_size}, tp {self.tp_rank} of {self.tp_size}, "
-            f"reduce={self.reduce}, dtype={str(self.down_weight.dtype).rpartition('.')[2]}"
+            f"dispatch={self.dispatch}, reduce={self.reduce}, "
+            f"dtype={str(self.down_weight.dtype).rpartition('.')[2]}"
         )

@@ -5,12 +5,14 @@ T tokens, E experts over all ranks, K experts per token. All of them are float32
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Sequence
 
 import paddle
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F
 
+from paddle_moe.collectives import sum_over
 from paddle_moe.functional import unified
 from paddle_moe.policies import count_ids
 
@@ -28,6 +30,7 @@ def load_balancing_loss(
     scoring: str = "softmax",
     sequence_length: int | None = None,
     parallel: ParallelContext | None = None,
+    replicas: Sequence[str] = ("dp",),
 ) -> paddle.Tensor:
     r"""Is least, 1, when every expert gets the same share of the choices and of the probability.
 
@@ -52,6 +55,8 @@ def load_balancing_loss(
         scoring: that of the router: "softmax", "sigmoid" or "softmax_topk" (as "softmax" here).
         sequence_length: tokens per sequence, consecutive rows of ``logits``; None: one balance for all.
         parallel: balance over all replicas; all of them call this at the same time.
+        replicas: the groups of ``parallel`` whose ranks hold different tokens: ("dp", "ep") where tokens live
+            on one EP rank each.
 
     Returns:
         Scalar float32; 0 without tokens.
@@ -88,8 +93,9 @@ def load_balancing_loss(
         choices = count_ids(routing_table, num_experts).astype("float32")
         probability = probabilities.sum(axis=0)
         num_tokens = paddle.ones_like(probabilities[:, :1]).sum(axis=0)
-        if parallel is not None and parallel.dp_size > 1:
-            totals = _SumOverReplicas.apply(paddle.concat([choices, probability, num_tokens]), parallel)
+        if parallel is not None and any(parallel.size(group) > 1 for group in replicas):
+            parts = paddle.concat([choices, probability, num_tokens])
+            totals = _SumOverReplicas.apply(parts, parallel, replicas)
             choices, probability, num_tokens = totals.split([num_experts, num_experts, 1])
     else:
         rows = routing_table.reshape([-1, sequence_length * top_k])
@@ -109,13 +115,15 @@ class _SumOverReplicas(PyLayer):
     """
 
     @staticmethod
-    def forward(ctx, part: paddle.Tensor, parallel: ParallelContext) -> paddle.Tensor:
-        ctx.dp_size = parallel.dp_size
-        return parallel.all_reduce(part.clone(), "dp")
+    def forward(
+        ctx, part: paddle.Tensor, parallel: ParallelContext, replicas: Sequence[str]
+    ) -> paddle.Tensor:
+        ctx.num_replicas = math.prod(parallel.size(group) for group in replicas)
+        return sum_over(part.clone(), parallel, replicas)
 
     @staticmethod
     def backward(ctx, gradient: paddle.Tensor) -> paddle.Tensor:
-        return gradient * ctx.dp_size
+        return gradient * ctx.num_replicas
 
 
 def router_z_loss(logits: paddle.Tensor) -> paddle.Tensor:

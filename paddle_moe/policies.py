@@ -5,9 +5,11 @@ T tokens, E experts over all ranks, K experts per token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Sequence
 
 import paddle
+
+from paddle_moe.collectives import sum_over
 
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
@@ -39,17 +41,21 @@ def tokens_per_expert(routing_table: paddle.Tensor, num_experts: int) -> paddle.
 
 
 def jitter(
-    hidden_states: paddle.Tensor, epsilon: float, parallel: ParallelContext | None = None
+    hidden_states: paddle.Tensor,
+    epsilon: float,
+    parallel: ParallelContext | None = None,
+    group: str = "grid",
 ) -> paddle.Tensor:
     """The router's input times uniform noise in [1 - epsilon, 1 + epsilon], for exploration in training.
 
     Fedus et al., "Switch Transformers" (2021), section 2.4. The noise comes from Paddle's generator, so
-    recompute repeats it. On a grid all ranks use that of the first one, at the price of an all-reduce.
+    recompute repeats it. Ranks that hold the same tokens all use that of the first one, at the price of an
+    all-reduce.
 
     Args:
-        hidden_states: [T, H], the same on every rank of the grid.
+        hidden_states: [T, H].
         epsilon: between 0 and 1.
-        parallel: the grid whose ranks hold the same tokens.
+        parallel, group: the group of ``parallel`` whose ranks hold the same tokens, "grid" or "tp".
 
     Returns:
         [T, H] in the dtype of ``hidden_states``.
@@ -61,8 +67,8 @@ def jitter(
         raise ValueError(f"epsilon must be at least 0 and below 1, got {epsilon}")
     noise = paddle.uniform(hidden_states.shape, "float32", min=1 - epsilon, max=1 + epsilon)
     if parallel is not None:
-        first = parallel.ep_rank == parallel.tp_rank == 0
-        noise = parallel.all_reduce(noise if first else paddle.zeros_like(noise), "grid")
+        first = parallel.tp_rank == 0 and (group == "tp" or parallel.ep_rank == 0)
+        noise = parallel.all_reduce(noise if first else paddle.zeros_like(noise), group)
     return (hidden_states.astype("float32") * noise).astype(hidden_states.dtype)
 
 
@@ -133,6 +139,7 @@ def balanced_correction_bias(
     counts: paddle.Tensor,
     update_speed: float = 1e-3,
     parallel: ParallelContext | None = None,
+    replicas: Sequence[str] = ("dp",),
 ) -> paddle.Tensor:
     r"""The selection bias after one step of load balancing without an auxiliary loss.
 
@@ -146,7 +153,8 @@ def balanced_correction_bias(
         correction_bias: [E] float32.
         counts: [E] integers, the tokens per expert since the last step, over all micro-batches.
         update_speed: positive.
-        parallel: counts are summed over the data-parallel replicas, so that all of them get the same bias.
+        parallel, replicas: counts are summed over these groups of ``parallel``, whose ranks hold different
+            tokens, so that all of them get the same bias.
 
     Returns:
         [E] float32.
@@ -155,7 +163,7 @@ def balanced_correction_bias(
         raise ValueError(f"update_speed must be positive, got {update_speed}")
     counts = counts.astype("int64")
     if parallel is not None:
-        counts = parallel.all_reduce(counts.clone(), "dp")
+        counts = sum_over(counts.clone(), parallel, replicas)
     # The mean times E, in integers: a mean that is not exact would move experts that are at it.
     direction = paddle.sign((counts.sum() - counts * counts.shape[0]).astype("float32"))
     return correction_bias + update_speed * direction

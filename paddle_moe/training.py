@@ -4,15 +4,21 @@ that counts every parameter once.
 Dense parameters are the same on every rank, and so are their gradients within a grid. The parameters of the
 experts are sharded over the grid (FusedMoE sets `is_distributed` and `expert` on them) and the same at the
 same place of every grid. So the data-parallel group is the right one for both kinds.
+
+With FusedMoE(dispatch="alltoall") the ranks of an EP group hold different tokens: for dense parameters they
+are further replicas. The gradient of an expert is complete then, but it is that of the sum of their losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import paddle
 from paddle.nn.clip import ClipGradBase
+
+from paddle_moe.collectives import sum_over
 
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
@@ -23,8 +29,10 @@ _BUCKET_ELEMENTS = 2**23  # 32 MB in float32: large enough for the network, smal
 
 
 @paddle.no_grad()
-def average_gradients(parameters: Iterable[paddle.Tensor], parallel: ParallelContext) -> None:
-    """Replaces the gradients by their averages over the data-parallel replicas.
+def average_gradients(
+    parameters: Iterable[paddle.Tensor], parallel: ParallelContext, *, replicas: Sequence[str] = ("dp",)
+) -> None:
+    """Replaces the gradients by those of the average of the losses of all replicas.
 
     Call it once per step, after the last backward of gradient accumulation and before clipping and the
     optimizer, on every rank with the parameters in the same order. A parameter that got a gradient on some
@@ -33,10 +41,15 @@ def average_gradients(parameters: Iterable[paddle.Tensor], parallel: ParallelCon
 
     With paddle.DataParallel, which leaves sharded experts alone, call it for those that have `no_sync`.
 
+    Args:
+        replicas: the groups of `parallel` whose ranks hold different tokens: ("dp", "ep") with
+            FusedMoE(dispatch="alltoall").
+
     Raises:
         ValueError: a gradient is sparse.
     """
-    if parallel.dp_size == 1:
+    num_replicas = math.prod(parallel.size(group) for group in replicas)
+    if num_replicas == 1:
         return
     trained = [parameter for parameter in parameters if not parameter.stop_gradient]
     for parameter in trained:
@@ -44,16 +57,20 @@ def average_gradients(parameters: Iterable[paddle.Tensor], parallel: ParallelCon
             raise ValueError(
                 f"parameters: the gradient of {parameter.name} is sparse, which is not supported"
             )
-    present = paddle.to_tensor([parameter.grad is not None for parameter in trained], "int32")
-    present = parallel.all_reduce(present, "dp").tolist()
-    trained = [parameter for parameter, count in zip(trained, present) if count and parameter.size]
-    for bucket in _buckets(trained):
-        wide = "float64" if bucket[0].dtype == paddle.float64 else "float32"
-        gradients = [paddle.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        flat = paddle.concat([gradient.flatten().astype(wide) for gradient in gradients])
-        averages = (parallel.all_reduce(flat, "dp") / parallel.dp_size).split([p.size for p in bucket])
-        for parameter, average in zip(bucket, averages):
-            parameter.grad = average.reshape(parameter.shape).astype(parameter.dtype)
+    for experts in (False, True):
+        of_kind = [parameter for parameter in trained if getattr(parameter, "expert", False) == experts]
+        # Another EP rank holds other experts.
+        groups = [group for group in replicas if not (experts and group == "ep")]
+        present = paddle.to_tensor([parameter.grad is not None for parameter in of_kind], "int32")
+        present = sum_over(present, parallel, groups).tolist()
+        used = [parameter for parameter, count in zip(of_kind, present) if count and parameter.size]
+        for bucket in _buckets(used):
+            wide = "float64" if bucket[0].dtype == paddle.float64 else "float32"
+            gradients = [paddle.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            flat = paddle.concat([gradient.flatten().astype(wide) for gradient in gradients])
+            averages = (sum_over(flat, parallel, groups) / num_replicas).split([p.size for p in bucket])
+            for parameter, average in zip(bucket, averages):
+                parameter.grad = average.reshape(parameter.shape).astype(parameter.dtype)
 
 
 @paddle.no_grad()
@@ -67,6 +84,8 @@ def broadcast_parameters(parameters: Iterable[paddle.Tensor], parallel: Parallel
         groups = {"dp": parallel.dp_rank}
         if not parameter.is_distributed:
             groups["grid"] = parallel.ep_rank + parallel.tp_rank
+        elif getattr(parameter, "shard_group", None) == "tp":
+            groups["ep"] = parallel.ep_rank
         for group, place in groups.items():
             value = parameter.detach().clone() if place == 0 else paddle.zeros_like(parameter)
             parameter.set_value(parallel.all_reduce(value, group))
@@ -121,22 +140,25 @@ class ClipGradByGlobalNorm(ClipGradBase):
     def _dygraph_clip(
         self, params_grads: list[tuple[paddle.Tensor, paddle.Tensor | None]]
     ) -> list[tuple[paddle.Tensor, paddle.Tensor | None]]:
-        dense, shards = paddle.zeros([1]), paddle.zeros([1])
+        squares = {
+            "": paddle.zeros([1]),
+            "tp": paddle.zeros([1]),
+            "grid": paddle.zeros([1]),
+        }  # by shard_group
         clipped = [grad is not None and getattr(param, "need_clip", True) for param, grad in params_grads]
         for (parameter, gradient), clips in zip(params_grads, clipped):
             if not clips:
                 continue
-            if parameter.is_distributed and not getattr(parameter, "expert", False):
+            group = getattr(parameter, "shard_group", None) if parameter.is_distributed else ""
+            if group is None:
                 raise ValueError(
                     f"the parameter {parameter.name} is sharded (is_distributed), but not by FusedMoE; only"
                     " experts of FusedMoE and replicated parameters can be clipped together"
                 )
-            square = gradient.astype("float32").square().sum()
-            if parameter.is_distributed:
-                shards = shards + square
-            else:
-                dense = dense + square
-        norm = (dense + self.parallel.all_reduce(shards, "grid")).sqrt()
+            squares[group] = squares[group] + gradient.astype("float32").square().sum()
+        for group in ("tp", "grid"):
+            self.parallel.all_reduce(squares[group], group)
+        norm = (squares[""] + squares["tp"] + squares["grid"]).sqrt()
         factor = self.clip_norm / norm.clip(min=self.clip_norm)
         return [
             (parameter, (gradient.astype("float32") * factor).astype(gradient.dtype) if clips else gradient)

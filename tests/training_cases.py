@@ -38,7 +38,7 @@ def shard_like(layer, dense):
     part["gate_up_weight"], part["down_weight"] = shard.gate_up_weights, shard.down_weights
     part["gate_up_bias"], part["down_bias"] = shard.gate_up_bias, shard.down_bias
     if "shared_down_weight" in dense:
-        rank, size = layer.ep_rank * layer.tp_size + layer.tp_rank, layer.ep_size * layer.tp_size
+        rank, size = layer._place_in_shared()
         part["shared_gate_up_weight"] = slice_intermediate(
             dense["shared_gate_up_weight"], rank, size, axis=-1, halves=2
         )
@@ -151,9 +151,21 @@ def loss_of(model, x, target):
     return ((output.astype("float32") - paddle.to_tensor(target)) ** 2).mean() + losses
 
 
-def train(model, steps, parallel=None, *, clip_norm=0.5, micro_batches=1, wrapped=None, after_backward=None):
+def train(
+    model,
+    steps,
+    parallel=None,
+    *,
+    clip_norm=0.5,
+    micro_batches=1,
+    wrapped=None,
+    after_backward=None,
+    replicas=("dp",),
+):
     """Trains on this replica's part of every batch; returns the losses."""
     dp_rank, dp_size = (parallel.dp_rank, parallel.dp_size) if parallel else (0, 1)
+    if "ep" in replicas:
+        dp_rank, dp_size = dp_rank * parallel.ep_size + parallel.ep_rank, dp_size * parallel.ep_size
     clip = (
         ClipGradByGlobalNorm(clip_norm, parallel) if parallel else paddle.nn.ClipGradByGlobalNorm(clip_norm)
     )
@@ -169,7 +181,7 @@ def train(model, steps, parallel=None, *, clip_norm=0.5, micro_batches=1, wrappe
         if after_backward:
             after_backward()
         elif parallel:
-            average_gradients(model.parameters(), parallel)
+            average_gradients(model.parameters(), parallel, replicas=replicas)
         optimizer.step()
         optimizer.clear_grad()
         for experts in model.experts:

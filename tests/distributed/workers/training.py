@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from layer_cases import EXPERTS, HIDDEN, TOP_K, tokens
 from training_cases import (
     Model,
+    as_float32,
     assert_close,
     assert_same_gradients,
     assert_same_model,
@@ -255,6 +256,36 @@ def optimizer_steps():
     totals = parallel.all_reduce(paddle.to_tensor(losses), "dp").numpy() / dp_size
     np.testing.assert_allclose(totals, expected, rtol=1e-5)
     assert expected[-1] < 0.9 * expected[0]
+    assert_same_model(model, dense)
+
+
+@check
+def all_to_all_output():
+    """Every EP rank passes another number of tokens, some none: what the whole layer gives for them."""
+    everyone = tokens(num_tokens=3 * ep_size)
+    for dtype, num_experts in itertools.product(("float32", "bfloat16"), (2, EXPERTS)):
+        options = dict(num_experts=num_experts, dtype=dtype)
+        layer, dense = make_layer(parallel, dispatch="alltoall", **options), make_layer(**options)
+        ends = np.cumsum([0, *[6 * (rank % 2) for rank in range(ep_size)]]).tolist()
+        mine = everyone[ends[parallel.ep_rank] : ends[parallel.ep_rank + 1]]
+        output, amax = layer(paddle.to_tensor(mine).astype(dtype), return_amax=True)
+        expected = dense(paddle.to_tensor(mine).astype(dtype))
+        assert_close(as_float32(output), as_float32(expected), 1e-6 if dtype == "float32" else 5e-3, dtype)
+        whole = dense(paddle.to_tensor(everyone[: ends[-1]]).astype(dtype), return_amax=True)[1]
+        np.testing.assert_allclose(amax.numpy(), whole.numpy(), rtol=1e-5)
+
+
+@check
+def all_to_all_steps():
+    """Twenty steps of AdamW with clipping, every loss and bias updates, each EP rank with its own tokens."""
+    replicas = ("dp", "ep")
+    model, dense = Model(parallel, dispatch="alltoall"), Model()
+    losses = train(model, 20, parallel, replicas=replicas)
+    expected = train(dense, 20)
+    totals = paddle.to_tensor(losses)
+    for group in replicas:
+        totals = parallel.all_reduce(totals, group)
+    np.testing.assert_allclose(totals.numpy() / (dp_size * ep_size), expected, rtol=1e-5)
     assert_same_model(model, dense)
 
 
