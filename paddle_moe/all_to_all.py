@@ -116,13 +116,17 @@ class _Dispatch(PyLayer):
     @staticmethod
     def forward(ctx, hidden_states, router_weights, exchange, arrivals):
         ctx.exchange, ctx.dtype = exchange, hidden_states.dtype
+        ctx.fixed = hidden_states.stop_gradient, router_weights.stop_gradient
         return arrivals.rows, arrivals.weights
 
     @staticmethod
     def backward(ctx, rows, weights):
         rows, weights = ctx.exchange.start_returning([rows, weights])()
-        hidden_states = ctx.exchange.sum_per_token(rows).astype(ctx.dtype)
-        return hidden_states, ctx.exchange.sum_per_token(weights)
+        hidden_states_fixed, router_weights_fixed = ctx.fixed
+        return (
+            None if hidden_states_fixed else ctx.exchange.sum_per_token(rows).astype(ctx.dtype),
+            None if router_weights_fixed else ctx.exchange.sum_per_token(weights),
+        )
 
 
 class _Combine(PyLayer):
@@ -130,14 +134,14 @@ class _Combine(PyLayer):
 
     @staticmethod
     def forward(ctx, partial, anchor, exchange):
-        ctx.exchange = exchange
+        ctx.exchange, ctx.fixed = exchange, partial.stop_gradient
         (partial_sums,) = exchange.start_returning([partial])()
         return exchange.sum_per_token(partial_sums).astype(partial.dtype)
 
     @staticmethod
     def backward(ctx, out):
         (rows,) = ctx.exchange.start_sending([out])()
-        return rows, paddle.zeros([1])
+        return None if ctx.fixed else rows, paddle.zeros([1])
 
 
 class _Exchange:

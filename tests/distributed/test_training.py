@@ -23,7 +23,7 @@ JOBS = {
         (2, 1, 2),
         "accumulation data_parallel averages replica_without_tokens global_balance pipeline",
     ),
-    "ep4_all_to_all": ((4, 1, 1), "all_to_all_output all_to_all_steps"),
+    "ep4_all_to_all": ((4, 1, 1), "all_to_all_output all_to_all_stop_gradient all_to_all_steps"),
     "ep2_tp2_all_to_all": ((2, 2, 1), "all_to_all_output all_to_all_steps"),
     "ep2_tp2_dp2": ((2, 2, 2), "groups optimizer_steps"),
 }

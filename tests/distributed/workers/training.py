@@ -290,6 +290,36 @@ def all_to_all_steps():
 
 
 @check
+def all_to_all_stop_gradient():
+    """Any subset without a gradient, also where that leaves a rank without experts nothing to compute."""
+    names = ("hidden_states", "gate_weight", "gate_up_weight")
+    for num_experts, *fixed in itertools.product((ep_size - 1, EXPERTS), *[(False, True)] * 3):
+        layers = (
+            make_layer(parallel, dispatch="alltoall", num_experts=num_experts),
+            make_layer(num_experts=num_experts),
+        )
+        found = []
+        for layer in layers:
+            x = trained_tokens()
+            tensors = [x, layer.gate_weight, layer.gate_up_weight]
+            for tensor, stops in zip(tensors, fixed):
+                tensor.stop_gradient = stops
+            (layer(x) ** 2).sum().backward()
+            if layer.parallel is not None:  # the experts saw the same tokens from each EP rank
+                average_gradients(layer.parameters(), parallel, replicas=("dp", "ep"))
+            grads = {name: p.grad for name, p in [("hidden_states", x), *layer.named_parameters()]}
+            zeros = {name: np.zeros(p.shape, np.float32) for name, p in layer.named_parameters()}
+            found.append((zeros, {name: as_float32(g) for name, g in grads.items() if g is not None}))
+        (_, mine), (zeros, whole) = found
+        expected = {**shard_like(layers[0], {**zeros, **whole}), "hidden_states": whole.get("hidden_states")}
+        for name in {*mine, *whole}:
+            if name in mine and mine[name].size:
+                assert_close(mine[name], expected[name], 2e-6, f"{name} {fixed}")
+            else:  # only what this rank holds nothing of may have no gradient
+                assert expected[name].size == 0, f"{name} {fixed}"
+
+
+@check
 def accumulation():
     """Two micro-batches are one batch; the balance loss is one of each micro-batch."""
     options = dict(balance_loss_weight=0.0)
