@@ -292,7 +292,6 @@ def all_to_all_steps():
 @check
 def all_to_all_stop_gradient():
     """Any subset without a gradient, also where that leaves a rank without experts nothing to compute."""
-    names = ("hidden_states", "gate_weight", "gate_up_weight")
     for num_experts, *fixed in itertools.product((ep_size - 1, EXPERTS), *[(False, True)] * 3):
         layers = (
             make_layer(parallel, dispatch="alltoall", num_experts=num_experts),
