@@ -511,27 +511,25 @@ class Integration:
         holdings = _holdings(model)
         own = {name: (name, False) for name in holdings}
         published = own if self._published_names is None else self._published_names(model)
-        with TensorFiles(path) as files:
-            if layout == "auto":
-                found = [sum(names[name][0] in files for name in holdings) for names in (own, published)]
-                if found[0] == found[1] > 0 and published is not own:
-                    raise ValueError(
-                        "layout must be 'huggingface' or 'paddle' where both have the same names, got 'auto'"
-                    )
-                layout = "huggingface" if found[1] > found[0] else "paddle"
-            names = published if layout == "huggingface" else own
-            sources = [
-                Source(names[name][0], name, _turned(whole) if names[name][1] else whole)
-                for name, (_, _, whole) in holdings.items()
-            ]
-            targets = {name: Target(tensor, part) for name, (tensor, part, _) in holdings.items()}
-            inside = tuple(
-                {key.partition(".experts.")[0] + "." for key in files.keys() if ".experts." in key}
-            )
-            plan = Plan(
-                files, targets, sources, path=path, must_match=lambda key: key.startswith(inside), cast=cast
-            )
-            return execute([plan], path, parallel, progress=f"loading {path}" if progress else None)
+        files = TensorFiles(path)
+        if layout == "auto":
+            found = [sum(names[name][0] in files for name in holdings) for names in (own, published)]
+            if found[0] == found[1] > 0 and published is not own:
+                raise ValueError(
+                    "layout must be 'huggingface' or 'paddle' where both have the same names, got 'auto'"
+                )
+            layout = "huggingface" if found[1] > found[0] else "paddle"
+        names = published if layout == "huggingface" else own
+        sources = [
+            Source(names[name][0], name, _turned(whole) if names[name][1] else whole)
+            for name, (_, _, whole) in holdings.items()
+        ]
+        targets = {name: Target(tensor, part) for name, (tensor, part, _) in holdings.items()}
+        inside = tuple({key.partition(".experts.")[0] + "." for key in files.keys() if ".experts." in key})
+        plan = Plan(
+            files, targets, sources, path=path, must_match=lambda key: key.startswith(inside), cast=cast
+        )
+        return execute([plan], path, parallel, progress=f"loading {path}" if progress else None)
 
     def supported(self) -> str:
         return ", ".join(
