@@ -197,7 +197,7 @@ def pieces_to_write(
     return {
         part_key(name, part, whole): tensor
         for name, (tensor, part, whole) in holdings.items()
-        if tensor is not None and part.size and (first or part.ranges != whole.ranges)
+        if tensor is not None and part.size and not part.copy and (first or part.ranges != whole.ranges)
     }
 
 

@@ -412,6 +412,7 @@ class FusedMoE(nn.Layer):
             "S": shard_range(self.shared_intermediate_size, *((0, 1) if dense else self._place_in_shared()))
         }
         halves = {"G": (0, 2)}
+        copied = self.dispatch == "alltoall" and ep_rank > 0
         parts = {
             "gate_weight": Part("H E", {**hidden, **all_experts}),
             "gate_up_weight": Part("E H (G I)", {**experts, **hidden, **halves, **columns}),
@@ -419,8 +420,8 @@ class FusedMoE(nn.Layer):
             "gate_up_bias": Part("E (G I)", {**experts, **halves, **columns}),
             "down_bias": Part("E H", {**(experts if tp_rank == 0 else {"E": (0, 0)}), **hidden}),
             "correction_bias": Part("E", all_experts),
-            "shared_gate_up_weight": Part("1 H (G S)", {**hidden, **halves, **shared}),
-            "shared_down_weight": Part("1 S H", {**shared, **hidden}),
+            "shared_gate_up_weight": Part("1 H (G S)", {**hidden, **halves, **shared}, copied),
+            "shared_down_weight": Part("1 S H", {**shared, **hidden}, copied),
             "shared_gate_weight": Part("H 1", hidden),
         }
         held = {name for name in parts if getattr(self, name) is not None}

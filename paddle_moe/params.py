@@ -156,10 +156,12 @@ class Part:
             columns, then all up columns, "E H (I G)" interleaves them. "1" is a dimension of size 1.
         ranges: {name: (start, stop)} of the box, for every dimension of the dense tensor. One that is not in
             the pattern has the length 1.
+        copy: another rank holds the same box, and writes it where that happens once.
     """
 
     pattern: str
     ranges: Mapping[str, tuple[int, int]]
+    copy: bool = False
 
     @property
     def groups(self) -> list[list[str]]:

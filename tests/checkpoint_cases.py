@@ -27,13 +27,13 @@ LAYOUT = [
 class Model(nn.Layer):
     """Two FusedMoE layers with everything that one can have, between dense ones that share a weight."""
 
-    def __init__(self, dtype="float32", seed=None, parallel=None, num_experts=EXPERTS):
+    def __init__(self, dtype="float32", seed=None, parallel=None, num_experts=EXPERTS, dispatch="replicated"):
         super().__init__()
         paddle.seed(0 if seed is None else seed)  # dense weights, the same on every rank
         self.embed = nn.Embedding(7, HIDDEN)
-        self.first = self._moe(num_experts, dtype, seed, parallel)
+        self.first = self._moe(num_experts, dtype, seed, parallel, dispatch)
         self.norm = nn.LayerNorm(HIDDEN)
-        self.second = nn.Sequential(self._moe(num_experts, dtype, seed and seed + 1, parallel))
+        self.second = nn.Sequential(self._moe(num_experts, dtype, seed and seed + 1, parallel, dispatch))
         self.head = nn.Linear(HIDDEN, 7)
         self.tied = nn.Layer()
         self.tied.weight = self.embed.weight
@@ -43,7 +43,7 @@ class Model(nn.Layer):
                 parameter.set_value(paddle.zeros_like(parameter))
 
     @staticmethod
-    def _moe(num_experts, dtype, seed, parallel):
+    def _moe(num_experts, dtype, seed, parallel, dispatch):
         layer = FusedMoE(
             HIDDEN,
             INTER,
@@ -57,6 +57,7 @@ class Model(nn.Layer):
             dtype=dtype,
             seed=seed,
             parallel=parallel,
+            dispatch=dispatch,
         )
         if seed is not None:  # the seed leaves these zero
             fill(layer, "gate_up_bias", layer.parts().get("gate_up_bias"), seed)

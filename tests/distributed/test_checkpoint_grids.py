@@ -14,7 +14,8 @@ from safetensors import safe_open
 from paddle_moe import load_checkpoint, load_moe_weights
 
 # (ep, tp, dp) for five experts and ten columns: neither divides evenly, more ranks than experts, replicas.
-GRIDS = [(2, 3, 1), (6, 1, 1), (1, 2, 2)]
+GRIDS = [(2, 3, 1), (6, 1, 1), (1, 2, 2), (2, 2, 1)]
+ALL_TO_ALL = (2, 2, 1)  # the grid that holds its shared expert once on each EP rank
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,8 @@ def chain(tmp_path_factory):
     paths, source = {}, "-"
     for grid in GRIDS:
         path = directory / "x".join(map(str, grid))
-        job = launch(path / "logs", WORKERS / "checkpoint.py", *grid, source, path, ranks=int(np.prod(grid)))
+        arguments = (*grid, "alltoall" if grid == ALL_TO_ALL else "replicated", source, path)
+        job = launch(path / "logs", WORKERS / "checkpoint.py", *arguments, ranks=int(np.prod(grid)))
         assert job.returncode == 0, job
         paths[grid] = source = path
     return paths
