@@ -309,7 +309,7 @@ class MoEBlock:
             if os.environ.get("PADDLE_MOE_CHECK") == "1":
                 parallel.check_same_routing(routing_table, router_weights)
             entering = [tokens, router_weights] + ([] if shared is None else [shared_weights])
-            tokens, router_weights, *rest = enter_shards(entering, parallel, "one", True)
+            tokens, router_weights, *rest = enter_shards(entering, parallel, ["grid"], fp32=True)
             shared_weights = rest[0] if rest else None
 
         parts = []
@@ -325,7 +325,7 @@ class MoEBlock:
             parts = [no_contribution(tokens, router_weights, shared_weights)]
         if len(parts) == 2:  # in float32, also because the CPU has no half-precision addition
             parts = [(parts[0].astype("float32") + parts[1].astype("float32")).astype(tokens.dtype)]
-        output = leave_shards(parts[0], parallel, "one")
+        output = leave_shards(parts[0], parallel, ["grid"])
         return output.astype(hidden_states.dtype).reshape(hidden_states.shape)
 
     def run(
