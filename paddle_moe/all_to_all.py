@@ -63,8 +63,8 @@ def all_to_all_experts(
         (out [T, H] in the dtype of hidden_states, the result of `meanwhile`).
 
     Raises:
-        ValueError: expert_ranges does not have one entry per EP rank, or `experts` returns another shape or
-        dtype.
+        ValueError: expert_ranges does not have one entry per EP rank, `experts` returns another shape or
+            dtype, or the groups on gloo have more than two ranks and are not those of init_distributed.
         NotImplementedError: a static program is being built.
         RuntimeError: the transport failed.
     """
@@ -72,6 +72,12 @@ def all_to_all_experts(
         raise ValueError(
             f"expert_ranges must have one (first, end) for each of the {parallel.ep_size} EP ranks, "
             f"got {len(expert_ranges)}"
+        )
+    if parallel.ep_group.backend == "GLOO" and len(parallel.ep_pairs) != parallel.ep_size - 1:
+        raise ValueError(
+            "parallel must be what init_distributed returned: on gloo, an EP group of "
+            f"{parallel.ep_size} ranks needs a further group for each pair of them, which from_groups does "
+            "not make"
         )
     if not paddle.in_dynamic_mode():
         raise NotImplementedError(

@@ -123,7 +123,8 @@ class ParallelContext:
             then EP followed by TP.
         ep_pairs: on gloo, by global rank, the groups of this rank and one other of ep_group, for send and
             recv. Paddle numbers the messages of a gloo group in each rank for itself, so two ranks can talk
-            only after equally many calls; in a group of two that is always so.
+            only after equally many calls; in a group of two that is always so. Missing for groups of more
+            than two that init_distributed did not make.
 
     The groups are paddle.distributed groups and work with its functions. Those of size 1 communicate nothing.
     """
@@ -142,7 +143,8 @@ class ParallelContext:
         self.ep_rank, self.ep_size = _position(ep_group, self.rank), ep_group.nranks
         self.tp_rank, self.tp_size = _position(tp_group, self.rank), tp_group.nranks
         self.dp_rank, self.dp_size = _position(self.dp_group, self.rank), self.dp_group.nranks
-        self.ep_pairs: dict[int, Group] = {}
+        others = [rank for rank in ep_group.ranks if rank != self.rank]
+        self.ep_pairs: dict[int, Group] = {others[0]: ep_group} if len(others) == 1 else {}
         self._watchdog = watchdog
         self._grid = self._self_test()
 
@@ -421,7 +423,7 @@ def init_distributed(
     groups = build([list(ranks) for ranks in sorted(rank_lists)], world_group, watchdog, addresses)
     own_groups = (groups[ranks] for ranks in (own.ep_group, own.tp_group, own.grid_group, own.dp_group))
     context = ParallelContext(*own_groups, watchdog)
-    if on_gloo:
+    if on_gloo and ep_size > 2:
         peers = (peer for peer in own.ep_group if peer != rank)
         context.ep_pairs = {peer: groups[tuple(sorted((rank, peer)))] for peer in peers}
     watchdog.exchange(None, "init_distributed")

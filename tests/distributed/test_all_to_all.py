@@ -76,7 +76,7 @@ def test_a_token_goes_once_to_each_rank_that_needs_it(job):
 
 
 def test_other_work_runs_while_rows_travel(job):
-    """Otherwise rank 0 and the others would wait for each other until the time limit, and the job would fail."""
+    """Otherwise rank 0 and the others would wait for each other, and the job would fail."""
     _, _, ranks = job
     assert all(results["overlapped"] for results in ranks)
 

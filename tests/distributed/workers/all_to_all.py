@@ -1,7 +1,7 @@
-"""One rank of a grid that sends tokens through experts on all EP ranks: all_to_all.py EP_SIZE TP_SIZE DIRECTORY.
+"""One rank whose tokens go to experts on all EP ranks: all_to_all.py EP_SIZE TP_SIZE DIRECTORY.
 
-The experts are plain Paddle, so that this tests the exchange alone. Writes what each case of all_to_all_cases gave
-to rank_R.npz; the test compares it with one process that holds all tokens and all experts.
+The experts are plain Paddle, so that this tests the exchange alone. Writes what each case of all_to_all_cases
+gave to rank_R.npz; the test compares it with one process that holds all tokens and all experts.
 """
 
 import sys
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from all_to_all_cases import cases, expert_weights, run_experts, tokens_of
 
 from paddle_moe.all_to_all import _Exchange, all_to_all_experts
-from paddle_moe.distributed import init_distributed
+from paddle_moe.distributed import ParallelContext, init_distributed
 from paddle_moe.params import shard_range
 
 ep_size, tp_size, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -67,6 +67,28 @@ all_to_all_experts(
     parallel,
     meanwhile=lambda: parallel.all_reduce(turn, "grid") if parallel.rank == 0 else None,
 )
+_Exchange.start_sending = start_sending
 results["overlapped"] = True
+
+# Groups from elsewhere, as those of fleet.
+adopted = ParallelContext.from_groups(parallel.ep_group, parallel.tp_group)
+ranges = [shard_range(ep_size, rank, ep_size) for rank in range(ep_size)]
+first_expert = paddle.zeros([2, 1], "int32")
+
+
+def exchange_on_adopted_groups():
+    rows = paddle.ones([2, 4])
+    return all_to_all_experts(rows, first_expert, rows[:, :1], lambda x, ids, weights: 2 * x, ranges, adopted)
+
+
+if ep_size == 2:
+    assert (exchange_on_adopted_groups()[0] == 2).all()
+else:
+    try:
+        exchange_on_adopted_groups()
+    except ValueError as error:
+        assert "parallel must be what init_distributed returned" in str(error), error
+    else:
+        raise AssertionError("a group of more than two ranks without pairs was accepted")
 
 np.savez(directory / f"rank_{parallel.rank}.npz", **results)
