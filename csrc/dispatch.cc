@@ -60,15 +60,6 @@ void fill_with_zeros(const Device&, void*, size_t) {}
 // The calls of cuda:: stand in discarded branches where the back end was not built, and need no definition.
 bool is_gpu(const Device& device) { return device.kind == Device::Kind::kCuda; }
 
-void require_backward(const Device& device) {
-  if (is_gpu(device)) {
-    throw NotImplemented(
-        "paddle_moe has no backward on GPUs yet: call its functions under paddle.no_grad(), with inputs "
-        "whose "
-        "stop_gradient is True, or on the CPU");
-  }
-}
-
 }  // namespace
 
 bool has_cuda() { return kHasCuda; }
@@ -107,38 +98,57 @@ void mixture_of_experts(const Device& device, const Problem& problem, void* work
   if constexpr (kHasCuda) {
     if (is_gpu(device)) {
       const CurrentDevice guard(device);
-      return cuda::mixture_of_experts(problem, device.stream, workspace, out, amax);
+      return cuda::mixture_of_experts(problem, device.stream, workspace, out, amax, pre_activations);
     }
   }
   cpu::mixture_of_experts(problem, device.num_threads, workspace, out, amax, pre_activations);
 }
 
 int64_t saved_rows(const Device& device, const Problem& problem) {
-  return is_gpu(device) ? 0 : cpu::count_rows(problem);
+  return is_gpu(device) ? problem.num_tokens * problem.top_k : cpu::count_rows(problem);
 }
 
 size_t backward_workspace_size(const Device& device, const BackwardProblem& problem) {
-  require_backward(device);
+  if constexpr (kHasCuda) {
+    if (is_gpu(device)) {
+      const CurrentDevice guard(device);
+      return cuda::backward_workspace_size(problem);
+    }
+  }
   return cpu::backward_workspace_size(problem, device.num_threads);
 }
 
 void mixture_of_experts_backward(const Device& device, const BackwardProblem& problem, void* workspace) {
-  require_backward(device);
+  if constexpr (kHasCuda) {
+    if (is_gpu(device)) {
+      const CurrentDevice guard(device);
+      return cuda::mixture_of_experts_backward(problem, device.stream, workspace);
+    }
+  }
   cpu::mixture_of_experts_backward(problem, device.num_threads, workspace);
 }
 
 size_t gate_backward_workspace_size(const Device& device, const GateBackwardProblem& problem) {
-  require_backward(device);
-  return cpu::gate_backward_workspace_size(problem, device.num_threads);
+  return is_gpu(device) ? 0 : cpu::gate_backward_workspace_size(problem, device.num_threads);
 }
 
 void gate_backward(const Device& device, const GateBackwardProblem& problem, void* workspace) {
-  require_backward(device);
+  if constexpr (kHasCuda) {
+    if (is_gpu(device)) {
+      const CurrentDevice guard(device);
+      return cuda::gate_backward(problem, device.stream);
+    }
+  }
   cpu::gate_backward(problem, device.num_threads, workspace);
 }
 
 void route_backward(const Device& device, const RouteBackwardProblem& problem, float* grad_logits) {
-  require_backward(device);
+  if constexpr (kHasCuda) {
+    if (is_gpu(device)) {
+      const CurrentDevice guard(device);
+      return cuda::route_backward(problem, device.stream, grad_logits);
+    }
+  }
   cpu::route_backward(problem, device.num_threads, grad_logits);
 }
 

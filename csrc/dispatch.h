@@ -32,10 +32,10 @@ size_t workspace_size(const Device& device, const Problem& problem);
 void mixture_of_experts(const Device& device, const Problem& problem, void* workspace, void* out, float* amax,
                         void* pre_activations);
 
-// Rows that mixture_of_experts() keeps pre-activations for; 0 where the back end keeps none.
+// Rows of what mixture_of_experts() keeps pre-activations in.
 int64_t saved_rows(const Device& device, const Problem& problem);
 
-// The gradients. On a GPU they throw NotImplemented.
+// The gradients. NotImplemented becomes Python's NotImplementedError.
 struct NotImplemented : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

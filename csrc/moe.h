@@ -123,7 +123,7 @@ struct BackwardProblem {
   Problem forward;
   const void* grad_out = nullptr;  // [T, H] of forward.dtype
   int64_t grad_out_stride = 0;     // elements from one token to the next
-  // [R, 2I] of forward.dtype as mixture_of_experts() kept them, or null: computed again.
+  // [R, 2I] of forward.dtype as mixture_of_experts() of the back end kept them, or null: computed again.
   const void* pre_activations = nullptr;
   int64_t saved_rows = 0;  // R, of pre_activations
 
@@ -271,14 +271,24 @@ using Stream = ::CUstream_st*;  // cudaStream_t
 // Bytes of scratch, aligned to 256; the contents mean nothing before or after. Depends on the current device.
 size_t workspace_size(const Problem& problem);
 
-// out: [T, H] of problem.dtype, contiguous. amax: [E_l] fp32, or null when it is not wanted.
-void mixture_of_experts(const Problem& problem, Stream stream, void* workspace, void* out, float* amax);
+// out: [T, H] of problem.dtype, contiguous. amax: [E_l] fp32, or null when it is not wanted. pre_activations:
+// [T * K, 2I] of problem.dtype, gate | up with their biases, in row t * K + k those of slot (t, k), where rows
+// of slots without a local expert are not written: the host does not know how many have one; or null.
+void mixture_of_experts(const Problem& problem, Stream stream, void* workspace, void* out, float* amax,
+                        void* pre_activations = nullptr);
+
+// problem.saved_rows is T * K. All tokens are one chunk. Throws std::invalid_argument for more than 2^30 slots.
+size_t backward_workspace_size(const BackwardProblem& problem);
+void mixture_of_experts_backward(const BackwardProblem& problem, Stream stream, void* workspace);
 
 // logits: [T, E] fp32.
 void gate(const GateProblem& problem, Stream stream, float* logits);
+void gate_backward(const GateBackwardProblem& problem, Stream stream);
 
 // routing_table: int32 [T, K]; router_weights: fp32 [T, K].
 void route(const RouteProblem& problem, Stream stream, int32_t* routing_table, float* router_weights);
+// grad_logits: [T, E].
+void route_backward(const RouteBackwardProblem& problem, Stream stream, float* grad_logits);
 
 }  // namespace cuda
 }  // namespace paddle_moe

@@ -46,6 +46,7 @@ __all__ = [
     "mixture_of_experts_backward",
     "num_threads",
     "route",
+    "pre_activation_rows",
     "route_backward",
     "set_num_threads",
     "workspace_size",
@@ -109,8 +110,10 @@ def mixture_of_experts(
         out: [T, H], contiguous, of the dtype of ``hidden_states``; returned in place of a new array.
         workspace: uint8, at least ``workspace_size(...)`` bytes; its contents do not matter.
         pre_activations: receives what :func:`mixture_of_experts_backward` would otherwise compute again: gate
-            and up with their biases, [R, 2I] of the dtype of ``hidden_states``, contiguous, for the R slots
-            (token, k) whose expert is local, sorted by expert.
+            and up with their biases, [R, 2I] of the dtype of ``hidden_states``, contiguous. On the CPU R rows
+            for the R slots (token, k) whose expert is local, sorted by expert; on a GPU a row for each of the
+            T * K slots, of which those without a local expert are not written. ``pre_activation_rows(...)``
+            is R.
     """
     call = _experts(
         hidden_states,
@@ -134,6 +137,12 @@ def workspace_size(*args, **kwargs) -> int:
     """Bytes of ``workspace`` that :func:`mixture_of_experts` needs for these arguments (all but ``out`` and
     ``workspace``)."""
     return _experts(*args, **kwargs).workspace_size()
+
+
+def pre_activation_rows(*args, **kwargs) -> int:
+    """Rows of ``pre_activations`` that :func:`mixture_of_experts` stores for these arguments (all but ``out``,
+    ``workspace`` and ``pre_activations``)."""
+    return _experts(*args, **kwargs).pre_activation_rows()
 
 
 class Gradients(NamedTuple):

@@ -325,6 +325,8 @@ class Experts {
 
   size_t workspace_size() const { return dispatch::workspace_size(reader_.device(), problem_) + kAlignment; }
 
+  int64_t pre_activation_rows() const { return dispatch::saved_rows(reader_.device(), problem_); }
+
   py::object run(const py::object& out, const py::object& workspace, const py::object& pre_activations) {
     const Output output("out", out, dtype_, {problem_.num_tokens, problem_.hidden_size}, &reader_);
     const Workspace scratch(workspace, dispatch::workspace_size(reader_.device(), problem_), &reader_);
@@ -335,8 +337,7 @@ class Experts {
     }
     std::optional<Output> saved;
     if (!pre_activations.is_none()) {
-      const std::vector<int64_t> shape{dispatch::saved_rows(reader_.device(), problem_),
-                                       2 * problem_.intermediate_size};
+      const std::vector<int64_t> shape{pre_activation_rows(), 2 * problem_.intermediate_size};
       saved.emplace("pre_activations", pre_activations, dtype_, shape, &reader_);
     }
     {
@@ -543,6 +544,7 @@ PYBIND11_MODULE(_core, module) {
                     const std::optional<py::list>&, const std::optional<py::list>&, bool, const std::string&,
                     int64_t, int64_t, int64_t, bool>())
       .def("workspace_size", &Experts::workspace_size)
+      .def("pre_activation_rows", &Experts::pre_activation_rows)
       .def("run", &Experts::run);
   py::class_<ExpertsBackward>(module, "ExpertsBackward")
       .def(py::init<Experts&, const py::object&, const py::object&, const py::list&>(),

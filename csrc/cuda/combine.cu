@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int64_t slot = token * p.top_k; slot < (token + 1) * p.top_k; ++slot) {
     const int32_t position = p.position[slot];
     if (position < 0) continue;
-    const float weight = load_as_float(p.router_weights, slot, p.router_weights_dtype);
+    const float weight =
+        p.router_weights == nullptr ? 1.0f : load_as_float(p.router_weights, slot, p.router_weights_dtype);
     // Rows are padded to whole vectors; what is read past the last column is never stored.
     const auto* row = reinterpret_cast<const float4*>(p.rows + position * p.rows_stride + column);
     const float4 low = row[0], high = row[1];

@@ -17,7 +17,7 @@ struct Combine {
   int64_t rows_stride = 0;                // a multiple of 4
   const int32_t* position = nullptr;      // [num_tokens, top_k], the slot's row or -1
   const int32_t* local_expert = nullptr;  // [num_tokens, top_k]
-  const void* router_weights = nullptr;   // [num_tokens, top_k]
+  const void* router_weights = nullptr;   // [num_tokens, top_k]; null: all are 1
   DType router_weights_dtype = DType::kUnknown;
   const Expert* experts = nullptr;  // for down_bias; null: there is none
   DType bias_dtype = DType::kUnknown;

@@ -79,6 +79,27 @@ __device__ inline float load_as_float(const void* data, int64_t i, DType dtype) 
   }
 }
 
+__device__ inline void store_from_float(void* data, int64_t i, DType dtype, float value) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      static_cast<Bf16*>(data)[i] = from_float<Bf16>(value);
+      break;
+    case DType::kFloat16:
+      static_cast<Fp16*>(data)[i] = from_float<Fp16>(value);
+      break;
+    default:
+      static_cast<float*>(data)[i] = value;
+  }
+}
+
+// The same bits on every lane: addition commutes.
+__device__ inline float warp_sum(float value) {
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kFullWarp, value, distance);
+  }
+  return value;
+}
+
 // 16 bytes at once. destination is aligned to 16.
 template <class T, int kCount>
 __device__ inline void store_vector(T* destination, const T (&values)[kCount], int first = 0) {

@@ -80,7 +80,93 @@ void start(const GateProblem& p, Stream stream, float* logits) {
          Fp32Tile::kThreads, sizeof(Fp32Tile::Shared), stream, p, static_cast<int>(blocks_n), logits);
 }
 
+// ---------------------------------------------------------------- backward
+
+// grad_logits x weight^T: a sum over the experts for each token and feature.
+template <class Hidden, class Weight>
+__global__ void __launch_bounds__(Fp32Tile::kThreads)
+    gate_hidden_gradient(const __grid_constant__ GateBackwardProblem b, int blocks_n) {
+  const GateProblem& p = b.forward;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) / blocks_n * Fp32Tile::kBlockM;
+  const int64_t first_feature = static_cast<int64_t>(blockIdx.x) % blocks_n * 2 * Fp32Tile::kHalfN;
+  Fp32Tile sums;
+  sums.multiply(
+      *static_cast<Fp32Tile::Shared*>(shared_memory()), p.num_experts, p.weight.out_stride == 1,
+      [&](int row, int64_t k) {
+        if (first_token + row >= p.num_tokens) return 0.0f;
+        return b.grad_logits[(first_token + row) * p.num_experts + k];
+      },
+      [&](int half, int64_t k, int column) {
+        const int64_t n = first_feature + half * Fp32Tile::kHalfN + column;
+        if (n >= p.hidden_size) return 0.0f;
+        return to_float(
+            static_cast<const Weight*>(p.weight.data)[n * p.weight.in_stride + k * p.weight.out_stride]);
+      });
+  sums.for_each([&](int half, int row, int column, float sum) {
+    const int64_t n = first_feature + half * Fp32Tile::kHalfN + column;
+    if (first_token + row < p.num_tokens && n < p.hidden_size) {
+      static_cast<Hidden*>(b.hidden_states)[(first_token + row) * p.hidden_size + n] =
+          from_float<Hidden>(sum);
+    }
+  });
+}
+
+// hidden_states^T x grad_logits: a sum over the tokens for each feature and expert.
+template <class Hidden, class Weight>
+__global__ void __launch_bounds__(Fp32Tile::kThreads)
+    gate_weight_gradient(const __grid_constant__ GateBackwardProblem b, int blocks_n) {
+  const GateProblem& p = b.forward;
+  const int64_t first_feature = static_cast<int64_t>(blockIdx.x) / blocks_n * Fp32Tile::kBlockM;
+  const int64_t first_expert = static_cast<int64_t>(blockIdx.x) % blocks_n * 2 * Fp32Tile::kHalfN;
+  Fp32Tile sums;
+  sums.multiply(
+      *static_cast<Fp32Tile::Shared*>(shared_memory()), p.num_tokens, false,
+      [&](int row, int64_t k) {
+        if (first_feature + row >= p.hidden_size) return 0.0f;
+        return to_float(
+            static_cast<const Hidden*>(p.hidden_states)[k * p.hidden_states_stride + first_feature + row]);
+      },
+      [&](int half, int64_t k, int column) {
+        const int64_t n = first_expert + half * Fp32Tile::kHalfN + column;
+        return n < p.num_experts ? b.grad_logits[k * p.num_experts + n] : 0.0f;
+      });
+  sums.for_each([&](int half, int row, int column, float sum) {
+    const int64_t n = first_expert + half * Fp32Tile::kHalfN + column, feature = first_feature + row;
+    if (feature < p.hidden_size && n < p.num_experts) {
+      static_cast<Weight*>(
+          const_cast<void*>(b.weight.data))[feature * b.weight.in_stride + n * b.weight.out_stride] =
+          from_float<Weight>(sum);
+    }
+  });
+}
+
+template <class Hidden, class Weight>
+void start_backward(const GateBackwardProblem& b, Stream stream) {
+  const GateProblem& p = b.forward;
+  constexpr int kColumns = 2 * Fp32Tile::kHalfN;
+  if (b.hidden_states != nullptr) {
+    const int64_t blocks_n = divide_up(p.hidden_size, kColumns);
+    launch("gate_hidden_gradient", gate_hidden_gradient<Hidden, Weight>,
+           divide_up(p.num_tokens, Fp32Tile::kBlockM) * blocks_n, Fp32Tile::kThreads,
+           sizeof(Fp32Tile::Shared), stream, b, static_cast<int>(blocks_n));
+  }
+  if (b.weight.data != nullptr) {
+    const int64_t blocks_n = divide_up(p.num_experts, kColumns);
+    launch("gate_weight_gradient", gate_weight_gradient<Hidden, Weight>,
+           divide_up(p.hidden_size, Fp32Tile::kBlockM) * blocks_n, Fp32Tile::kThreads,
+           sizeof(Fp32Tile::Shared), stream, b, static_cast<int>(blocks_n));
+  }
+}
+
 }  // namespace
+
+void gate_backward(const GateBackwardProblem& b, Stream stream) {
+  with_element(b.forward.dtype, [&](auto hidden) {
+    using Hidden = decltype(hidden);
+    b.forward.weight_dtype == DType::kFloat32 ? start_backward<Hidden, float>(b, stream)
+                                              : start_backward<Hidden, Hidden>(b, stream);
+  });
+}
 
 void gate(const GateProblem& p, Stream stream, float* logits) {
   with_element(p.dtype, [&](auto hidden) {

@@ -1,7 +1,7 @@
 // The grouped GEMM as the stages see it: what moe.cu hands to the implementation that the device gets.
 //
 //   gate_up  intermediate[r, i] = act(x[r] . gate_e[:, i] + gate_bias, x[r] . up_e[:, i] + up_bias)
-//   down     rows[r, h] = intermediate[r] . down_e[:, h], in fp32
+//   down     rows[r, h] = intermediate[r] . down_e[:, h], in fp32; also the GEMMs of the backward by rows
 //
 // Row r belongs to the r-th slot (token, k) in expert order.
 #pragma once
@@ -27,7 +27,7 @@ struct GroupedGemm {
 
   const void* a = nullptr;  // hidden_states, or the intermediate
   int64_t a_stride = 0;     // elements
-  // gate_up: row r multiplies the token row_slot[r] / top_k. down: null, row r of `a` itself.
+  // Row r multiplies the row row_slot[r] / top_k of `a`; null, for down alone: row r of `a` itself.
   const int32_t* row_slot = nullptr;
   int32_t top_k = 1;
 
@@ -40,11 +40,15 @@ struct GroupedGemm {
   // gate_up: the intermediate in the dtype of `a`; columns past `columns` up to out_stride are never read.
   // down: fp32 rows.
   void* out = nullptr;
-  int64_t out_stride = 0;  // elements; rows begin at multiples of 16 bytes
+  int64_t out_stride = 0;   // elements; rows begin at multiples of 16 bytes
+  bool accumulate = false;  // down, not on sm_90: adds to what `out` holds
 
   ActivationSpec activation;           // gate_up
   DType bias_dtype = DType::kUnknown;  // gate_up; fp32 or the dtype of `a`
   uint32_t* amax = nullptr;  // gate_up; bits of |fp32| per local expert, raised by atomicMax, or null
+  // gate_up, not on sm_90: gate and up with their biases for the backward, in the dtype of `a`; row
+  // row_slot[r] of [slots, 2 * columns]. Or null.
+  void* pre_activations = nullptr;
 };
 
 enum class Stage { kGateUp, kDown };

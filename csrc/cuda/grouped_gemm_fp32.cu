@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Fp32Tile::kThreads)
       [&](int row, int64_t k) {
         if (row >= tile.num_rows) return 0.0f;
         int64_t index = tile.first_row + row;
-        if (kStage == Stage::kGateUp) index = g.row_slot[index] / g.top_k;
+        if (kStage == Stage::kGateUp || g.row_slot != nullptr) index = g.row_slot[index] / g.top_k;
         return static_cast<const float*>(g.a)[index * g.a_stride + k];
       },
       [&](int half, int64_t k, int column) {
@@ -40,7 +40,9 @@ __global__ void __launch_bounds__(Fp32Tile::kThreads)
   if (kStage == Stage::kDown) {
     sums.for_each([&](int half, int row, int column, float sum) {
       const int64_t n = first_column + half * kSecondHalf + column;
-      if (row < tile.num_rows && n < g.columns) out[(tile.first_row + row) * g.out_stride + n] = sum;
+      if (row >= tile.num_rows || n >= g.columns) return;
+      float& element = out[(tile.first_row + row) * g.out_stride + n];
+      element = g.accumulate ? element + sum : sum;
     });
     return;
   }
@@ -55,7 +57,13 @@ __global__ void __launch_bounds__(Fp32Tile::kThreads)
       float gate = sums.sum[0][r][c], up = sums.sum[1][r][c];
       if (expert.gate_bias != nullptr) gate += load_as_float(expert.gate_bias, n, g.bias_dtype);
       if (expert.up_bias != nullptr) up += load_as_float(expert.up_bias, n, g.bias_dtype);
-      const float value = activate(g.activation, gate, up);
+      if (g.pre_activations != nullptr) {
+        const int64_t slot = g.row_slot[tile.first_row + row];
+        float* saved = static_cast<float*>(g.pre_activations) + slot * 2 * g.columns + n;
+        saved[0] = gate;
+        saved[g.columns] = up;
+      }
+      const float value = activate<float>(g.activation, gate, up);
       largest = max(largest, __float_as_uint(fabsf(value)));
       out[(tile.first_row + row) * g.out_stride + n] = value;
     }

@@ -13,6 +13,7 @@
 #include "cuda/common.cuh"
 #include "cuda/grouped_gemm.h"
 #include "cuda/tile_schedule.h"
+#include "cuda/vectors.cuh"
 
 namespace paddle_moe {
 namespace cuda {
@@ -25,7 +26,6 @@ enum class Load {
   kElements,  // any strides and alignment of weights and rows, element by element
 };
 
-constexpr int kVector = 8;  // 16-bit elements in 16 bytes
 constexpr int kMmaDepth = 16;
 
 template <int kBlockM_, int kBlockDepth_, int kWarpsM_, int kWarpsN_, int kStages_>
@@ -51,28 +51,6 @@ using LargeConfig = Config<128, 32, 2, 2, 4>;
 using MediumConfig = Config<64, 32, 2, 2, 4>;
 using SmallConfig = Config<16, 64, 1, 4, 4>;  // weights are all that matters: deep stages of them
 
-// Position of a 16-byte vector in a tile whose rows hold kPerRow of them, so that eight consecutive rows of
-// one column of vectors lie in different banks.
-template <int kPerRow>
-__device__ int swizzled(int row, int vector) {
-  static_assert(kPerRow == 4 || kPerRow == 8, "64 or 128 bytes");
-  return row * kPerRow + (vector ^ (kPerRow == 8 ? row % 8 : row / 2 % 4));
-}
-
-__device__ int valid_elements(int64_t size, int64_t first) {
-  const int64_t left = size - first;
-  return left <= 0 ? 0 : left < kVector ? static_cast<int>(left) : kVector;
-}
-
-// A vector of `count` elements that lie `stride` apart, zeros behind them.
-template <class T>
-__device__ void copy_elements(T* destination, const T* source, int64_t stride, int count) {
-  T value[kVector];
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) value[i] = i < count ? source[i * stride] : T{0};
-  store_vector(destination, value);
-}
-
 template <class T, class C, Stage kStage, Load kLoad>
 class TileMultiplier {
  public:
@@ -90,7 +68,7 @@ class TileMultiplier {
       rows_[i] = nullptr;
       if (row < tile.num_rows) {
         int64_t index = tile.first_row + row;
-        if (kStage == Stage::kGateUp) index = g_.row_slot[index] / g_.top_k;
+        if (kStage == Stage::kGateUp || g_.row_slot != nullptr) index = g_.row_slot[index] / g_.top_k;
         rows_[i] = static_cast<const T*>(g_.a) + index * g_.a_stride;
       }
     }
@@ -124,14 +102,17 @@ class TileMultiplier {
     for (int row = threadIdx.x / kThreadsPerRow; row < tile_.num_rows; row += C::kThreads / kThreadsPerRow) {
       if (count == 0) break;
       float* gate = result + row * C::kResultStride + column;
-      const float* up = gate + C::kHalfN;
+      float* up = gate + C::kHalfN;
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         const int64_t c = first_column_ + column + i;
-        float g = gate[i], u = up[i];
-        if (expert_.gate_bias != nullptr) g += load_as_float(expert_.gate_bias, c, g_.bias_dtype);
-        if (expert_.up_bias != nullptr) u += load_as_float(expert_.up_bias, c, g_.bias_dtype);
-        gate[i] = activate(g_.activation, g, u);
+        if (expert_.gate_bias != nullptr) gate[i] += load_as_float(expert_.gate_bias, c, g_.bias_dtype);
+        if (expert_.up_bias != nullptr) up[i] += load_as_float(expert_.up_bias, c, g_.bias_dtype);
+      }
+      if (g_.pre_activations != nullptr) save(row, column, count, gate, up);
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        gate[i] = activate<T>(g_.activation, gate[i], up[i]);
         largest = max(largest, __float_as_uint(fabsf(gate[i])));
       }
       T value[kVector];
@@ -153,11 +134,37 @@ class TileMultiplier {
       const int64_t c = first_column_ + half * C::kHalfN + column;
       if (row >= tile_.num_rows || c >= g_.columns) return;
       float* out = static_cast<float*>(g_.out) + (tile_.first_row + row) * g_.out_stride + c;
+      if (g_.accumulate) {
+        const float2 before = *reinterpret_cast<float2*>(out);
+        first += before.x;
+        second += before.y;
+      }
       *reinterpret_cast<float2*>(out) = {first, second};
     });
   }
 
  private:
+  // Gate and up of kVector columns, or of the `count` that there are.
+  __device__ void save(int row, int column, int count, const float* gate, const float* up) const {
+    const int64_t slot = g_.row_slot[tile_.first_row + row];
+    T* out = static_cast<T*>(g_.pre_activations) + slot * 2 * g_.columns + first_column_ + column;
+#pragma unroll
+    for (int half = 0; half < 2; ++half, out += g_.columns) {
+      const float* source = half == 0 ? gate : up;
+      T value[kVector];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) value[i] = from_float<T>(i < count ? source[i] : 0.0f);
+      if (count == kVector && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
+        store_vector(out, value);
+        continue;
+      }
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        if (i < count) out[i] = value[i];
+      }
+    }
+  }
+
   static constexpr int kVectorsPerDepth = C::kBlockDepth / kVector;
   static constexpr int kVectorsPerHalf = C::kHalfN / kVector;
   static constexpr int kVectorsA = C::kElementsA / kVector / C::kThreads;
@@ -305,10 +312,6 @@ __global__ void __launch_bounds__(C::kThreads, kBlocksPerMultiprocessor)
   } else {
     tile.store_rows();
   }
-}
-
-bool is_aligned(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kVector == 0;
 }
 
 template <class Matches>

@@ -248,7 +248,7 @@ __device__ void write_intermediate(const GroupedGemm& gemm, const Tile& tile, in
 #pragma unroll
     for (int i = 0; i < C::kSums / 2; ++i) {
       const int gate = i + i / kHalf * kHalf;
-      value[i] = activate(activation, sum[gate], sum[gate + kHalf]);
+      value[i] = activate<T>(activation, sum[gate], sum[gate + kHalf]);
     }
   });
   pin(value);

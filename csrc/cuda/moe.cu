@@ -10,7 +10,7 @@
 
 #include "cuda/combine.h"
 #include "cuda/common.cuh"
-#include "cuda/grouped_gemm.h"
+#include "cuda/implementation.h"
 #include "cuda/sort.h"
 
 namespace paddle_moe {
@@ -21,46 +21,10 @@ namespace {
 // weights anew, so fewer are better.
 constexpr int64_t kChunkBytes = int64_t{4} << 30;
 constexpr int64_t kMinChunkTokens = 64;
-constexpr int64_t kMinBlockM = 16;                    // of all implementations
-constexpr int64_t kMaxChunkSlots = int64_t{1} << 30;  // positions are 32-bit
-
-void expect(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(error));
-  }
-}
-
-int compute_capability() {
-  int device = 0, major = 0, minor = 0;
-  expect(cudaGetDevice(&device), "cudaGetDevice");
-  expect(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  expect(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  return 10 * major + minor;
-}
-
-// The implementation of the grouped GEMM that a problem gets on the current device.
-struct Implementation {
-  int (*block_m)(const Problem&, int64_t);
-  void (*run)(Stage, const Problem&, const GroupedGemm&, Stream);
-};
-
-Implementation choose_implementation(const Problem& p) {
-  if (p.dtype == DType::kFloat32) return {block_m_fp32, grouped_gemm_fp32};
-  const int capability = compute_capability();
-  if (capability < 80) {
-    throw std::runtime_error("mixture_of_experts in " + std::string(dtype_name(p.dtype)) +
-                             " needs a GPU of compute capability 8.0 or higher, got " +
-                             std::to_string(capability / 10) + "." + std::to_string(capability % 10));
-  }
-#ifndef PADDLE_MOE_NO_SM90A  // not compiled for it
-  if (capability == 90 && accepts_sm90(p)) return {block_m_sm90, grouped_gemm_sm90};
-#endif
-  return {block_m_sm80, grouped_gemm_sm80};
-}
 
 struct Layout {
-  Layout(const Problem& p, void* workspace)
-      : implementation(choose_implementation(p)),
+  Layout(const Problem& p, void* workspace, bool saves)
+      : implementation(choose_implementation(p, saves)),
         inter_stride(round_up(p.intermediate_size, 8)),
         rows_stride(round_up(p.hidden_size, 8)) {
     const int64_t element = static_cast<int64_t>(dtype_size(p.dtype)), k = p.top_k;
@@ -76,6 +40,7 @@ struct Layout {
     Arena arena(workspace);
     experts = arena.take<Expert>(experts_count);
     expert_rows = arena.take<int32_t>(experts_count);
+    first_row = arena.take<int32_t>(experts_count);
     counts = arena.take<int32_t>(sort_scratch(slots, experts_count));
     tiles = arena.take<Tile>(tiles_count);
     num_tiles = arena.take<int32_t>(1);
@@ -93,18 +58,14 @@ struct Layout {
   int block_m;
   Expert* experts;
   Tile* tiles;
-  int32_t *expert_rows, *counts, *num_tiles, *local_expert, *position, *row_slot;
+  int32_t *expert_rows, *first_row, *counts, *num_tiles, *local_expert, *position, *row_slot;
   char* intermediate;
   float* rows;
   size_t bytes;
 };
 
-const void* advance(const void* data, int64_t elements, DType dtype) {
-  return static_cast<const char*>(data) + elements * static_cast<int64_t>(dtype_size(dtype));
-}
-
 void run_chunk(const Problem& p, const Layout& w, int64_t first_token, int64_t num_tokens, Stream stream,
-               void* out, uint32_t* amax) {
+               void* out, uint32_t* amax, void* pre_activations) {
   const int64_t first_slot = first_token * p.top_k, num_slots = num_tokens * p.top_k;
   Sort sort;
   sort.routing_table = advance(p.routing_table, first_slot, p.routing_table_dtype);
@@ -117,6 +78,7 @@ void run_chunk(const Problem& p, const Layout& w, int64_t first_token, int64_t n
   sort.position = w.position;
   sort.row_slot = w.row_slot;
   sort.expert_rows = w.expert_rows;
+  sort.first_row = w.first_row;
   sort.tiles = w.tiles;
   sort.num_tiles = w.num_tiles;
   sort.experts = w.experts;
@@ -140,6 +102,9 @@ void run_chunk(const Problem& p, const Layout& w, int64_t first_token, int64_t n
   gemm.activation = p.activation;
   gemm.bias_dtype = p.bias_dtype;
   gemm.amax = amax;
+  if (pre_activations != nullptr) {
+    gemm.pre_activations = advance(pre_activations, first_slot * 2 * p.intermediate_size, p.dtype);
+  }
   w.implementation.run(Stage::kGateUp, p, gemm, stream);
 
   gemm.depth = p.intermediate_size;
@@ -163,22 +128,23 @@ void run_chunk(const Problem& p, const Layout& w, int64_t first_token, int64_t n
   sum.router_weights_dtype = p.router_weights_dtype;
   sum.experts = p.experts[0].down_bias != nullptr ? w.experts : nullptr;
   sum.bias_dtype = p.bias_dtype;
-  sum.out = static_cast<char*>(out) + first_token * p.hidden_size * static_cast<int64_t>(dtype_size(p.dtype));
+  sum.out = advance(out, first_token * p.hidden_size, p.dtype);
   combine(sum, p.dtype, stream);
 }
 
 }  // namespace
 
-size_t workspace_size(const Problem& problem) { return Layout(problem, nullptr).bytes; }
+size_t workspace_size(const Problem& problem) { return Layout(problem, nullptr, false).bytes; }
 
-void mixture_of_experts(const Problem& problem, Stream stream, void* workspace, void* out, float* amax) {
-  const Layout layout(problem, workspace);
+void mixture_of_experts(const Problem& problem, Stream stream, void* workspace, void* out, float* amax,
+                        void* pre_activations) {
+  const Layout layout(problem, workspace, pre_activations != nullptr);
   if (amax != nullptr) {
     expect(cudaMemsetAsync(amax, 0, problem.num_experts() * sizeof(float), stream), "cudaMemsetAsync");
   }
   for (int64_t t = 0; t < problem.num_tokens; t += layout.tokens) {
     run_chunk(problem, layout, t, std::min(layout.tokens, problem.num_tokens - t), stream, out,
-              reinterpret_cast<uint32_t*>(amax));
+              reinterpret_cast<uint32_t*>(amax), pre_activations);
   }
 }
 

@@ -19,14 +19,6 @@ __device__ float warp_max(float value) {
   return value;
 }
 
-// The same bits on every lane: addition commutes.
-__device__ float warp_sum(float value) {
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(kFullWarp, value, distance);
-  }
-  return value;
-}
-
 // Orders by falling key; equal keys by rising index.
 struct Ranked {
   float key;
@@ -71,6 +63,40 @@ class Router {
         weights[k] = 0.0f;
       }
     }
+  }
+
+  // The gradient of the logits from that of the weights, by the rules of cpu/route.cc.
+  __device__ void backward(const int32_t* ids, const float* grad, float* grad_logits) {
+    for (int e = lane_; e < num_experts_; e += kWarpSize) grad_logits[e] = 0.0f;
+    if (ids[0] < 0) return;
+    prepare_scores();
+    const int top_k = static_cast<int>(p_.top_k);
+    const bool over_logits = p_.scoring == Scoring::kSoftmaxTopK;
+    float largest = kMinusInfinity, sum = 0.0f;
+    for (int k = 0; over_logits && k < top_k; ++k) largest = fmaxf(largest, logits_[ids[k]]);
+    auto part = [&](int k) {
+      return over_logits ? expf(logits_[ids[k]] - largest) : score(ids[k]);
+    };
+    for (int k = 0; k < top_k; ++k) sum += part(k);
+    const float divisor = over_logits ? sum : p_.renormalize ? sum + p_.renormalize_eps : 1.0f;
+    float inner = 0.0f;  // what the weights' common divisor takes away
+    for (int k = 0; (over_logits || p_.renormalize) && k < top_k; ++k) {
+      inner = fmaf(grad[k], part(k) / divisor, inner);
+    }
+    __syncwarp();  // the zeros are there
+    float mean = 0.0f;
+    for (int k = 0; k < top_k; ++k) {
+      const float by_part = p_.scaling_factor * ((grad[k] - inner) / divisor);
+      const float value = part(k);
+      const float slope = over_logits                       ? value
+                          : p_.scoring == Scoring::kSigmoid ? value * (1.0f - value)
+                                                            : 1.0f;
+      if (lane_ == 0) grad_logits[ids[k]] = by_part * slope;
+      mean = fmaf(by_part, value, mean);
+    }
+    if (p_.scoring != Scoring::kSoftmax) return;
+    __syncwarp();
+    for (int e = lane_; e < num_experts_; e += kWarpSize) grad_logits[e] = score(e) * (grad_logits[e] - mean);
   }
 
  private:
@@ -177,7 +203,23 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
       .route(routing_table + token * p.top_k, router_weights + token * p.top_k);
 }
 
+// Every lane sums the few chosen experts itself.
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+    route_tokens_backward(const __grid_constant__ RouteBackwardProblem b, float* grad_logits) {
+  const RouteProblem& p = b.forward;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kMaxWarps + threadIdx.x / kWarpSize;
+  if (token >= p.num_tokens) return;
+  Router(p, p.logits + token * p.num_experts, nullptr)
+      .backward(b.routing_table + token * p.top_k, b.grad_router_weights + token * p.top_k,
+                grad_logits + token * p.num_experts);
+}
+
 }  // namespace
+
+void route_backward(const RouteBackwardProblem& b, Stream stream, float* grad_logits) {
+  launch("route_tokens_backward", route_tokens_backward, divide_up(b.forward.num_tokens, kMaxWarps),
+         kMaxWarps * kWarpSize, 0, stream, b, grad_logits);
+}
 
 void route(const RouteProblem& p, Stream stream, int32_t* routing_table, float* router_weights) {
   const size_t bytes_per_warp = (p.num_experts + p.num_groups) * sizeof(float);

@@ -176,6 +176,7 @@ __device__ void write_tiles(const Sort& s, const Begins& begins) {
     const int row = begins.rows[low] + (i - first_tile[low]) * s.block_m;
     s.tiles[i] = {low, row, min(s.block_m, end - row)};
   }
+  for (int e = threadIdx.x; e < s.num_experts; e += kThreads) s.first_row[e] = begins.rows[e];
   if (threadIdx.x == 0) *s.num_tiles = begins.num_tiles;
 }
 
@@ -194,7 +195,7 @@ __device__ void place(const Sort& s, int range, int range_size, const Begins& be
 
 template <int kCapacity>
 __global__ void __launch_bounds__(kThreads, 1)
-    store_experts(const __grid_constant__ ExpertBatch<kCapacity> batch, Expert* experts) {
+    store_batch(const __grid_constant__ ExpertBatch<kCapacity> batch, Expert* experts) {
   store(batch, experts);
 }
 
@@ -251,7 +252,18 @@ void sort_few(const Sort& s, const std::vector<Expert>& experts, int ranges, int
          ranges, range_size);
 }
 
+void store_experts_from(size_t first, const std::vector<Expert>& experts, Expert* table, Stream stream) {
+  for (size_t e = first; e < experts.size(); e += kManyExperts) {
+    launch("store_experts", store_batch<kManyExperts>, 1, kThreads, 0, stream,
+           batch_of<kManyExperts>(experts, e), table);
+  }
+}
+
 }  // namespace
+
+void store_experts(const std::vector<Expert>& experts, Expert* table, Stream stream) {
+  store_experts_from(0, experts, table, stream);
+}
 
 int64_t sort_scratch(int64_t num_slots, int64_t num_experts) {
   return std::clamp<int64_t>(divide_up(num_slots, kMinRange), kWarps, kMaxRanges) * num_experts;
@@ -261,10 +273,7 @@ void sort_slots(const Sort& s, const std::vector<Expert>& experts, Stream stream
   const int size = static_cast<int>(range_size(s.num_slots));
   const int ranges = static_cast<int>(num_ranges(s.num_slots));
   const bool one_block = s.num_slots <= kSlotsOfOneBlock;
-  for (size_t e = one_block ? kManyExperts : 0; e < experts.size(); e += kManyExperts) {
-    launch("store_experts", store_experts<kManyExperts>, 1, kThreads, 0, stream,
-           batch_of<kManyExperts>(experts, e), s.experts);
-  }
+  store_experts_from(one_block ? kManyExperts : 0, experts, s.experts, stream);
   if (one_block) {
     const bool few = experts.size() <= kFewExperts;
     (few ? sort_few<kFewExperts> : sort_few<kManyExperts>)(s, experts, ranges, size, stream);

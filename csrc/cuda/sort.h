@@ -23,6 +23,7 @@ struct Sort {
   int32_t* position = nullptr;      // [num_slots], the slot's row in expert order, or -1
   int32_t* row_slot = nullptr;      // [rows], the slot of each row
   int32_t* expert_rows = nullptr;   // [num_experts], how many rows each expert has
+  int32_t* first_row = nullptr;     // [num_experts], of each expert
   Tile* tiles = nullptr;            // [max_tiles(...)]
   int32_t* num_tiles = nullptr;     // [1]
   Expert* experts = nullptr;        // [num_experts]
@@ -41,6 +42,9 @@ int64_t sort_scratch(int64_t num_slots, int64_t num_experts);
 // `experts`, on the host, is copied into the table `sort.experts` through kernel parameters.
 constexpr int64_t kSlotsOfOneBlock = 8192;
 void sort_slots(const Sort& sort, const std::vector<Expert>& experts, Stream stream);
+
+// Copies `experts` from the host into a table in device memory, through kernel parameters too.
+void store_experts(const std::vector<Expert>& experts, Expert* table, Stream stream);
 
 }  // namespace cuda
 }  // namespace paddle_moe

@@ -39,19 +39,34 @@ size_t workspace_size(const Device&, const Problem& problem) {
 }
 
 void mixture_of_experts(const Device&, const Problem& problem, void* workspace, void* out, float* amax,
-                        void*) {
+                        void* pre_activations) {
   const auto lock = next_schedule();
-  cuda::mixture_of_experts(problem, nullptr, workspace, out, amax);
+  cuda::mixture_of_experts(problem, nullptr, workspace, out, amax, pre_activations);
 }
 
-int64_t saved_rows(const Device&, const Problem&) { return 0; }
+int64_t saved_rows(const Device&, const Problem& problem) { return problem.num_tokens * problem.top_k; }
 
-[[noreturn]] void no_gradient() { throw NotImplemented("the CUDA back end has no gradients yet"); }
-size_t backward_workspace_size(const Device&, const BackwardProblem&) { no_gradient(); }
-void mixture_of_experts_backward(const Device&, const BackwardProblem&, void*) { no_gradient(); }
-size_t gate_backward_workspace_size(const Device&, const GateBackwardProblem&) { no_gradient(); }
-void gate_backward(const Device&, const GateBackwardProblem&, void*) { no_gradient(); }
-void route_backward(const Device&, const RouteBackwardProblem&, float*) { no_gradient(); }
+size_t backward_workspace_size(const Device&, const BackwardProblem& problem) {
+  const auto lock = next_schedule();
+  return cuda::backward_workspace_size(problem);
+}
+
+void mixture_of_experts_backward(const Device&, const BackwardProblem& problem, void* workspace) {
+  const auto lock = next_schedule();
+  cuda::mixture_of_experts_backward(problem, nullptr, workspace);
+}
+
+size_t gate_backward_workspace_size(const Device&, const GateBackwardProblem&) { return 0; }
+
+void gate_backward(const Device&, const GateBackwardProblem& problem, void*) {
+  const auto lock = next_schedule();
+  cuda::gate_backward(problem, nullptr);
+}
+
+void route_backward(const Device&, const RouteBackwardProblem& problem, float* grad_logits) {
+  const auto lock = next_schedule();
+  cuda::route_backward(problem, nullptr, grad_logits);
+}
 
 size_t gate_workspace_size(const Device&, const GateProblem&) { return 0; }
 

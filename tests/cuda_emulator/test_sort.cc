@@ -23,7 +23,8 @@ void check(Random& random, int num_slots, int num_experts, int block_m) {
   std::vector<Expert> experts(num_experts);
   for (int e = 0; e < num_experts; ++e) experts[e].down.in_stride = e;
   const int64_t most_tiles = cuda::max_tiles(num_slots, num_experts, block_m);
-  const Array<int32_t> local(num_slots), position(num_slots), row_slot(num_slots), rows(num_experts);
+  const Array<int32_t> local(num_slots), position(num_slots), row_slot(num_slots), rows(num_experts),
+      first_row(num_experts);
   const Array<int32_t> num_tiles(1), counts(cuda::sort_scratch(num_slots, num_experts));
   const Array<cuda::Tile> tiles(most_tiles);
   const Array<Expert> table(num_experts);
@@ -38,6 +39,7 @@ void check(Random& random, int num_slots, int num_experts, int block_m) {
   sort.position = position.get();
   sort.row_slot = row_slot.get();
   sort.expert_rows = rows.get();
+  sort.first_row = first_row.get();
   sort.tiles = tiles.get();
   sort.num_tiles = num_tiles.get();
   sort.experts = table.get();
@@ -57,7 +59,7 @@ void check(Random& random, int num_slots, int num_experts, int block_m) {
       wrong += local[slot] != e || position[slot] != row || row_slot[row] != slot;
       ++row;
     }
-    wrong += rows[e] != row - begin;
+    wrong += rows[e] != row - begin || first_row[e] != begin;
     for (int first = begin; first < row; first += block_m, ++tile) {
       wrong += tile >= most_tiles || tiles[tile].expert != e || tiles[tile].first_row != first ||
                tiles[tile].num_rows != std::min(block_m, row - first);
