@@ -1,0 +1,105 @@
+// The backward on small integers against that of the CPU back end, where every gradient must be equal, with
+// pre-activations that were kept and computed again, under every schedule.
+#include <memory>
+
+#include "emulated.h"
+
+using namespace paddle_moe;
+
+namespace {
+
+// Every gradient in an array of its own with exactly its size, as NaN at first.
+struct Gradients {
+  explicit Gradients(const Arguments& like) : arguments(like) {
+    give(&arguments.hidden_states);
+    give(&arguments.router_weights);
+    for (Tensor& tensor : arguments.gate_up_weights) give(&tensor);
+    for (Tensor& tensor : arguments.down_weights) give(&tensor);
+  }
+
+  int differences(const Gradients& other) const {
+    int count = 0;
+    for (size_t i = 0; i < arrays.size(); ++i) {
+      for (int64_t j = 0; j < sizes[i]; ++j) {
+        count += get(arrays[i]->get(), dtypes[i], j) != get(other.arrays[i]->get(), dtypes[i], j);
+      }
+    }
+    return count;
+  }
+
+  Arguments arguments;
+  std::vector<std::unique_ptr<Fenced>> arrays;
+  std::vector<DType> dtypes;
+  std::vector<int64_t> sizes;
+
+ private:
+  void give(Tensor* tensor) {
+    int64_t size = 1;
+    for (const int64_t n : tensor->shape) size *= n;
+    arrays.push_back(std::make_unique<Fenced>(size * dtype_size(tensor->dtype)));
+    dtypes.push_back(tensor->dtype);
+    sizes.push_back(size);
+    tensor->data = arrays.back()->get();
+  }
+};
+
+void check(Random& random, int tokens, int hidden, int inter, int experts, int top_k, DType dtype,
+           ::Layout layout, bool permuted) {
+  const Layer layer(random, tokens, hidden, inter, experts, top_k, dtype, layout, permuted);
+  const int64_t elements = int64_t{tokens} * hidden, slots = int64_t{tokens} * top_k;
+  std::vector<unsigned char> grad_bytes(elements * dtype_size(dtype));
+  for (int64_t i = 0; i < elements; ++i) put(grad_bytes, dtype, i, pick(random, -1, 1));
+  const Tensor grad_out{grad_bytes.data(), dtype, {tokens, hidden}, {}};
+
+  Gradients expected(layer.arguments);
+  const BackwardProblem on_cpu = resolve_backward(layer.arguments, grad_out, {}, expected.arguments);
+  const Buffer cpu_workspace = make_buffer(cpu::backward_workspace_size(on_cpu, 1));
+  cpu::mixture_of_experts_backward(on_cpu, 1, cpu_workspace.get());
+
+  const Problem problem = resolve(layer.arguments);
+  const Fenced saved(slots * 2 * inter * dtype_size(dtype)), out(elements * dtype_size(dtype));
+  const Fenced workspace(cuda::workspace_size(problem));
+  cuda::mixture_of_experts(problem, nullptr, workspace.get(), out.get(), nullptr, saved.get());
+  for (bool recompute : {false, true}) {
+    Gradients gradients(layer.arguments);
+    const Tensor pre_activations{saved.get(), dtype, {slots, 2 * inter}, {}};
+    const BackwardProblem backward = resolve_backward(
+        layer.arguments, grad_out, recompute ? Tensor{} : pre_activations, gradients.arguments);
+    const Fenced scratch(cuda::backward_workspace_size(backward));
+    cuda::mixture_of_experts_backward(backward, nullptr, scratch.get());
+    const int wrong = gradients.differences(expected);
+    CHECK(wrong == 0, "%d gradients differ for T=%d H=%d I=%d E=%d K=%d %s layout %d permuted %d recompute %d",
+          wrong, tokens, hidden, inter, experts, top_k, dtype_name(dtype), static_cast<int>(layout), permuted,
+          recompute);
+  }
+}
+
+void small_shapes() {
+  Random random(1);
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (bool permuted : {false, true}) {
+      for (int hidden : {1, 40, 129}) {
+        for (int inter : {8, 65}) {
+          check(random, pick(random, 0, 13), hidden, inter, pick(random, 1, 4), pick(random, 1, 2), dtype,
+                static_cast<::Layout>(pick(random, 0, 2)), permuted);
+        }
+      }
+    }
+  }
+}
+
+// More rows than the ring has stages of, more columns than a tile, aligned and not.
+void past_block_sizes() {
+  Random random(2);
+  check(random, 150, 136, 72, 1, 1, DType::kBFloat16, ::Layout::kStacked, false);
+  check(random, 150, 37, 41, 1, 1, DType::kBFloat16, ::Layout::kSeparate, true);
+  check(random, 300, 8, 8, 1, 1, DType::kFloat32, ::Layout::kList, false);
+}
+
+}  // namespace
+
+int main() {
+  small_shapes();
+  on_every_schedule(past_block_sizes);
+  return finish();
+}
