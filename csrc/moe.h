@@ -272,12 +272,13 @@ using Stream = ::CUstream_st*;  // cudaStream_t
 size_t workspace_size(const Problem& problem);
 
 // out: [T, H] of problem.dtype, contiguous. amax: [E_l] fp32, or null when it is not wanted. pre_activations:
-// [T * K, 2I] of problem.dtype, gate | up with their biases, in row t * K + k those of slot (t, k), where rows
-// of slots without a local expert are not written: the host does not know how many have one; or null.
+// [T * K, 2I] of problem.dtype, gate | up with their biases, in row t * K + k those of slot (t, k), where
+// rows of slots without a local expert are not written: the host does not know how many have one; or null.
 void mixture_of_experts(const Problem& problem, Stream stream, void* workspace, void* out, float* amax,
                         void* pre_activations = nullptr);
 
-// problem.saved_rows is T * K. All tokens are one chunk. Throws std::invalid_argument for more than 2^30 slots.
+// problem.saved_rows is T * K. All tokens are one chunk. Throws std::invalid_argument for more than 2^30
+// slots.
 size_t backward_workspace_size(const BackwardProblem& problem);
 void mixture_of_experts_backward(const BackwardProblem& problem, Stream stream, void* workspace);
 

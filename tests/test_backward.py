@@ -54,7 +54,7 @@ def forward_and_backward(case: dict, grad_out: np.ndarray, *, save: bool = True,
     pre_activations = None
     if save:
         inter = case["down_weights"][0].shape[1 if case.get("permuted_weights") else 0]
-        shape = (local_rows(case), 2 * inter)
+        shape = (core.pre_activation_rows(**case), 2 * inter)
         pre_activations = poisoned(np.empty(shape, case["hidden_states"].dtype))
         core.mixture_of_experts(**case, pre_activations=pre_activations)
     size = core.backward_workspace_size(grad_out, **case, pre_activations=pre_activations, **options)

@@ -34,26 +34,42 @@ def test_cpp_checks_under_the_address_sanitizer(tmp_path):
     run([*cmake_tool("ctest"), "--test-dir", directory, *options], 300)
 
 
-@pytest.mark.timeout(900)
-def test_the_tests_of_the_cpu_back_end_pass(tmp_path):
-    build(str(tmp_path), "core_emulated")
-    (module,) = glob.glob(f"{tmp_path}/tests/cuda_emulator/_core*.so")
-    options = [
-        "-q",
-        "-x",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not slow",
-        "-k",
-        f"not ({LEFT_OUT})",
-    ]
+@pytest.fixture(scope="module")
+def emulated_core(tmp_path_factory) -> str:
+    """paddle_moe._core, linked with the emulated kernels."""
+    directory = tmp_path_factory.mktemp("emulated")
+    build(str(directory), "core_emulated")
+    (module,) = glob.glob(f"{directory}/tests/cuda_emulator/_core*.so")
+    return module
+
+
+def run_on(module: str, files: list[str], *options: str) -> None:
     checks.run_python(
         f"{ROOT}/tests/cuda_emulator/run_tests.py",
         module,
+        *["-q", "-x", "--no-header", "-p", "no:cacheprovider"],
         *options,
-        *FILES,
+        *files,
         timeout=800,
         PADDLE_MOE_ISA="generic",
     )
+
+
+@pytest.mark.timeout(900)
+def test_the_tests_of_the_cpu_back_end_pass(emulated_core):
+    run_on(emulated_core, FILES, "-m", "not slow", "-k", f"not ({LEFT_OUT})")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "selected",
+    [
+        "any_size or strides or expert_that_nobody_chose or nan_token or extreme or route_backward",
+        pytest.param(
+            "every_layout or every_activation or bits_do_not or gate_backward", marks=pytest.mark.slow
+        ),
+    ],
+    ids=["some", "sweeps"],
+)
+def test_the_tests_of_gradients_pass(emulated_core, selected):
+    run_on(emulated_core, [f"{ROOT}/tests/test_backward.py"], "-k", selected)

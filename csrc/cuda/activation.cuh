@@ -63,8 +63,8 @@ struct Slopes {
   float by_gate, by_up;
 };
 
-// Of x * sigmoid(argument), from x, sigmoid(argument) and the derivative of the argument. Where the sigmoid is
-// 0 or 1 in fp32 the second term is nothing, though the derivative of the argument may be infinite.
+// Of x * sigmoid(argument), from x, sigmoid(argument) and the derivative of the argument. Where the sigmoid
+// is 0 or 1 in fp32 the second term is nothing, though the derivative of the argument may be infinite.
 __device__ inline float times_sigmoid_slope(float x, float sigmoid, float argument_slope) {
   const float bend = x * sigmoid * (1.0f - sigmoid);
   return bend == 0.0f ? sigmoid : fmaf(bend, argument_slope, sigmoid);

@@ -12,10 +12,11 @@ namespace cuda {
 struct ActivationBackward {
   int32_t num_slots = 0, top_k = 0;
   int64_t intermediate_size = 0, hidden_size = 0;
-  const int32_t* position = nullptr;       // [num_slots], the slot's row or -1
-  const int32_t* local_expert = nullptr;   // [num_slots]
-  const void* pre_activations = nullptr;   // [num_slots, 2 * intermediate_size], gate | up
-  const float* intermediate_grad = nullptr;  // rows, before the router weight; null: neither result needs them
+  const int32_t* position = nullptr;      // [num_slots], the slot's row or -1
+  const int32_t* local_expert = nullptr;  // [num_slots]
+  const void* pre_activations = nullptr;  // [num_slots, 2 * intermediate_size], gate | up
+  const float* intermediate_grad =
+      nullptr;  // rows, before the router weight; null: neither result needs them
   int64_t intermediate_grad_stride = 0;
   const void* router_weights = nullptr;  // [num_slots]
   DType router_weights_dtype = DType::kUnknown;
@@ -28,8 +29,8 @@ struct ActivationBackward {
   DType bias_dtype = DType::kUnknown;
 
   // Each null where it is not wanted; rows of the dtype.
-  void* gate_up_grad = nullptr;         // weighted gradients of gate, and of up half a stride further
-  int64_t gate_up_grad_stride = 0;      // elements
+  void* gate_up_grad = nullptr;     // weighted gradients of gate, and of up half a stride further
+  int64_t gate_up_grad_stride = 0;  // elements
   void* weighted_intermediate = nullptr;
   int64_t weighted_intermediate_stride = 0;
   void* router_weights_grad = nullptr;  // [num_slots] of router_weights_dtype
@@ -65,7 +66,7 @@ struct BiasGradient {
   Weight of = Weight::kGate;
   OperandRows rows;
   int64_t columns = 0;
-  const void* row_weights = nullptr;   // [slots], for rows with row_slot; null: all are 1
+  const void* row_weights = nullptr;  // [slots], for rows with row_slot; null: all are 1
   DType row_weights_dtype = DType::kUnknown;
   int32_t top_k = 1;
   int32_t num_experts = 0;

@@ -133,9 +133,8 @@ __global__ void __launch_bounds__(Fp32Tile::kThreads)
   sums.for_each([&](int half, int row, int column, float sum) {
     const int64_t n = first_expert + half * Fp32Tile::kHalfN + column, feature = first_feature + row;
     if (feature < p.hidden_size && n < p.num_experts) {
-      static_cast<Weight*>(
-          const_cast<void*>(b.weight.data))[feature * b.weight.in_stride + n * b.weight.out_stride] =
-          from_float<Weight>(sum);
+      static_cast<Weight*>(const_cast<void*>(
+          b.weight.data))[feature * b.weight.in_stride + n * b.weight.out_stride] = from_float<Weight>(sum);
     }
   });
 }

@@ -1,5 +1,5 @@
-// Which grouped GEMM a problem gets, and what else the forward and the backward of mixture_of_experts share on
-// the host.
+// Which grouped GEMM a problem gets, and what else the forward and the backward of mixture_of_experts share
+// on the host.
 #pragma once
 
 #include "cuda/common.cuh"

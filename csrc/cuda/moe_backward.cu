@@ -72,8 +72,8 @@ struct Layout {
     intermediate = arena.take<char>(recompute || wanted.down ? slots * inter_stride * element : 0);
     gate_up_grad = arena.take<char>(wanted.gate_up_rows ? slots * 2 * inter_stride * element : 0);
     // First the gradients of the intermediate, then, when nobody needs them any more, of the hidden states.
-    rows = arena.take<float>(slots * std::max(wanted.intermediate_grad ? inter_stride : 0,
-                                              wanted.hidden ? hidden_stride : 0));
+    rows = arena.take<float>(
+        slots * std::max(wanted.intermediate_grad ? inter_stride : 0, wanted.hidden ? hidden_stride : 0));
     bytes = arena.used();
   }
 

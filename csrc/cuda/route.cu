@@ -74,9 +74,7 @@ class Router {
     const bool over_logits = p_.scoring == Scoring::kSoftmaxTopK;
     float largest = kMinusInfinity, sum = 0.0f;
     for (int k = 0; over_logits && k < top_k; ++k) largest = fmaxf(largest, logits_[ids[k]]);
-    auto part = [&](int k) {
-      return over_logits ? expf(logits_[ids[k]] - largest) : score(ids[k]);
-    };
+    auto part = [&](int k) { return over_logits ? expf(logits_[ids[k]] - largest) : score(ids[k]); };
     for (int k = 0; k < top_k; ++k) sum += part(k);
     const float divisor = over_logits ? sum : p_.renormalize ? sum + p_.renormalize_eps : 1.0f;
     float inner = 0.0f;  // what the weights' common divisor takes away

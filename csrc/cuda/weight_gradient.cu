@@ -61,7 +61,10 @@ template <class T, bool kAligned>
 class GradientMultiplier {
  public:
   __device__ GradientMultiplier(const WeightGradient& task, const GradientTile& tile)
-      : p_(task), tile_(tile), first_row_(task.first_row[tile.expert]), rows_(task.expert_rows[tile.expert]) {}
+      : p_(task),
+        tile_(tile),
+        first_row_(task.first_row[tile.expert]),
+        rows_(task.expert_rows[tile.expert]) {}
 
   __device__ void multiply(T* stages) {
     const int steps = static_cast<int>(divide_up(rows_, kBlockDepth));
@@ -86,8 +89,8 @@ class GradientMultiplier {
           const int64_t in = tile_.first_in + warp_in() + m * 16 + i / 2 * 8 + lane / 4;
           const int64_t out = tile_.first_out + warp_out() + n * 8 + lane % 4 * 2 + i % 2;
           if (in >= p_.in_features || out >= p_.out_features) continue;
-          static_cast<T*>(const_cast<void*>(
-              gradient.data))[in * gradient.in_stride + out * gradient.out_stride] =
+          static_cast<T*>(
+              const_cast<void*>(gradient.data))[in * gradient.in_stride + out * gradient.out_stride] =
               from_float<T>(sum_[m][n][i]);
         }
       }
@@ -251,8 +254,7 @@ __global__ void __launch_bounds__(kBiasWarps* kWarpSize)
 
 void weight_gradient(const WeightGradient& p, DType dtype, Stream stream) {
   if (dtype == DType::kFloat32) return start_fp32(p, stream);
-  const bool aligned =
-      is_aligned(p.left.data, p.left.stride) && is_aligned(p.right.data, p.right.stride);
+  const bool aligned = is_aligned(p.left.data, p.left.stride) && is_aligned(p.right.data, p.right.stride);
   const bool bf16 = dtype == DType::kBFloat16;
   if (aligned) {
     (bf16 ? start<Bf16, true> : start<Fp16, true>)(p, stream);

@@ -68,8 +68,9 @@ void check(Random& random, int tokens, int hidden, int inter, int experts, int t
     const Fenced scratch(cuda::backward_workspace_size(backward));
     cuda::mixture_of_experts_backward(backward, nullptr, scratch.get());
     const int wrong = gradients.differences(expected);
-    CHECK(wrong == 0, "%d gradients differ for T=%d H=%d I=%d E=%d K=%d %s layout %d permuted %d recompute %d",
-          wrong, tokens, hidden, inter, experts, top_k, dtype_name(dtype), static_cast<int>(layout), permuted,
+    CHECK(wrong == 0,
+          "%d gradients differ for T=%d H=%d I=%d E=%d K=%d %s layout %d permuted %d recompute %d", wrong,
+          tokens, hidden, inter, experts, top_k, dtype_name(dtype), static_cast<int>(layout), permuted,
           recompute);
   }
 }
