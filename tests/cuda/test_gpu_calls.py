@@ -48,6 +48,27 @@ def test_both_paths_match_the_reference(dtype, hidden, inter, permuted, num_toke
     np.testing.assert_allclose(amax, expected_amax, rtol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+@sizes
+@pytest.mark.parametrize("permuted", [False, True], ids=["in_out", "permuted"])
+def test_gradients_match_the_reference(dtype, hidden, inter, permuted):
+    case = random_case(700, hidden, inter, 8, 3, dtype, layout="stacked", permuted=permuted, bias=True)
+    case["routing_table"][::7, 0] = -1
+    grad_out = random_case(700, hidden, inter, 8, 3, dtype, seed=1)["hidden_states"]
+    expected = reference.mixture_of_experts_backward(grad_out, **case, round_intermediate=dtype)
+    tolerance = {"float32": 4e-6, "bfloat16": 8e-3, "float16": 1e-3}[dtype]
+    arguments = to_gpu(case)
+    rows = core.pre_activation_rows(**arguments)
+    kept = on_gpu(np.empty((rows, 2 * inter), case["hidden_states"].dtype))
+    core.mixture_of_experts(**arguments, pre_activations=kept)
+    first = core.mixture_of_experts_backward(on_gpu(grad_out), **arguments, pre_activations=kept)
+    again = core.mixture_of_experts_backward(on_gpu(grad_out), **arguments)
+    for name, gradient in first._asdict().items():
+        actual = to_numpy(gradient)
+        assert checks.relative_l2(reference.to_float64(actual), expected[name]) <= tolerance, name
+        assert_same_bits(to_numpy(getattr(again, name)), actual)
+
+
 @half
 @sizes
 def test_many_runs_give_the_same_bits(dtype, hidden, inter):
