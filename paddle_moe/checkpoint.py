@@ -55,7 +55,10 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
 
 FORMAT, VERSION = "paddle_moe", 1
-_OWN_FILE = re.compile(r"(model|optimizer|state)-[0-9a-f]{8}-\d{5}-of-\d{5}\.(safetensors|json)")
+# Including the index that a save was about to put in place when it was killed.
+_OWN_FILE = re.compile(
+    rf"(model|optimizer|state)-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}\.(safetensors|json)|{INDEX_NAME}\.\d+\.tmp"
+)
 _KEY = re.compile(r"(?P<name>[^\[]+)(\[(?P<ranges>.*)\])?")
 
 
