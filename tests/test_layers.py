@@ -38,6 +38,9 @@ class Shard(NamedTuple):
     tp_size: int
     dp_group: None = None
 
+    def size(self, group: str) -> int:
+        return {"ep": self.ep_size, "tp": self.tp_size, "grid": self.ep_size * self.tp_size}[group]
+
 
 def grid(ep_size: int, tp_size: int) -> list[Shard]:
     return [Shard(e, ep_size, t, tp_size) for e in range(ep_size) for t in range(tp_size)]
