@@ -4,9 +4,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/rows.h"
 #include "cpu/threads.h"
-#include "cpu/workspace.h"
 
 namespace paddle_moe {
 namespace cpu {
@@ -41,20 +40,9 @@ void gate_block(const GateProblem& p, const GateLayout& layout, const GateScratc
   const int64_t width = block_columns(p.weight, num_tokens);
   for (int64_t column = 0; column < p.num_experts; column += 2 * width) {
     const int64_t columns = std::min(2 * width, p.num_experts - column);
-    const int64_t first = std::min(width, columns);
-    const Matrix weight = from_column(p.weight, column, p.weight_dtype);
-    kernels().gemm({scratch.rows,
-                    layout.row_stride,
-                    num_tokens,
-                    p.hidden_size,
-                    Operand::kFloat32,
-                    p.weight_dtype,
-                    {weight, from_column(weight, first, p.weight_dtype)},
-                    {first, columns - first},
-                    width,
-                    scratch.thread.result,
-                    2 * width,
-                    scratch.thread.gemm});
+    kernels().gemm(neighbours_gemm(scratch.rows, layout.row_stride, p.hidden_size, Operand::kFloat32,
+                                   p.weight, p.weight_dtype, {0, 0, num_tokens, column, columns, width},
+                                   scratch.thread.result, 2 * width, scratch.thread));
     for (int64_t i = 0; i < num_tokens; ++i) {
       std::memcpy(logits + (first_token + i) * p.num_experts + column, scratch.thread.result + i * 2 * width,
                   columns * sizeof(float));
@@ -90,20 +78,9 @@ void gate_hidden_block(const GateBackwardProblem& b, const GateBackwardLayout& l
   const int64_t width = block_columns(transposed, num_tokens);
   for (int64_t column = 0; column < p.hidden_size; column += 2 * width) {
     const int64_t columns = std::min(2 * width, p.hidden_size - column);
-    const int64_t first = std::min(width, columns);
-    const Matrix weight = from_column(transposed, column, p.weight_dtype);
-    kernels().gemm({scratch.rows,
-                    layout.row_stride,
-                    num_tokens,
-                    p.num_experts,
-                    Operand::kFloat32,
-                    p.weight_dtype,
-                    {weight, from_column(weight, first, p.weight_dtype)},
-                    {first, columns - first},
-                    width,
-                    scratch.thread.result,
-                    2 * width,
-                    scratch.thread.gemm});
+    kernels().gemm(neighbours_gemm(scratch.rows, layout.row_stride, p.num_experts, Operand::kFloat32,
+                                   transposed, p.weight_dtype, {0, 0, num_tokens, column, columns, width},
+                                   scratch.thread.result, 2 * width, scratch.thread));
     kernels().store_block(
         {scratch.thread.result,
          2 * width,

@@ -1,4 +1,4 @@
-// Schedules the four stages of mixture_of_experts, and the gate, over the threads.
+// Schedules the four stages of mixture_of_experts over the threads.
 //
 //   sort    slots (token, k) by local expert; copy their activation rows, in that order, into the workspace
 //   gemm 1  [rows, H] x [H, 2I] per expert; activation while the result is in cache; rows of the intermediate
@@ -139,26 +139,15 @@ class Chunk {
 
   void first_gemm(const GemmBlock& block, const ThreadScratch& scratch) {
     const Expert& expert = p_.experts[block.expert];
-    const int64_t result_stride = 2 * block.width;
-    kernels().gemm({w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes,
-                    w_.hidden_stride,
-                    block.num_rows,
-                    p_.hidden_size,
-                    w_.operand,
-                    p_.dtype,
-                    {from_column(expert.gate, block.first_column, p_.dtype),
-                     from_column(expert.up, block.first_column, p_.dtype)},
-                    {block.num_columns, block.num_columns},
-                    block.width,
-                    scratch.result,
-                    result_stride,
-                    scratch.gemm});
+    const GemmTask gemm = gate_up_gemm(w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes,
+                                       w_.hidden_stride, p_, block, scratch);
+    kernels().gemm(gemm);
     const int64_t out_bytes = w_.operand == Operand::kBf16Pairs ? 2 : kUnitBytes;
     char* out =
         w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes + block.first_column * out_bytes;
     auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p_.bias_dtype) : nullptr; };
     ActivateTask activate{scratch.result,       scratch.result + block.width,
-                          result_stride,        block.num_rows,
+                          gemm.result_stride,   block.num_rows,
                           block.num_columns,    bias(expert.gate_bias),
                           bias(expert.up_bias), p_.bias_dtype,
                           p_.activation,        p_.dtype,
@@ -177,20 +166,10 @@ class Chunk {
   }
 
   void second_gemm(const GemmBlock& block, const ThreadScratch& scratch) {
-    const int64_t first_columns = std::min(block.width, block.num_columns);
-    const Matrix first = from_column(p_.experts[block.expert].down, block.first_column, p_.dtype);
-    kernels().gemm({w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes,
-                    w_.inter_stride,
-                    block.num_rows,
-                    p_.intermediate_size,
-                    w_.operand,
-                    p_.dtype,
-                    {first, from_column(first, first_columns, p_.dtype)},
-                    {first_columns, block.num_columns - first_columns},
-                    block.width,
-                    w_.down_rows + block.first_row * w_.down_stride + block.first_column,
-                    w_.down_stride,
-                    scratch.gemm});
+    kernels().gemm(neighbours_gemm(
+        w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes, w_.inter_stride, p_.intermediate_size,
+        w_.operand, p_.experts[block.expert].down, p_.dtype, block,
+        w_.down_rows + block.first_row * w_.down_stride + block.first_column, w_.down_stride, scratch));
   }
 
   void combine(int64_t task) {

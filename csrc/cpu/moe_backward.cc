@@ -313,24 +313,14 @@ class Chunk {
 
   void recompute(const GemmBlock& block, const ThreadScratch& scratch) {
     const Expert& expert = p_.experts[block.expert];
-    kernels().gemm({w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes,
-                    w_.hidden_stride,
-                    block.num_rows,
-                    p_.hidden_size,
-                    w_.operand,
-                    p_.dtype,
-                    {from_column(expert.gate, block.first_column, p_.dtype),
-                     from_column(expert.up, block.first_column, p_.dtype)},
-                    {block.num_columns, block.num_columns},
-                    block.width,
-                    scratch.result,
-                    2 * block.width,
-                    scratch.gemm});
+    const GemmTask gemm = gate_up_gemm(w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes,
+                                       w_.hidden_stride, p_, block, scratch);
+    kernels().gemm(gemm);
     auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p_.bias_dtype) : nullptr; };
     ActivateTask activate{};
     activate.gate = scratch.result;
     activate.up = scratch.result + block.width;
-    activate.gate_up_stride = 2 * block.width;
+    activate.gate_up_stride = gemm.result_stride;
     activate.num_rows = block.num_rows;
     activate.columns = block.num_columns;
     activate.gate_bias = bias(expert.gate_bias);
@@ -345,24 +335,13 @@ class Chunk {
   }
 
   void intermediate(const GemmBlock& block, const ThreadScratch& scratch) {
-    const int64_t first_columns = std::min(block.width, block.num_columns);
     const bool need_grad = w_.wanted.gate_up_rows || w_.wanted.router;
     const int64_t stride = 2 * block.width;
     if (need_grad) {
-      const Matrix first =
-          from_column(transposed(p_.experts[block.expert].down), block.first_column, p_.dtype);
-      kernels().gemm({w_.grad_rows + block.first_row * w_.hidden_stride * kUnitBytes,
-                      w_.hidden_stride,
-                      block.num_rows,
-                      p_.hidden_size,
-                      w_.operand,
-                      p_.dtype,
-                      {first, from_column(first, first_columns, p_.dtype)},
-                      {first_columns, block.num_columns - first_columns},
-                      block.width,
-                      scratch.result,
-                      stride,
-                      scratch.gemm});
+      kernels().gemm(neighbours_gemm(w_.grad_rows + block.first_row * w_.hidden_stride * kUnitBytes,
+                                     w_.hidden_stride, p_.hidden_size, w_.operand,
+                                     transposed(p_.experts[block.expert].down), p_.dtype, block,
+                                     scratch.result, stride, scratch));
     }
     const int64_t column_bytes = block.first_column * static_cast<int64_t>(dtype_size(w_.row_dtype));
     ActivateBackwardTask task{};
@@ -397,23 +376,13 @@ class Chunk {
   char* up_rows(int64_t row) const { return gate_rows(row) + w_.inter_stride * kUnitBytes; }
 
   void hidden(const GemmBlock& block, const ThreadScratch& scratch) {
-    const int64_t first_columns = std::min(block.width, block.num_columns);
     const Expert& expert = p_.experts[block.expert];
+    float* result = w_.hidden_grad_rows + block.first_row * w_.hidden_grad_stride + block.first_column;
     for (const bool up : {false, true}) {
-      const Matrix first =
-          from_column(transposed(up ? expert.up : expert.gate), block.first_column, p_.dtype);
-      GemmTask task{up ? up_rows(block.first_row) : gate_rows(block.first_row),
-                    2 * w_.inter_stride,
-                    block.num_rows,
-                    p_.intermediate_size,
-                    w_.operand,
-                    p_.dtype,
-                    {first, from_column(first, first_columns, p_.dtype)},
-                    {first_columns, block.num_columns - first_columns},
-                    block.width,
-                    w_.hidden_grad_rows + block.first_row * w_.hidden_grad_stride + block.first_column,
-                    w_.hidden_grad_stride,
-                    scratch.gemm};
+      GemmTask task =
+          neighbours_gemm(up ? up_rows(block.first_row) : gate_rows(block.first_row), 2 * w_.inter_stride,
+                          p_.intermediate_size, w_.operand, transposed(up ? expert.up : expert.gate),
+                          p_.dtype, block, result, w_.hidden_grad_stride, scratch);
       task.accumulate = up;
       kernels().gemm(task);
     }

@@ -1,5 +1,6 @@
 // What the forward and the backward of mixture_of_experts share: the rows of a chunk of tokens, that is the
-// slots (token, k) whose expert is local, sorted by expert; and how an expert's GEMM is cut into blocks.
+// slots (token, k) whose expert is local, sorted by expert; and how an expert's GEMM is cut into blocks,
+// which the gate uses too.
 #pragma once
 
 #include <algorithm>
@@ -46,13 +47,14 @@ inline int32_t local_expert(const Problem& p, int64_t i) {
   return local ? static_cast<int32_t>(id - p.first_expert) : -1;
 }
 
-// The tokens of a chunk; all per slot, in the workspace.
+// The tokens of a chunk, from what one takes in the workspace.
 inline int64_t chunk_tokens(const Problem& p, int64_t bytes_per_token) {
   const int64_t chunk =
       p.chunk_size > 0 ? p.chunk_size : std::max<int64_t>(64, kChunkBytes / bytes_per_token);
   return std::min(chunk, std::max<int64_t>(1, p.num_tokens));
 }
 
+// Of a chunk; in the workspace.
 struct Slots {
   Slots() = default;
   Slots(Arena* arena, int64_t slots)
@@ -123,6 +125,45 @@ void cut_into_blocks(int64_t expert, int64_t begin, int64_t end, int64_t columns
                     std::min(neighbours * width, columns - c), width});
     }
   }
+}
+
+// A block's rows x the same columns of gate and up; the two results lie side by side in scratch.result.
+inline GemmTask gate_up_gemm(const void* rows, int64_t row_stride, const Problem& p, const GemmBlock& block,
+                             const ThreadScratch& scratch) {
+  const Expert& expert = p.experts[block.expert];
+  return {rows,
+          row_stride,
+          block.num_rows,
+          p.hidden_size,
+          operand_of(p.dtype),
+          p.dtype,
+          {from_column(expert.gate, block.first_column, p.dtype),
+           from_column(expert.up, block.first_column, p.dtype)},
+          {block.num_columns, block.num_columns},
+          block.width,
+          scratch.result,
+          2 * block.width,
+          scratch.gemm};
+}
+
+// A block's rows x two neighbouring blocks of columns of one weight.
+inline GemmTask neighbours_gemm(const void* rows, int64_t row_stride, int64_t depth, Operand operand,
+                                const Matrix& weight, DType weight_dtype, const GemmBlock& block,
+                                float* result, int64_t result_stride, const ThreadScratch& scratch) {
+  const int64_t first_columns = std::min(block.width, block.num_columns);
+  const Matrix first = from_column(weight, block.first_column, weight_dtype);
+  return {rows,
+          row_stride,
+          block.num_rows,
+          depth,
+          operand,
+          weight_dtype,
+          {first, from_column(first, first_columns, weight_dtype)},
+          {first_columns, block.num_columns - first_columns},
+          block.width,
+          result,
+          result_stride,
+          scratch.gemm};
 }
 
 }  // namespace cpu
