@@ -153,6 +153,20 @@ struct GateProblem {
 // hidden_states [T, H], gate_weight [H, E]. Throws std::invalid_argument.
 GateProblem resolve_gate(const Tensor& hidden_states, const Tensor& gate_weight);
 
+// The gradients of a gate() call: all fp32 sums, stored in the dtype of what they belong to; null: not
+// wanted.
+struct GateBackwardProblem {
+  GateProblem forward;
+  const float* grad_logits = nullptr;  // [T, E], contiguous
+  void* hidden_states = nullptr;       // [T, H], contiguous
+  Matrix weight;                       // [H, E]
+};
+
+// Throws std::invalid_argument; a gradient without data is not wanted.
+GateBackwardProblem resolve_gate_backward(const Tensor& hidden_states, const Tensor& gate_weight,
+                                          const Tensor& grad_logits, const Tensor& hidden_states_grad,
+                                          const Tensor& gate_weight_grad);
+
 enum class Scoring { kSoftmax, kSigmoid, kSoftmaxTopK };
 enum class GroupScore { kMax, kTop2Sum };
 
@@ -180,20 +194,6 @@ struct RouteProblem {
   float renormalize_eps = 1e-20f;
   float scaling_factor = 1.0f;
 };
-
-// The gradients of a gate() call: all fp32 sums, stored in the dtype of what they belong to; null: not
-// wanted.
-struct GateBackwardProblem {
-  GateProblem forward;
-  const float* grad_logits = nullptr;  // [T, E], contiguous
-  void* hidden_states = nullptr;       // [T, H], contiguous
-  Matrix weight;                       // [H, E]
-};
-
-// Throws std::invalid_argument; a gradient without data is not wanted.
-GateBackwardProblem resolve_gate_backward(const Tensor& hidden_states, const Tensor& gate_weight,
-                                          const Tensor& grad_logits, const Tensor& hidden_states_grad,
-                                          const Tensor& gate_weight_grad);
 
 // logits [T, E] fp32, correction_bias [E] fp32 or a Tensor with an empty shape. Throws std::invalid_argument.
 RouteProblem resolve_route(const Tensor& logits, const Tensor& correction_bias, const RouteOptions& options);
