@@ -1,7 +1,7 @@
 """The operators as Python functions: mixture_of_experts, gate, route and fused_gate_moe.
 
-Reading order: these functions -> csrc/bindings/paddle_ops.cc -> csrc/moe.h -> csrc/arguments.cc and
-csrc/cpu/. They work on eager tensors, while a static graph is built, and under ``paddle.jit.to_static``.
+Reading order: these functions -> csrc/bindings/paddle_ops.cc -> csrc/moe.h -> csrc/arguments.cc ->
+csrc/dispatch.cc -> csrc/cpu/ and csrc/cuda/. They work on eager tensors, while a static graph is built, and under ``paddle.jit.to_static``.
 Importing this module is what makes the operators known to Paddle: do so before ``paddle.jit.load`` or
 ``paddle.inference`` reads a program.
 """
@@ -407,6 +407,7 @@ def fused_gate_moe(
     experts_max: int | None = None,
     measurement_mode: bool = False,
     chunk_size: int = 0,
+    recompute: bool = False,
     return_routing: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """The whole layer in one call: :func:`gate`, :func:`route` and :func:`mixture_of_experts`.
@@ -449,6 +450,7 @@ def fused_gate_moe(
         experts_max=experts_max,
         measurement_mode=measurement_mode,
         chunk_size=chunk_size,
+        recompute=recompute,
     )
     if not flag("return_routing", return_routing):
         return result

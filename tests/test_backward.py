@@ -651,6 +651,32 @@ def test_auto_cast_computes_experts_in_half_precision_and_the_router_in_float32(
         np.testing.assert_array_equal(array, to_float64(expected[name]))
 
 
+def kept_bytes(call):
+    """Memory that the result of a call and its graph hold."""
+    from paddle.base import core as paddle_core
+
+    before = paddle_core.host_memory_stat_current_value("Allocated", 0)
+    out = call()
+    kept = paddle_core.host_memory_stat_current_value("Allocated", 0) - before
+    del out
+    return kept
+
+
+def test_fused_gate_moe_passes_recompute_on():
+    x, gate_weight = paddle.randn([256, 128]), paddle.randn([128, 4])
+    gate_up, down = paddle.randn([4, 128, 384]), paddle.randn([4, 192, 128])
+    for tensor in (x, gate_weight, gate_up, down):
+        tensor.stop_gradient = False
+    kept, recomputed = (
+        kept_bytes(
+            lambda: paddle_moe.fused_gate_moe(x, gate_weight, gate_up, down, top_k=2, recompute=recompute)
+        )
+        for recompute in (False, True)
+    )
+    pre_activations = 4 * 256 * 2 * 384
+    assert abs(kept - recomputed - pre_activations) < 4096
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_between_forward_and_backward_and_in_the_backward(recompute):
     from paddle.base import core as paddle_core
