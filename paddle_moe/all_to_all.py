@@ -163,7 +163,7 @@ class _Exchange:
         needed = paddle.stack(
             [((routing_table >= first) & (routing_table < end)).any(axis=1) for first, end in expert_ranges]
         )  # [ranks, tokens]
-        # NOTES: the sizes of the messages must be known on the host, so this waits for the device.
+        # The sizes of the messages must be known on the host, so this waits for the device.
         counts = needed.astype("int64").sum(axis=1)
         self._tokens = paddle.nonzero(needed)[:, 1]
         outgoing = self._tokens.shape[0]

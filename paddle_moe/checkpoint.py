@@ -70,7 +70,10 @@ def parallel_of(model: nn.Layer, parallel: ParallelContext | None) -> ParallelCo
         if isinstance(layer, FusedMoE) and layer.parallel is not None:
             parallel = parallel or layer.parallel
             if layer.parallel is not parallel:
-                raise ValueError("model: its FusedMoE layers must all have the given parallel context")
+                raise ValueError(
+                    "parallel must be the context of every FusedMoE layer of model, and is not that of "
+                    f"{layer.full_name()}; make all layers with one context, and pass that or None"
+                )
     if parallel is None and paddle.distributed.get_world_size() > 1:
         raise ValueError(
             "parallel must be what init_distributed returned when several ranks hold a model without"
@@ -122,7 +125,9 @@ def _optimizer_holdings(
     name_of = {tensor.name: name for name, (tensor, _, _) in holdings.items() if tensor is not None}
     foreign = [parameter.name for parameter in trained if parameter.name not in name_of]
     if foreign:
-        raise ValueError(f"optimizer: its parameters {foreign} are not in model")
+        raise ValueError(
+            f"optimizer must have parameters of model only, got {foreign}; make it from this model"
+        )
 
     masters = optimizer._master_weights
     kept = {(owner, "master_weight"): master for owner, master in masters.items()}

@@ -21,7 +21,7 @@ from paddle.autograd import PyLayer
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
 
-__all__ = ["enter_shards", "leave_shards", "no_contribution"]
+__all__ = ["enter_shards", "leave_shards", "no_contribution", "sum_over"]
 
 
 def enter_shards(

@@ -447,9 +447,8 @@ def _report_the_end(watchdog: Watchdog) -> None:
         watchdog.leave()
 
     sys.excepthook = excepthook
-    multiprocessing.util.Finalize(
-        None, finish, exitpriority=0
-    )  # unlike atexit it also runs in the children of spawn
+    # Unlike atexit it also runs in the children of spawn.
+    multiprocessing.util.Finalize(None, finish, exitpriority=0)
 
 
 def _rendezvous(watchdog: Watchdog, rank: int) -> tuple[str, int]:

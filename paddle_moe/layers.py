@@ -58,9 +58,9 @@ class _OwnExperts:
 
 
 class FusedMoE(nn.Layer):
-    """Mixture of experts over replicated tokens, split over ranks by expert (EP) and column (TP).
+    """Mixture of experts, split over ranks by expert (EP) and column (TP).
 
-    Every rank passes the same hidden_states and gets the same output. It computes the partial sum of its
+    Every rank passes the same hidden_states and gets the same output (unless dispatch="alltoall"). It computes the partial sum of its
     own experts and intermediate columns, and all-reduces add the partial sums up:
 
         out[t] = sum over k of router_weights[t, k] * expert[routing_table[t, k]](hidden_states[t])
@@ -118,7 +118,7 @@ class FusedMoE(nn.Layer):
             event, which counts tokens on the host and waits for the device.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or does not fit another one.
     """
 
     def __init__(
@@ -599,10 +599,10 @@ class FusedMoE(nn.Layer):
         return_aux_loss: bool = False,
         return_amax: bool = False,
     ) -> paddle.Tensor | tuple[paddle.Tensor, ...]:
-        """The output of the whole layer, the same on every rank.
+        """The output of the whole layer, the same on all ranks that passed the same tokens.
 
-        With PADDLE_MOE_CHECK=1 in the environment of every rank, ranks that disagree on the routing raise a
-        RuntimeError that names them.
+        With PADDLE_MOE_CHECK=1 in the environment of every rank, ranks that disagree on the routing of
+        replicated tokens raise a RuntimeError that names them.
 
         Args:
             hidden_states: [..., H], the same on every rank of the grid; with dispatch="alltoall" on every
@@ -619,12 +619,13 @@ class FusedMoE(nn.Layer):
             return_routing: routing_table [T, K], router_weights [T, K], T being the product of the leading
                 dimensions; -1 and 0 where capacity dropped a slot.
             return_aux_loss: scalar fp32, balance_loss_weight * load_balancing_loss + z_loss_weight *
-                router_z_loss, the same on every rank of the grid.
+                router_z_loss, the same on all ranks that passed the same tokens.
             return_amax: [E] fp32, the amax of mixture_of_experts over all ranks of the grid.
 
         Raises:
             ValueError: a shape or dtype does not fit, or in training mode the layer has auxiliary losses but
                 return_aux_loss is False.
+            NotImplementedError: dispatch="alltoall" over EP ranks while a static program is being built.
         """
         if (routing_table is None) != (router_weights is None):
             missing = "routing_table" if routing_table is None else "router_weights"
@@ -727,7 +728,7 @@ class FusedMoE(nn.Layer):
             ValueError: the layer was made with bias_update_speed = 0.
         """
         if not self.bias_update_speed:
-            raise ValueError("update_correction_bias needs a layer with bias_update_speed > 0")
+            raise ValueError("update_correction_bias needs a layer with bias_update_speed > 0, got 0")
         bias = balanced_correction_bias(
             self.correction_bias, self.expert_counts, self.bias_update_speed, self.parallel, self._replicas
         )

@@ -158,6 +158,9 @@ def balanced_correction_bias(
 
     Returns:
         [E] float32.
+
+    Raises:
+        ValueError: update_speed is not positive.
     """
     if not update_speed > 0:
         raise ValueError(f"update_speed must be positive, got {update_speed}")

@@ -237,7 +237,9 @@ def save_moe_weights(
         dense = layer.parts(dense=True)
         homeless = sorted(set(dense) - {one.parameter for one in layout})
         if homeless:
-            raise ValueError(f"layout has no place for {homeless} of layers[{name!r}]")
+            raise ValueError(
+                f"layout has no place for {homeless} of layers[{name!r}]; save_checkpoint keeps everything"
+            )
         for attribute, part in layer.parts().items():
             holdings[f"{name}.{attribute}"] = getattr(layer, attribute), part, dense[attribute]
         for key, one, expert, part in _stored(layer, layout):

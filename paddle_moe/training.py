@@ -112,9 +112,10 @@ class ClipGradByGlobalNorm(ClipGradBase):
     norm of one rank's shards. The norm is the one that a single process with all experts computes:
 
     .. math::
-        norm = \sqrt{\sum_{dense} \|g\|^2 + \sum_{ranks\ of\ the\ grid} \sum_{shards} \|g\|^2}
+        norm = \sqrt{\sum_{dense} \|g\|^2 + \sum_{ranks} \sum_{shards} \|g\|^2}
 
-    in float32. Every rank of the grid clips at the same time and by the same factor. Parameters with
+    in float32, over the ranks of the grid, or of the TP group for the shared expert of
+    FusedMoE(dispatch="alltoall"), which every EP rank holds. Every rank of the grid clips at the same time and by the same factor. Parameters with
     ``need_clip=False`` are neither counted nor clipped. Pascanu et al., "On the difficulty of training
     recurrent neural networks" (2013).
 
@@ -140,11 +141,7 @@ class ClipGradByGlobalNorm(ClipGradBase):
     def _dygraph_clip(
         self, params_grads: list[tuple[paddle.Tensor, paddle.Tensor | None]]
     ) -> list[tuple[paddle.Tensor, paddle.Tensor | None]]:
-        squares = {
-            "": paddle.zeros([1]),
-            "tp": paddle.zeros([1]),
-            "grid": paddle.zeros([1]),
-        }  # by shard_group
+        squares = {shard_group: paddle.zeros([1]) for shard_group in ("", "tp", "grid")}
         clipped = [grad is not None and getattr(param, "need_clip", True) for param, grad in params_grads]
         for (parameter, gradient), clips in zip(params_grads, clipped):
             if not clips:

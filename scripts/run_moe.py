@@ -1,6 +1,6 @@
 """Runs one mixture of experts over EP x TP ranks and compares every rank's output with the dense layer.
 
-    PADDLE_DISTRI_BACKEND=gloo python -m paddle.distributed.launch --nproc_per_node 4 --log_dir log \
+    PADDLE_DISTRI_BACKEND=gloo python -m paddle.distributed.launch --nproc_per_node 4 --log_dir log \\
         scripts/run_moe.py --ep 2 --tp 2 --dtype bfloat16
 
 Every rank draws the same parameters from the seed, computes with its own experts and its own slice of the

@@ -219,7 +219,7 @@ def test_another_optimizer(tmp_path):
     save_checkpoint(tmp_path, model)
     with pytest.raises(CheckpointError, match="optimizer: expected AdamW, found None"):
         load_checkpoint(tmp_path, model, optimizer)
-    with pytest.raises(ValueError, match="optimizer: its parameters .* are not in model"):
+    with pytest.raises(ValueError, match="optimizer must have parameters of model only"):
         save_checkpoint(tmp_path, nn.Linear(2, 2), optimizer)
     with pytest.raises(ValueError, match="optimizer must be a paddle.optimizer.Optimizer, got Linear"):
         save_checkpoint(tmp_path, model, nn.Linear(2, 2))
