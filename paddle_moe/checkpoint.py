@@ -55,9 +55,11 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
 
 FORMAT, VERSION = "paddle_moe", 1
-# Including the index that a save was about to put in place when it was killed.
+# Including what a killed save leaves: the index that it was about to put in place, the file that safetensors
+# was writing. All ranks have written theirs when the others are removed.
 _OWN_FILE = re.compile(
-    rf"(model|optimizer|state)-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}\.(safetensors|json)|{INDEX_NAME}\.\d+\.tmp"
+    r"(model|optimizer|state)-[0-9a-f]{8}-\d{5}-of-\d{5}\.(safetensors|json)"
+    rf"|{re.escape(INDEX_NAME)}\.\d+\.tmp|\.tmp[A-Za-z0-9]{{6}}"
 )
 _KEY = re.compile(r"(?P<name>[^\[]+)(\[(?P<ranges>.*)\])?")
 

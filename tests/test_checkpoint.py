@@ -96,7 +96,8 @@ def test_other_tools_can_read_it(tmp_path):
 def test_a_save_replaces_the_one_before(tmp_path):
     save(tmp_path)
     (tmp_path / "notes.txt").write_text("not ours")
-    for killed in ("model-deadbeef-00001-of-00002.safetensors", "model.safetensors.index.json.17.tmp"):
+    left = ("model-deadbeef-00001-of-00002.safetensors", "model.safetensors.index.json.17.tmp", ".tmpRGcOSF")
+    for killed in left:
         (tmp_path / killed).write_text("left by a save that was killed")
     model, _ = save(tmp_path, state=2)
     assert sorted(re.sub("-[0-9a-f]{8}-", "-TAG-", file.name) for file in tmp_path.iterdir()) == [

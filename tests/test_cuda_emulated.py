@@ -6,6 +6,7 @@ It proves indices, barriers and arithmetic. What only a GPU can show is in the t
 from __future__ import annotations
 
 import glob
+import sys
 
 import checks
 import pytest
@@ -21,17 +22,19 @@ LEFT_OUT = "paddle or thread or instruction_set or forked"
 
 def build(directory, *targets: str, **options: str) -> None:
     definitions = [f"-D{name}={value}" for name, value in options.items()]
-    run([*cmake_tool("cmake"), "-S", ".", "-B", directory, "-DPADDLE_MOE_EMULATE_CUDA=ON", *definitions], 60)
-    run([*cmake_tool("cmake"), "--build", directory, "--parallel", "2", "--target", *targets], 300)
+    definitions += ["-DPADDLE_MOE_EMULATE_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    run([*cmake_tool("cmake"), "-S", ".", "-B", directory, *definitions], 60)
+    run([*cmake_tool("cmake"), "--build", directory, "--parallel", "2", "--target", *targets], 600)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_cpp_checks_under_the_address_sanitizer(tmp_path):
     targets = [f"emulated_{path.stem}" for path in sorted((ROOT / "tests/cuda_emulator").glob("test_*.cc"))]
     directory = str(tmp_path)
     build(directory, *targets, PADDLE_MOE_SANITIZE="address", CMAKE_CXX_FLAGS_RELEASE="-O1")
-    options = ["--tests-regex", "emulated_", "--output-on-failure", "--timeout", "200", "--no-tests=error"]
-    run([*cmake_tool("ctest"), "--test-dir", directory, *options], 300)
+    options = ["--tests-regex", "emulated_", "--output-on-failure", "--timeout", "400", "--no-tests=error"]
+    run([*cmake_tool("ctest"), "--test-dir", directory, *options], 500)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,7 @@ def run_on(module: str, files: list[str], *options: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_tests_of_the_cpu_back_end_pass(emulated_core):
     run_on(emulated_core, FILES, "-m", "not slow", "-k", f"not ({LEFT_OUT})")
