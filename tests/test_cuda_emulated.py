@@ -27,22 +27,37 @@ def build(directory, *targets: str, **options: str) -> None:
     run([*cmake_tool("cmake"), "--build", directory, "--parallel", "2", "--target", *targets], 600)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_cpp_checks_under_the_address_sanitizer(tmp_path):
-    targets = [f"emulated_{path.stem}" for path in sorted((ROOT / "tests/cuda_emulator").glob("test_*.cc"))]
-    directory = str(tmp_path)
-    build(directory, *targets, PADDLE_MOE_SANITIZE="address", CMAKE_CXX_FLAGS_RELEASE="-O1")
+CPP_CHECKS = [f"emulated_{path.stem}" for path in sorted((ROOT / "tests/cuda_emulator").glob("test_*.cc"))]
+
+
+def run_cpp_checks(directory: str) -> None:
     options = ["--tests-regex", "emulated_", "--output-on-failure", "--timeout", "400", "--no-tests=error"]
     run([*cmake_tool("ctest"), "--test-dir", directory, *options], 500)
 
 
 @pytest.fixture(scope="module")
-def emulated_core(tmp_path_factory) -> str:
-    """paddle_moe._core, linked with the emulated kernels."""
-    directory = tmp_path_factory.mktemp("emulated")
-    build(str(directory), "core_emulated")
-    (module,) = glob.glob(f"{directory}/tests/cuda_emulator/_core*.so")
+def emulated(tmp_path_factory) -> str:
+    """A build of the C++ checks, and of paddle_moe._core linked with the emulated kernels."""
+    directory = str(tmp_path_factory.mktemp("emulated"))
+    build(directory, "core_emulated", *CPP_CHECKS)
+    return directory
+
+
+@pytest.mark.timeout(1200)
+def test_cpp_checks(emulated):
+    run_cpp_checks(emulated)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_cpp_checks_under_the_address_sanitizer(tmp_path):
+    build(str(tmp_path), *CPP_CHECKS, PADDLE_MOE_SANITIZE="address", CMAKE_CXX_FLAGS_RELEASE="-O1")
+    run_cpp_checks(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def emulated_core(emulated) -> str:
+    (module,) = glob.glob(f"{emulated}/tests/cuda_emulator/_core*.so")
     return module
 
 
