@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
-from paddle import _C_ops, nn
+from paddle import nn
 
 from . import functional
 from .all_to_all import all_to_all_experts
 from .collectives import enter_shards, leave_shards, no_contribution
-from .losses import load_balancing_loss, router_z_loss
-from .params import Part, random_expert, random_gate_weight, shard_experts, shard_range, slice_intermediate
-from .policies import balanced_correction_bias, check_capacity, count_ids, jitter, limit_capacity
+from .params import LayerShard, Part, random_expert, random_gate_weight, shard_range, slice_intermediate
+from .router import Router
 
 if TYPE_CHECKING:
     from .distributed import ParallelContext
@@ -60,8 +59,8 @@ class _OwnExperts:
 class FusedMoE(nn.Layer):
     """Mixture of experts, split over ranks by expert (EP) and column (TP).
 
-    Every rank passes the same hidden_states and gets the same output (unless dispatch="alltoall"). It computes the partial sum of its
-    own experts and intermediate columns, and all-reduces add the partial sums up:
+    Every rank passes the same hidden_states and gets the same output (unless dispatch="alltoall"). It computes
+    the partial sum of its own experts and intermediate columns, and all-reduces add the partial sums up:
 
         out[t] = sum over k of router_weights[t, k] * expert[routing_table[t, k]](hidden_states[t])
                  + sigmoid(hidden_states[t] @ shared_gate_weight) * shared_expert(hidden_states[t])
@@ -168,8 +167,6 @@ class FusedMoE(nn.Layer):
         ):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k must be between 1 and num_experts = {num_experts}, got {top_k}")
         if shared_intermediate_size < 0:
             raise ValueError(
                 f"shared_intermediate_size must be at least 0 (0: none), got {shared_intermediate_size}"
@@ -180,21 +177,8 @@ class FusedMoE(nn.Layer):
             raise ValueError(f"dispatch must be 'replicated' or 'alltoall', got {dispatch!r}")
         if reduce not in ("two", "one"):
             raise ValueError(f"reduce must be 'two' or 'one', got {reduce!r}")
-        if balance_loss not in ("batch", "sequence", "global"):
-            raise ValueError(f"balance_loss must be 'batch', 'sequence' or 'global', got {balance_loss!r}")
-        for name, value in (
-            ("balance_loss_weight", balance_loss_weight),
-            ("z_loss_weight", z_loss_weight),
-            ("bias_update_speed", bias_update_speed),
-        ):
-            if not value >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
         if bias_update_speed and not correction_bias:
             raise ValueError("bias_update_speed needs a bias to update, got correction_bias=False")
-        if not 0 <= jitter_epsilon < 1:
-            raise ValueError(f"jitter_epsilon must be at least 0 and below 1, got {jitter_epsilon}")
-        if capacity_factor is not None:
-            check_capacity(capacity_factor, drop_policy, "drop_policy")
         dtype = dtype or paddle.get_default_dtype()
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}")
@@ -205,26 +189,36 @@ class FusedMoE(nn.Layer):
         self.num_experts, self.top_k = num_experts, top_k
         self.activation, self.dispatch = activation, dispatch
         self.reduce, self.fp32_reduce = reduce, fp32_reduce
-        # Groups of `parallel`: whose ranks hold parts of the same output; whose ranks hold other tokens.
-        if dispatch == "alltoall":
-            self._partial_groups, self._replicas = ("tp",), ("dp", "ep")
-        else:
-            self._partial_groups, self._replicas = (("ep", "tp") if reduce == "two" else ("grid",)), ("dp",)
         self.shared_intermediate_size = shared_intermediate_size
         self.recompute, self.chunk_size = recompute, chunk_size
-        self.balance_loss_weight, self.balance_loss = balance_loss_weight, balance_loss
-        self.z_loss_weight, self.jitter_epsilon = z_loss_weight, jitter_epsilon
-        self.capacity_factor, self.drop_policy = capacity_factor, drop_policy
-        self.bias_update_speed = bias_update_speed
-        self.route_options = dict(
-            scoring=scoring,
-            num_groups=num_groups,
-            topk_groups=topk_groups,
-            group_score=group_score,
-            group_mask_fill=group_mask_fill,
-            renormalize=renormalize,
-            renormalize_eps=renormalize_eps,
-            scaling_factor=scaling_factor,
+        # Groups of `parallel` whose ranks hold parts of the same output.
+        if dispatch == "alltoall":
+            self._partial_groups = ("tp",)
+        else:
+            self._partial_groups = ("ep", "tp") if reduce == "two" else ("grid",)
+        self.router = Router(
+            num_experts,
+            top_k,
+            route_options=dict(
+                scoring=scoring,
+                num_groups=num_groups,
+                topk_groups=topk_groups,
+                group_score=group_score,
+                group_mask_fill=group_mask_fill,
+                renormalize=renormalize,
+                renormalize_eps=renormalize_eps,
+                scaling_factor=scaling_factor,
+            ),
+            balance_loss_weight=balance_loss_weight,
+            balance_loss=balance_loss,
+            z_loss_weight=z_loss_weight,
+            jitter_epsilon=jitter_epsilon,
+            capacity_factor=capacity_factor,
+            drop_policy=drop_policy,
+            bias_update_speed=bias_update_speed,
+            parallel=parallel,
+            same_tokens="tp" if dispatch == "alltoall" else "grid",
+            replicas=("dp", "ep") if dispatch == "alltoall" else ("dp",),
         )
         self._has_down_bias = down_bias
         self.parallel, self.logger = parallel, logger
@@ -238,26 +232,36 @@ class FusedMoE(nn.Layer):
                 f"intermediate_size must be at least tp_size = {self.tp_size}, got {intermediate_size}"
             )
 
-        first, end = shard_range(num_experts, self.ep_rank, self.ep_size)
+        self._shard = LayerShard(
+            hidden_size,
+            intermediate_size,
+            num_experts,
+            shared_intermediate_size,
+            shared_over_grid=dispatch == "replicated",
+            ep_rank=self.ep_rank,
+            ep_size=self.ep_size,
+            tp_rank=self.tp_rank,
+            tp_size=self.tp_size,
+        )
+        first, end = self._shard.experts
         self.experts_min, self.experts_max = first, end - 1
-        start, stop = shard_range(intermediate_size, self.tp_rank, self.tp_size)
-        shared_start, shared_stop = shard_range(shared_intermediate_size, *self._place_in_shared())
-        experts, columns, shared_columns = end - first, stop - start, shared_stop - shared_start
-        self._holds_experts, self._holds_shared = experts > 0, shared_columns > 0
+        parts = self._shard.parts()
 
-        def weight(shape: list[int], dtype: str, wanted: bool = True) -> paddle.Tensor | None:
+        def weight(name: str, dtype: str, wanted: bool = True) -> paddle.Tensor | None:
+            if not wanted:
+                return None
             zeros = nn.initializer.Constant(0.0)
-            return self.create_parameter(shape, dtype=dtype, default_initializer=zeros) if wanted else None
+            return self.create_parameter(parts[name].shape, dtype=dtype, default_initializer=zeros)
 
         shared = shared_intermediate_size > 0
-        self.gate_weight = weight([hidden_size, num_experts], gate_dtype)
-        self.gate_up_weight = weight([experts, hidden_size, 2 * columns], dtype)
-        self.down_weight = weight([experts, columns, hidden_size], dtype)
-        self.gate_up_bias = weight([experts, 2 * columns], dtype, gate_up_bias)
-        self.down_bias = weight([experts, hidden_size], dtype, down_bias and self.tp_rank == 0)
-        self.shared_gate_up_weight = weight([1, hidden_size, 2 * shared_columns], dtype, shared)
-        self.shared_down_weight = weight([1, shared_columns, hidden_size], dtype, shared)
-        self.shared_gate_weight = weight([hidden_size, 1], gate_dtype, shared_gate)
+        self.gate_weight = weight("gate_weight", gate_dtype)
+        self.gate_up_weight = weight("gate_up_weight", dtype)
+        self.down_weight = weight("down_weight", dtype)
+        self.gate_up_bias = weight("gate_up_bias", dtype, gate_up_bias)
+        self.down_bias = weight("down_bias", dtype, down_bias and self.tp_rank == 0)
+        self.shared_gate_up_weight = weight("shared_gate_up_weight", dtype, shared)
+        self.shared_down_weight = weight("shared_down_weight", dtype, shared)
+        self.shared_gate_weight = weight("shared_gate_weight", gate_dtype, shared_gate)
         self.register_buffer("correction_bias", paddle.zeros([num_experts]) if correction_bias else None)
         # Tokens per expert since the last update_correction_bias.
         counts = paddle.zeros([num_experts], "int64") if bias_update_speed else None
@@ -334,48 +338,27 @@ class FusedMoE(nn.Layer):
             seed=None,
             **options,
         )
-        shard = shard_experts(
-            gate_up,
-            down,
-            gate_up_bias,
-            down_bias,
-            ep_rank=layer.ep_rank,
-            ep_size=layer.ep_size,
-            tp_rank=layer.tp_rank,
-            tp_size=layer.tp_size,
-        )
         layer._load(
             gate_weight=gate_weight,
-            gate_up_weight=shard.gate_up_weights,
-            down_weight=shard.down_weights,
-            gate_up_bias=shard.gate_up_bias,
-            down_bias=shard.down_bias,
+            gate_up_weight=gate_up,
+            down_weight=down,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
             correction_bias=correction_bias,
+            shared_gate_up_weight=shared_gate_up,
+            shared_down_weight=shared_down,
             shared_gate_weight=shared_gate,
         )
-        if shared_size:
-            layer._load_shared(shared_gate_up, shared_down)
         return layer
 
-    def _load(self, **values: Any) -> None:
-        for name, value in values.items():
-            if value is not None:
-                parameter = getattr(self, name)
-                parameter.set_value(_tensor(value).astype(parameter.dtype))
-
-    def _load_shared(self, gate_up: Any, down: Any) -> None:
-        """Cuts this rank's columns out of the dense shared expert, [H, 2 Is] and [Is, H]."""
-        rank, size = self._place_in_shared()
-        self._load(
-            shared_gate_up_weight=slice_intermediate(gate_up, rank, size, axis=-1, halves=2)[None],
-            shared_down_weight=slice_intermediate(down, rank, size, axis=-2)[None],
-        )
-
-    def _place_in_shared(self) -> tuple[int, int]:
-        """This rank's index among the ranks that slice the shared expert, and their number."""
-        if self.dispatch == "alltoall":
-            return self.tp_rank, self.tp_size
-        return self.ep_rank * self.tp_size + self.tp_rank, self.ep_size * self.tp_size
+    def _load(self, **dense: Any) -> None:
+        """Cuts this rank's parts out of dense values of parameters and buffers."""
+        parts, wholes = self._shard.parts(), self._shard.whole().parts()
+        for name, value in dense.items():
+            parameter = getattr(self, name)
+            if value is not None and parameter is not None and parts[name].size:
+                part = parts[name].cut(value, wholes[name])
+                parameter.set_value(_tensor(part).astype(parameter.dtype))
 
     def _mark_shards(self) -> None:
         """The flags by which fleet and PaddleNLP know parameters that differ between ranks."""
@@ -399,31 +382,10 @@ class FusedMoE(nn.Layer):
     def parts(self, *, dense: bool = False) -> dict[str, Part]:
         """Which part of the dense weights each parameter and buffer is; with dense, on a single rank.
 
-        Dimensions: E experts, H hidden, G gate and up, I intermediate, S intermediate of the shared expert. A
-        rank whose down_bias is None, because another holds it, has an empty part of it.
+        The dimensions are those of params.LayerShard.parts. A rank whose down_bias is None, because another
+        holds it, has an empty part of it.
         """
-        ep_rank, ep_size, tp_rank, tp_size = (
-            (0, 1, 0, 1) if dense else (self.ep_rank, self.ep_size, self.tp_rank, self.tp_size)
-        )
-        hidden, all_experts = {"H": (0, self.hidden_size)}, {"E": (0, self.num_experts)}
-        experts = {"E": shard_range(self.num_experts, ep_rank, ep_size)}
-        columns = {"I": shard_range(self.intermediate_size, tp_rank, tp_size)}
-        shared = {
-            "S": shard_range(self.shared_intermediate_size, *((0, 1) if dense else self._place_in_shared()))
-        }
-        halves = {"G": (0, 2)}
-        copied = self.dispatch == "alltoall" and ep_rank > 0
-        parts = {
-            "gate_weight": Part("H E", {**hidden, **all_experts}),
-            "gate_up_weight": Part("E H (G I)", {**experts, **hidden, **halves, **columns}),
-            "down_weight": Part("E I H", {**experts, **columns, **hidden}),
-            "gate_up_bias": Part("E (G I)", {**experts, **halves, **columns}),
-            "down_bias": Part("E H", {**(experts if tp_rank == 0 else {"E": (0, 0)}), **hidden}),
-            "correction_bias": Part("E", all_experts),
-            "shared_gate_up_weight": Part("1 H (G S)", {**hidden, **halves, **shared}, copied),
-            "shared_down_weight": Part("1 S H", {**shared, **hidden}, copied),
-            "shared_gate_weight": Part("H 1", hidden),
-        }
+        parts = (self._shard.whole() if dense else self._shard).parts()
         held = {name for name in parts if getattr(self, name) is not None}
         if self._has_down_bias:
             held.add("down_bias")
@@ -435,14 +397,16 @@ class FusedMoE(nn.Layer):
         dtype = self.down_weight.dtype
         for slot, expert in enumerate(range(self.experts_min, self.experts_max + 1)):
             gate_up, down = random_expert(seed, expert, self.hidden_size, self.intermediate_size)
-            shard = shard_experts([gate_up], [down], tp_rank=self.tp_rank, tp_size=self.tp_size)
-            self.gate_up_weight[slot] = paddle.to_tensor(shard.gate_up_weights[0]).astype(dtype)
-            self.down_weight[slot] = paddle.to_tensor(shard.down_weights[0]).astype(dtype)
+            gate_up = slice_intermediate(gate_up, self.tp_rank, self.tp_size, axis=-1, halves=2)
+            down = slice_intermediate(down, self.tp_rank, self.tp_size, axis=-2)
+            self.gate_up_weight[slot] = paddle.to_tensor(gate_up).astype(dtype)
+            self.down_weight[slot] = paddle.to_tensor(down).astype(dtype)
         if self.shared_intermediate_size:
             # The shared expert has the id after the routed ones.
-            self._load_shared(
-                *random_expert(seed, self.num_experts, self.hidden_size, self.shared_intermediate_size)
+            gate_up, down = random_expert(
+                seed, self.num_experts, self.hidden_size, self.shared_intermediate_size
             )
+            self._load(shared_gate_up_weight=gate_up, shared_down_weight=down)
         if self.shared_gate_weight is not None:
             self._load(shared_gate_weight=random_gate_weight(seed, self.hidden_size, 1))
 
@@ -451,45 +415,8 @@ class FusedMoE(nn.Layer):
 
         In training mode with jitter and drops, like `forward`.
         """
-        routing_table, router_weights = self._choose(self._logits(hidden_states))
-        return self._limit_capacity(routing_table, router_weights)
-
-    def _logits(self, hidden_states: paddle.Tensor) -> paddle.Tensor:
-        if self.training and self.jitter_epsilon:
-            same_tokens = "tp" if self.dispatch == "alltoall" else "grid"
-            hidden_states = jitter(hidden_states, self.jitter_epsilon, self.parallel, same_tokens)
-        return functional.gate(hidden_states, self.gate_weight)
-
-    def _choose(self, logits: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
-        bias = self.correction_bias
-        return functional.route(logits, self.top_k, correction_bias=bias, **self.route_options)
-
-    def _limit_capacity(
-        self, routing_table: paddle.Tensor, router_weights: paddle.Tensor
-    ) -> tuple[paddle.Tensor, paddle.Tensor]:
-        if not self.training or self.capacity_factor is None:
-            return routing_table, router_weights
-        return limit_capacity(
-            routing_table, router_weights, self.num_experts, self.capacity_factor, self.drop_policy
-        )
-
-    def _aux_loss(
-        self, logits: paddle.Tensor, routing_table: paddle.Tensor, leading: list[int]
-    ) -> paddle.Tensor:
-        loss = paddle.zeros([])
-        if self.balance_loss_weight:
-            balance = load_balancing_loss(
-                logits,
-                routing_table,
-                scoring=self.route_options["scoring"],
-                sequence_length=leading[-1] if self.balance_loss == "sequence" else None,
-                parallel=self.parallel if self.balance_loss == "global" else None,
-                replicas=self._replicas,
-            )
-            loss = loss + self.balance_loss_weight * balance
-        if self.z_loss_weight:
-            loss = loss + self.z_loss_weight * router_z_loss(logits)
-        return loss
+        logits = self.router.logits(hidden_states, self.gate_weight, self.training)
+        return self.router.drop(*self.router.choose(logits, self.correction_bias), self.training)
 
     def partial_output(
         self, hidden_states: paddle.Tensor, routing_table: paddle.Tensor, router_weights: paddle.Tensor
@@ -551,7 +478,7 @@ class FusedMoE(nn.Layer):
         measure: bool,
     ) -> tuple[paddle.Tensor, paddle.Tensor | None]:
         weights = self.gate_up_weight, self.down_weight, self.gate_up_bias, self.down_bias
-        if not self._holds_experts:
+        if self.experts_max < self.experts_min:
             # With more ranks than experts a rank may have nothing to add, but the others wait for its zeros.
             amax = paddle.zeros([0]) if measure else None
             return no_contribution(hidden_states, router_weights, *weights), amax
@@ -578,7 +505,8 @@ class FusedMoE(nn.Layer):
     def _shared_output(self, hidden_states: paddle.Tensor, share: paddle.Tensor) -> paddle.Tensor:
         """The shared expert as a mixture of one expert that every token goes to."""
         weights = self.shared_gate_up_weight, self.shared_down_weight
-        if not self._holds_shared:
+        first, end = self._shard.shared_columns
+        if first == end:
             return no_contribution(hidden_states, share, *weights)
         return functional.mixture_of_experts(
             hidden_states,
@@ -638,12 +566,12 @@ class FusedMoE(nn.Layer):
         replayed = routing_table is not None
         if replayed and return_aux_loss:
             raise ValueError("return_aux_loss=True needs the router, but routing_table was passed")
-        if not replayed and not return_aux_loss and self.training and self._has_aux_loss():
+        if not replayed and not return_aux_loss and self.training and self.router.has_aux_loss:
             raise ValueError(
                 "this layer has auxiliary losses (balance_loss_weight, z_loss_weight), which would be lost: "
                 "pass return_aux_loss=True and add what it returns to the loss, or call eval()"
             )
-        if return_aux_loss and self.balance_loss == "sequence" and len(hidden_states.shape) < 3:
+        if return_aux_loss and self.router.balance_loss == "sequence" and len(hidden_states.shape) < 3:
             raise ValueError(
                 "hidden_states must have the shape [..., S, H] for balance_loss='sequence', "
                 f"got {list(hidden_states.shape)}"
@@ -654,15 +582,14 @@ class FusedMoE(nn.Layer):
             routing_table = routing_table.reshape([-1, routing_table.shape[-1]])
             router_weights = router_weights.reshape([-1, router_weights.shape[-1]])
         else:
-            logits = self._logits(tokens)
-            routing_table, router_weights = self._choose(logits)
+            logits = self.router.logits(tokens, self.gate_weight, self.training)
+            routing_table, router_weights = self.router.choose(logits, self.correction_bias)
             if return_aux_loss:
-                aux_loss = self._aux_loss(logits, routing_table, hidden_states.shape[:-1])
+                aux_loss = self.router.aux_loss(logits, routing_table, hidden_states.shape[:-1])
             # Recompute runs the forward twice, the first time without gradients.
             if self.training and self.expert_counts is not None and paddle.is_grad_enabled():
-                counts = self.expert_counts + count_ids(routing_table, self.num_experts)
-                _C_ops.assign_out_(counts, self.expert_counts)  # also in a static program
-            routing_table, router_weights = self._limit_capacity(routing_table, router_weights)
+                self.router.add_counts(self.expert_counts, routing_table)
+            routing_table, router_weights = self.router.drop(routing_table, router_weights, self.training)
         checked = self.dispatch == "replicated" and os.environ.get("PADDLE_MOE_CHECK") == "1"
         if self.parallel is not None and checked:
             self.parallel.check_same_routing(routing_table, router_weights)
@@ -677,9 +604,6 @@ class FusedMoE(nn.Layer):
         if return_amax:
             result.append(self._gathered_amax(amax))
         return output if len(result) == 1 else tuple(result)
-
-    def _has_aux_loss(self) -> bool:
-        return bool(self.balance_loss_weight or self.z_loss_weight)
 
     def _timed_output(
         self,
@@ -727,16 +651,14 @@ class FusedMoE(nn.Layer):
         Raises:
             ValueError: the layer was made with bias_update_speed = 0.
         """
-        if not self.bias_update_speed:
+        if self.expert_counts is None:
             raise ValueError("update_correction_bias needs a layer with bias_update_speed > 0, got 0")
-        bias = balanced_correction_bias(
-            self.correction_bias, self.expert_counts, self.bias_update_speed, self.parallel, self._replicas
-        )
+        bias = self.router.balanced_bias(self.correction_bias, self.expert_counts)
         self.correction_bias.set_value(bias)
         self.expert_counts.zero_()
 
     def extra_repr(self) -> str:
-        start, stop = shard_range(self.intermediate_size, self.tp_rank, self.tp_size)
+        start, stop = self._shard.columns
         return (
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size} "
             f"(here {start}..{stop - 1}), num_experts={self.num_experts} "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -195,11 +195,75 @@ class Part:
                 return None
         return common
 
+    def cut(self, dense: Any, whole: Part) -> Any:
+        """This part, not an empty one, of a NumPy array or Paddle tensor that is `whole`, of the same pattern."""
+        unfolded = dense.reshape([whole.length(name) for name in whole.names])
+        return unfolded[tuple(slice(*self.ranges[name]) for name in self.names)].reshape(self.shape)
+
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Part:
         """All of a tensor whose dimensions have no meaning here."""
         names = [f"d{index}" for index in range(len(shape))]
         return cls(" ".join(names), {name: (0, size) for name, size in zip(names, shape)})
+
+
+@dataclass(frozen=True)
+class LayerShard:
+    """What one rank holds of the weights of a FusedMoE layer, as ranges.
+
+    shared_over_grid: the shared expert is sliced over all ranks of the grid; False: over those of each TP
+    group, so that every EP rank has a copy.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    shared_intermediate_size: int = 0
+    shared_over_grid: bool = True
+    ep_rank: int = 0
+    ep_size: int = 1
+    tp_rank: int = 0
+    tp_size: int = 1
+
+    @property
+    def experts(self) -> tuple[int, int]:
+        return shard_range(self.num_experts, self.ep_rank, self.ep_size)
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        return shard_range(self.intermediate_size, self.tp_rank, self.tp_size)
+
+    @property
+    def shared_columns(self) -> tuple[int, int]:
+        rank, size = self.tp_rank, self.tp_size
+        if self.shared_over_grid:
+            rank, size = self.ep_rank * self.tp_size + self.tp_rank, self.ep_size * self.tp_size
+        return shard_range(self.shared_intermediate_size, rank, size)
+
+    def whole(self) -> LayerShard:
+        """The layer on a single rank."""
+        return replace(self, ep_rank=0, ep_size=1, tp_rank=0, tp_size=1)
+
+    def parts(self) -> dict[str, Part]:
+        """By the name of the parameter or buffer, whether or not the layer has it.
+
+        Dimensions: E experts, H hidden, G gate and up, I intermediate, S intermediate of the shared expert. Of
+        down_bias, which the sum over a TP group adds once, all but its first rank have an empty part.
+        """
+        hidden, halves, all_experts = (0, self.hidden_size), (0, 2), (0, self.num_experts)
+        experts, columns, shared = self.experts, self.columns, self.shared_columns
+        copy = not self.shared_over_grid and self.ep_rank > 0
+        return {
+            "gate_weight": Part("H E", {"H": hidden, "E": all_experts}),
+            "gate_up_weight": Part("E H (G I)", {"E": experts, "H": hidden, "G": halves, "I": columns}),
+            "down_weight": Part("E I H", {"E": experts, "I": columns, "H": hidden}),
+            "gate_up_bias": Part("E (G I)", {"E": experts, "G": halves, "I": columns}),
+            "down_bias": Part("E H", {"E": experts if self.tp_rank == 0 else (0, 0), "H": hidden}),
+            "correction_bias": Part("E", {"E": all_experts}),
+            "shared_gate_up_weight": Part("1 H (G S)", {"H": hidden, "G": halves, "S": shared}, copy),
+            "shared_down_weight": Part("1 S H", {"S": shared, "H": hidden}, copy),
+            "shared_gate_weight": Part("H 1", {"H": hidden}),
+        }
 
 
 # ---------------------------------------------------------------- values from a seed

@@ -38,7 +38,9 @@ def shard_like(layer, dense):
     part["gate_up_weight"], part["down_weight"] = shard.gate_up_weights, shard.down_weights
     part["gate_up_bias"], part["down_bias"] = shard.gate_up_bias, shard.down_bias
     if "shared_down_weight" in dense:
-        rank, size = layer._place_in_shared()
+        rank, size = layer.tp_rank, layer.tp_size
+        if layer.dispatch == "replicated":
+            rank, size = layer.ep_rank * layer.tp_size + layer.tp_rank, layer.ep_size * layer.tp_size
         part["shared_gate_up_weight"] = slice_intermediate(
             dense["shared_gate_up_weight"], rank, size, axis=-1, halves=2
         )

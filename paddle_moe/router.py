@@ -1,0 +1,126 @@
+"""The router of FusedMoE: logits, the choice of experts, and what training adds to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import paddle
+from paddle import _C_ops
+
+from . import functional
+from .losses import load_balancing_loss, router_z_loss
+from .policies import balanced_correction_bias, check_capacity, count_ids, jitter, limit_capacity
+
+if TYPE_CHECKING:
+    from .distributed import ParallelContext
+
+
+@dataclass
+class Router:
+    """The options of a router, as functions of the tensors that FusedMoE keeps.
+
+    T tokens, E experts over all ranks, K experts per token.
+
+    Attributes:
+        route_options: scoring, groups, renormalisation and scaling, for functional.route.
+        parallel: the ranks; None: this process has everything.
+        same_tokens: the group of `parallel` whose ranks pass the same tokens.
+        replicas: the groups of `parallel` whose ranks pass other tokens.
+        Everything else: as in FusedMoE.
+
+    Raises:
+        ValueError: an option is out of its range. functional.route checks the route_options.
+    """
+
+    num_experts: int
+    top_k: int
+    route_options: dict[str, Any]
+    balance_loss_weight: float
+    balance_loss: str
+    z_loss_weight: float
+    jitter_epsilon: float
+    capacity_factor: float | None
+    drop_policy: str
+    bias_update_speed: float
+    parallel: ParallelContext | None
+    same_tokens: str
+    replicas: tuple[str, ...]
+
+    def __post_init__(self):
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"top_k must be between 1 and num_experts = {self.num_experts}, got {self.top_k}"
+            )
+        if self.balance_loss not in ("batch", "sequence", "global"):
+            raise ValueError(
+                f"balance_loss must be 'batch', 'sequence' or 'global', got {self.balance_loss!r}"
+            )
+        for name in ("balance_loss_weight", "z_loss_weight", "bias_update_speed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.jitter_epsilon < 1:
+            raise ValueError(f"jitter_epsilon must be at least 0 and below 1, got {self.jitter_epsilon}")
+        if self.capacity_factor is not None:
+            check_capacity(self.capacity_factor, self.drop_policy, "drop_policy")
+
+    @property
+    def has_aux_loss(self) -> bool:
+        return bool(self.balance_loss_weight or self.z_loss_weight)
+
+    def logits(
+        self, hidden_states: paddle.Tensor, gate_weight: paddle.Tensor, training: bool
+    ) -> paddle.Tensor:
+        """[T, E] fp32 for [T, H] and [H, E]; in training of tokens with jitter."""
+        if training and self.jitter_epsilon:
+            hidden_states = jitter(hidden_states, self.jitter_epsilon, self.parallel, self.same_tokens)
+        return functional.gate(hidden_states, gate_weight)
+
+    def choose(
+        self, logits: paddle.Tensor, correction_bias: paddle.Tensor | None
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """(routing_table int32, router_weights fp32), [T, K] each, before any drop."""
+        return functional.route(logits, self.top_k, correction_bias=correction_bias, **self.route_options)
+
+    def drop(
+        self, routing_table: paddle.Tensor, router_weights: paddle.Tensor, training: bool
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """The same, in training with -1 and 0 in the slots beyond the capacity of an expert."""
+        if not training or self.capacity_factor is None:
+            return routing_table, router_weights
+        return limit_capacity(
+            routing_table, router_weights, self.num_experts, self.capacity_factor, self.drop_policy
+        )
+
+    def aux_loss(
+        self, logits: paddle.Tensor, routing_table: paddle.Tensor, leading: list[int]
+    ) -> paddle.Tensor:
+        """The weighted sum of the auxiliary losses, scalar fp32.
+
+        The tokens have the shape [*leading, H], its last dimension a sequence; routing_table is before any drop.
+        """
+        loss = paddle.zeros([])
+        if self.balance_loss_weight:
+            balance = load_balancing_loss(
+                logits,
+                routing_table,
+                scoring=self.route_options["scoring"],
+                sequence_length=leading[-1] if self.balance_loss == "sequence" else None,
+                parallel=self.parallel if self.balance_loss == "global" else None,
+                replicas=self.replicas,
+            )
+            loss = loss + self.balance_loss_weight * balance
+        if self.z_loss_weight:
+            loss = loss + self.z_loss_weight * router_z_loss(logits)
+        return loss
+
+    def add_counts(self, counts: paddle.Tensor, routing_table: paddle.Tensor) -> None:
+        """Adds the choices to `counts`, [E] int64, in place."""
+        total = counts + count_ids(routing_table, self.num_experts)
+        _C_ops.assign_out_(total, counts)  # also in a static program
+
+    def balanced_bias(self, correction_bias: paddle.Tensor, counts: paddle.Tensor) -> paddle.Tensor:
+        """correction_bias [E] after one step of bias_update_speed towards balance over all replicas."""
+        return balanced_correction_bias(
+            correction_bias, counts, self.bias_update_speed, self.parallel, self.replicas
+        )
