@@ -45,6 +45,33 @@ def test_figures_and_picture(tmp_path):
     assert done.stdout.count("paddle loop") == 4
 
 
+def test_merge_keeps_other_cases_and_replaces_the_same(tmp_path):
+    out = tmp_path / "bench.json"
+    for variant, tokens in (("numpy loop", "1,5"), ("paddle_moe.core 1 thread", "5,2")):
+        done = run(*TINY, "--tokens", tokens, "--variants", variant, "--merge", "--out", out)
+        assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())["results"]
+    measured = [(r["num_tokens"], *r["variants"]) for r in results]
+    assert measured == [(1, "numpy loop"), (2, "paddle_moe.core 1 thread"), (5, "paddle_moe.core 1 thread")]
+
+
+def test_results_of_another_machine_are_not_merged():
+    report = {"processor": "this", "threads": 1, "isa": "avx2"}
+    with pytest.raises(ValueError, match="the file's processor is 'that'"):
+        bench._merged({**report, "processor": "that", "results": []}, report, [])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peers_are_right_or_said_to_be_missing(tmp_path, dtype):
+    out = tmp_path / "bench.json"
+    options = ["--shapes", "4x2x64x128", "--dtypes", dtype, "--variants", "torch grouped,vllm,ggml"]
+    done = run(*TINY, *options, "--out", out)
+    assert done.returncode == 0, done.stderr
+    for result in json.loads(out.read_text())["results"]:
+        assert len(result["variants"]) + len(result["left_out"]) == 3
+        assert all("not installed" in str(why) for why in result["left_out"].values()), result["left_out"]
+
+
 def test_backward(tmp_path):
     out = tmp_path / "bench.json"
     done = run(*TINY, "--backward", "--dtypes", "float32,bfloat16", "--out", out)

