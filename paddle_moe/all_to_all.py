@@ -17,8 +17,9 @@ of ranks and per call, and zero is an ordinary count.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Iterator, Sequence, TypeVar
+from typing import TYPE_CHECKING, Callable, TypeVar
 
 import paddle
 import paddle.distributed as dist

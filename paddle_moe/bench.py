@@ -7,11 +7,11 @@ result is wrong is not timed.
 
 The floor of a call is max(FLOPs / FLOP limit, bytes of the active experts' weights / read limit). With
 --backward a call is forward and backward, three times the FLOPs and bytes, and gives all gradients. The FLOP
-limit is that of the instructions that the kernels use for the dtype: multiply-adds of bf16 pairs (VDPBF16PS) for
-bfloat16 where the processor has them, of fp32 otherwise.
+limit is that of the instructions that the kernels use for the dtype: multiply-adds of bf16 pairs (VDPBF16PS)
+for bfloat16 where the processor has them, of fp32 otherwise.
 
-Cold means that a buffer larger than any cache was read, and then a small layer of the same variant was run for a
-few milliseconds, as the layer before would in a model, so that the variant's threads are awake.
+Cold means that a buffer larger than any cache was read, and then a small layer of the same variant was run
+for a few milliseconds, as the layer before would in a model, so that the variant's threads are awake.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import _core, __version__, core, reference
-from .bench_variants import DEFAULT_VARIANTS, VARIANTS, WITHOUT_BACKWARD, Case, Inputs, Weights
-from .console import print_table
+from paddle_moe import __version__, _core, core, reference
+from paddle_moe.bench_variants import DEFAULT_VARIANTS, VARIANTS, WITHOUT_BACKWARD, Case, Inputs, Weights
+from paddle_moe.console import print_table
 
 DEFAULT_SHAPES = "8x2x1024x2048,64x8x2048x768"
 FLUSH_BYTES = 256 << 20
@@ -252,7 +252,8 @@ def _merged(earlier: dict, report: dict, results: list[dict]) -> list[dict]:
     for key in ("processor", "threads", "isa"):
         if earlier[key] != report[key]:
             raise ValueError(
-                f"--merge: the file's {key} is {earlier[key]!r}, here it is {report[key]!r}; write another file"
+                f"--merge: the file's {key} is {earlier[key]!r}, here it is {report[key]!r}; "
+                "write another file"
             )
 
     def case(result: dict) -> tuple:
@@ -284,7 +285,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants",
         default=DEFAULT_VARIANTS,
-        help="comma-separated, quoted, also 'paddle_moe.core list' and 'paddle_moe.core permuted' (default: %(default)s)",
+        help="comma-separated, quoted, also 'paddle_moe.core list' and 'paddle_moe.core permuted' "
+        "(default: %(default)s)",
     )
     parser.add_argument("--backward", action="store_true", help="forward and backward, all gradients")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")

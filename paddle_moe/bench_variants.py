@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import core, reference
+from paddle_moe import core, reference
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ def _ggml_library() -> ctypes.CDLL:
 
 
 def _ggml_call(name: str, *arguments: object) -> int:
-    """A function of ggml whose arguments are pointers (None or what this returned), integers or structures."""
+    """A function of ggml whose arguments are pointers (None or what this returned), integers or structures"""
     function = getattr(_ggml_library(), name)
     function.restype = ctypes.c_void_p
     # A register holds an integer of any width, so int64 also serves where C says int.

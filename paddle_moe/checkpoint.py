@@ -35,9 +35,9 @@ from paddle.optimizer.lr import LRScheduler
 from safetensors import SafetensorError, safe_open
 from safetensors.paddle import save_file
 
-from .layers import FusedMoE
-from .params import Part
-from .tensor_files import (
+from paddle_moe.layers import FusedMoE
+from paddle_moe.params import Part
+from paddle_moe.tensor_files import (
     INDEX_NAME,
     CheckpointError,
     Plan,
@@ -50,7 +50,7 @@ from .tensor_files import (
 )
 
 if TYPE_CHECKING:
-    from .distributed import ParallelContext
+    from paddle_moe.distributed import ParallelContext
 
 __all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
 

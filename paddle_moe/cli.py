@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="time the operator beside what Paddle offers")
     bench.set_defaults(run=_bench)
     if arguments[:1] == ["bench"]:
-        from . import bench as benchmark
+        from paddle_moe import bench as benchmark
 
         benchmark.add_arguments(bench)
 
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _logs(arguments: argparse.Namespace) -> int:
-    from . import logs
-    from .log_report import print_summary, save_picture
+    from paddle_moe import logs
+    from paddle_moe.log_report import print_summary, save_picture
 
     try:
         summary = logs.summarize(logs.load_events(arguments.directory))
@@ -72,12 +72,12 @@ def _logs(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from .doctor import main as doctor
+    from paddle_moe.doctor import main as doctor
 
     return doctor(as_json=arguments.json)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from . import bench
+    from paddle_moe import bench
 
     return bench.main(arguments) or 0

@@ -13,7 +13,8 @@ no experts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import paddle
 from paddle.autograd import PyLayer

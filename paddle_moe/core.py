@@ -140,8 +140,10 @@ def workspace_size(*args, **kwargs) -> int:
 
 
 def pre_activation_rows(*args, **kwargs) -> int:
-    """Rows of ``pre_activations`` that :func:`mixture_of_experts` stores for these arguments (all but ``out``,
-    ``workspace`` and ``pre_activations``)."""
+    """Rows of ``pre_activations`` that :func:`mixture_of_experts` stores for these arguments.
+
+    All but ``out``, ``workspace`` and ``pre_activations``.
+    """
     return _experts(*args, **kwargs).pre_activation_rows()
 
 
@@ -208,8 +210,8 @@ def mixture_of_experts_backward(
 
     Args:
         grad_out: [T, H], of the dtype of ``hidden_states``, contiguous in its last dimension.
-        pre_activations: what :func:`mixture_of_experts` stored for these arguments; None: computed again, with
-            the same result to the last bit.
+        pre_activations: what :func:`mixture_of_experts` stored for these arguments; None: computed again,
+            with the same result to the last bit.
         wanted: the arguments whose gradients are computed.
         out: arrays that receive the gradients, of the shapes and dtypes of the arguments; an entry may be
             None. Those of weights may have any strides, the others must be contiguous.

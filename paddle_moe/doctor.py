@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .console import print_status
+from paddle_moe.console import print_status
 
 OLDEST_PYTHON = (3, 9)
 OLDEST_PADDLE, NEWEST_PADDLE = (2, 6, 2), (3, 3, 1)  # the versions this package was tried with

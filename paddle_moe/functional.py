@@ -1,17 +1,18 @@
 """The operators as Python functions: mixture_of_experts, gate, route and fused_gate_moe.
 
 Reading order: these functions -> csrc/bindings/paddle_ops.cc -> csrc/moe.h -> csrc/arguments.cc ->
-csrc/dispatch.cc -> csrc/cpu/ and csrc/cuda/. They work on eager tensors, while a static graph is built, and under ``paddle.jit.to_static``.
-Importing this module is what makes the operators known to Paddle: do so before ``paddle.jit.load`` or
-``paddle.inference`` reads a program.
+csrc/dispatch.cc -> csrc/cpu/ and csrc/cuda/. They work on eager tensors, while a static graph is built, and
+under ``paddle.jit.to_static``. Importing this module is what makes the operators known to Paddle: do so
+before ``paddle.jit.load`` or ``paddle.inference`` reads a program.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any, Callable, NoReturn, Sequence, Union
+from typing import Any, Callable, NoReturn, Union
 
 import paddle
 from paddle import _C_ops

@@ -11,15 +11,22 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from . import functional
-from .all_to_all import all_to_all_experts
-from .collectives import enter_shards, leave_shards, no_contribution
-from .params import LayerShard, Part, random_expert, random_gate_weight, shard_range, slice_intermediate
-from .router import Router
+from paddle_moe import functional
+from paddle_moe.all_to_all import all_to_all_experts
+from paddle_moe.collectives import enter_shards, leave_shards, no_contribution
+from paddle_moe.params import (
+    LayerShard,
+    Part,
+    random_expert,
+    random_gate_weight,
+    shard_range,
+    slice_intermediate,
+)
+from paddle_moe.router import Router
 
 if TYPE_CHECKING:
-    from .distributed import ParallelContext
-    from .logs import RankLogger
+    from paddle_moe.distributed import ParallelContext
+    from paddle_moe.logs import RankLogger
 
 
 def _now(tensor: paddle.Tensor) -> float:
@@ -59,8 +66,8 @@ class _OwnExperts:
 class FusedMoE(nn.Layer):
     """Mixture of experts, split over ranks by expert (EP) and column (TP).
 
-    Every rank passes the same hidden_states and gets the same output (unless dispatch="alltoall"). It computes
-    the partial sum of its own experts and intermediate columns, and all-reduces add the partial sums up:
+    Every rank passes the same hidden_states and gets the same output (unless dispatch="alltoall"). It
+    computes the partial sum of its own experts and intermediate columns, and all-reduces add them up:
 
         out[t] = sum over k of router_weights[t, k] * expert[routing_table[t, k]](hidden_states[t])
                  + sigmoid(hidden_states[t] @ shared_gate_weight) * shared_expert(hidden_states[t])

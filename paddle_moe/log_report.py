@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .console import print_table
-from .logs import LayerLoad, RankSummary, Summary
+from paddle_moe.console import print_table
+from paddle_moe.logs import LayerLoad, RankSummary, Summary
 
 _EP_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#a6761d", "#7570b3")
 _KERNEL_COLOUR, _COLLECTIVE_COLOUR, _ALARM_COLOUR = "#33415c", "#f4a259", "#b00020"

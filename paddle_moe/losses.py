@@ -6,7 +6,8 @@ T tokens, E experts over all ranks, K experts per token. All of them are float32
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import paddle
 from paddle.autograd import PyLayer

@@ -196,7 +196,7 @@ class Part:
         return common
 
     def cut(self, dense: Any, whole: Part) -> Any:
-        """This part, not an empty one, of a NumPy array or Paddle tensor that is `whole`, of the same pattern."""
+        """This part of an array or Paddle tensor that is `whole`, of the same pattern; not an empty one."""
         unfolded = dense.reshape([whole.length(name) for name in whole.names])
         return unfolded[tuple(slice(*self.ranges[name]) for name in self.names)].reshape(self.shape)
 
@@ -247,8 +247,8 @@ class LayerShard:
     def parts(self) -> dict[str, Part]:
         """By the name of the parameter or buffer, whether or not the layer has it.
 
-        Dimensions: E experts, H hidden, G gate and up, I intermediate, S intermediate of the shared expert. Of
-        down_bias, which the sum over a TP group adds once, all but its first rank have an empty part.
+        Dimensions: E experts, H hidden, G gate and up, I intermediate, S intermediate of the shared expert.
+        Of down_bias, which the sum over a TP group adds once, all but its first rank have an empty part.
         """
         hidden, halves, all_experts = (0, self.hidden_size), (0, 2), (0, self.num_experts)
         experts, columns, shared = self.experts, self.columns, self.shared_columns

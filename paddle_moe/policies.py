@@ -5,7 +5,8 @@ T tokens, E experts over all ranks, K experts per token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import paddle
 

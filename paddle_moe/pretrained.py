@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 import paddle
 
-from .checkpoint import FORMAT, VERSION, parallel_of, pieces_to_write, stored_parts, write_files
-from .layers import FusedMoE
-from .params import Part
-from .tensor_files import INDEX_NAME, LoadReport, Plan, Source, Target, TensorFiles, execute
+from paddle_moe.checkpoint import FORMAT, VERSION, parallel_of, pieces_to_write, stored_parts, write_files
+from paddle_moe.layers import FusedMoE
+from paddle_moe.params import Part
+from paddle_moe.tensor_files import INDEX_NAME, LoadReport, Plan, Source, Target, TensorFiles, execute
 
 if TYPE_CHECKING:
     import os
 
-    from .distributed import ParallelContext
+    from paddle_moe.distributed import ParallelContext
 
 GATE, UP = 0, 1
 

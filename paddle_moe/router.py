@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import paddle
 from paddle import _C_ops
 
-from . import functional
-from .losses import load_balancing_loss, router_z_loss
-from .policies import balanced_correction_bias, check_capacity, count_ids, jitter, limit_capacity
+from paddle_moe import functional
+from paddle_moe.losses import load_balancing_loss, router_z_loss
+from paddle_moe.policies import balanced_correction_bias, check_capacity, count_ids, jitter, limit_capacity
 
 if TYPE_CHECKING:
-    from .distributed import ParallelContext
+    from paddle_moe.distributed import ParallelContext
 
 
 @dataclass
@@ -97,7 +97,8 @@ class Router:
     ) -> paddle.Tensor:
         """The weighted sum of the auxiliary losses, scalar fp32.
 
-        The tokens have the shape [*leading, H], its last dimension a sequence; routing_table is before any drop.
+        The tokens have the shape [*leading, H], the last of `leading` being a sequence; routing_table is that
+        before any drop.
         """
         loss = paddle.zeros([])
         if self.balance_loss_weight:

@@ -22,11 +22,11 @@ import numpy as np
 import paddle
 from safetensors import SafetensorError, safe_open
 
-from .console import progress_bar
-from .params import Part
+from paddle_moe.console import progress_bar
+from paddle_moe.params import Part
 
 if TYPE_CHECKING:
-    from .distributed import ParallelContext
+    from paddle_moe.distributed import ParallelContext
 
 INDEX_NAME = "model.safetensors.index.json"
 

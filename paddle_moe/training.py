@@ -115,9 +115,9 @@ class ClipGradByGlobalNorm(ClipGradBase):
         norm = \sqrt{\sum_{dense} \|g\|^2 + \sum_{ranks} \sum_{shards} \|g\|^2}
 
     in float32, over the ranks of the grid, or of the TP group for the shared expert of
-    FusedMoE(dispatch="alltoall"), which every EP rank holds. Every rank of the grid clips at the same time and by the same factor. Parameters with
-    ``need_clip=False`` are neither counted nor clipped. Pascanu et al., "On the difficulty of training
-    recurrent neural networks" (2013).
+    FusedMoE(dispatch="alltoall"), which every EP rank holds. Every rank of the grid clips at the same time
+    and by the same factor. Parameters with ``need_clip=False`` are neither counted nor clipped. Pascanu et
+    al., "On the difficulty of training recurrent neural networks" (2013).
 
     Args:
         clip_norm: positive.

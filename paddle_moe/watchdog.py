@@ -28,7 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 SLOTS = ("world", "grid", "ep", "tp", "dp")  # one counter of collectives for each group of a rank
 _SLOT = struct.Struct("=QQd80s")  # entered, left, time.monotonic() of the last entry, what it is

@@ -71,8 +71,8 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
     fail "python setup.py build_ext --inplace failed: run it to see why"
 }
 
-[ -n "${requirements+set}" ] || requirements=("paddlepaddle>=2.6.2,<3.4" "setuptools>=61" wheel "pybind11>=2.11" numpy
-  "safetensors>=0.7" matplotlib rich pytest pytest-timeout hypothesis "cmake>=3.18")
+[ -n "${requirements+set}" ] || requirements=("paddlepaddle>=2.6.2,<3.4" "setuptools>=61" wheel "pybind11>=2.11"
+  numpy "safetensors>=0.7" matplotlib rich pytest pytest-timeout hypothesis ruff "cmake>=3.18")
 # They take the machine code apart that a build with CUDA has to contain.
 [ "${PADDLE_MOE_CUDA:-}" != 1 ] || requirements+=(nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 
@@ -80,7 +80,8 @@ make_venv
 once requirements "${requirements[*]}" "installing Paddle and the tools (about 250 MB the first time)" \
   pip_install "${requirements[@]}"
 sources=$(cd "$repository" &&
-  find csrc paddle_moe setup.py pyproject.toml scripts/strict_nvcc.py -type f ! -name '*.so' ! -name '*.pyc' -print0 |
+  find csrc paddle_moe setup.py pyproject.toml scripts/strict_nvcc.py \
+    -type f ! -name '*.so' ! -name '*.pyc' -print0 |
   LC_ALL=C sort -z | xargs -0 cksum | cksum)
 once sources "$sources ${PADDLE_MOE_CUDA:-} ${PADDLE_MOE_CUDA_ARCHS:-}" \
   "compiling and installing paddle_moe (some minutes the first time)" install_package

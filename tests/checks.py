@@ -298,7 +298,7 @@ class Core:
         return self._to_numpy(result)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def why_not_cuda() -> str:
     """Why nothing can run on a GPU here; empty where it can."""
     from paddle_moe import core

@@ -1,5 +1,7 @@
-"""Gradients of mixture_of_experts, gate and route: against the reference, which is itself checked against finite
-differences; bits; isolation; and how Paddle's autograd uses them."""
+"""Gradients of mixture_of_experts, gate and route, and how Paddle's autograd uses them.
+
+They are compared with the reference, which is itself checked against finite differences.
+"""
 
 from __future__ import annotations
 
@@ -405,25 +407,40 @@ def swap_halves(gradients: list) -> list:
     return [np.concatenate(np.split(gradient, 2, axis=1)[::-1], axis=1) for gradient in gradients]
 
 
+def gradient_with(case, name, **changed):
+    """The expected gradient of `name` where some arguments are others."""
+    return expected_gradients({**case, **changed}, grad_out_of(case))[name]
+
+
+def equal_weights(case):
+    return case["router_weights"] * 0 + 0.5
+
+
 MUTATIONS = {
     "gate and up are swapped": lambda e, c: mutated(e, "gate_up_weights", swap_halves),
     "an expert is dropped": lambda e, c: mutated(
         e, "down_weights", lambda g: [part * (i != 2) for i, part in enumerate(g)]
     ),
     "the router weight is missing in down": lambda e, c: mutated(
-        e, "down_weights", lambda g: expected_gradients({**c, "router_weights": c["router_weights"] * 0 + 0.5}, grad_out_of(c))["down_weights"]
+        e, "down_weights", lambda g: gradient_with(c, "down_weights", router_weights=equal_weights(c))
     ),
     "the router weight is missing in hidden_states": lambda e, c: mutated(
-        e, "hidden_states", lambda g: expected_gradients({**c, "router_weights": c["router_weights"] * 0 + 0.5}, grad_out_of(c))["hidden_states"]
+        e, "hidden_states", lambda g: gradient_with(c, "hidden_states", router_weights=equal_weights(c))
     ),
     "the down bias is missing in the router's gradient": lambda e, c: mutated(
-        e, "router_weights", lambda g: expected_gradients({**c, "down_bias": [0 * b for b in c["down_bias"]]}, grad_out_of(c))["router_weights"]
+        e,
+        "router_weights",
+        lambda g: gradient_with(c, "router_weights", down_bias=[0 * b for b in c["down_bias"]]),
     ),
     "one token is missing in hidden_states": lambda e, c: mutated(
         e, "hidden_states", lambda g: g * (np.arange(len(g)) != 7)[:, None]
     ),
     "one slot is missing in a bias": lambda e, c: mutated(
-        e, "down_bias", lambda g: [part - grad_out_of(c)[0] * (i == c["routing_table"][0, 0]) for i, part in enumerate(g)]
+        e,
+        "down_bias",
+        lambda g: [
+            part - grad_out_of(c)[0] * (i == c["routing_table"][0, 0]) for i, part in enumerate(g)
+        ],
     ),
     "gelu instead of silu": lambda e, c: expected_gradients({**c, "activation": "gelu"}, grad_out_of(c)),
     "down is transposed": lambda e, c: mutated(e, "down_weights", lambda g: [part.T for part in g]),
@@ -612,7 +629,7 @@ def test_fleet_recompute_gives_the_same_bits():
 
 @contextlib.contextmanager
 def auto_cast(level, dtype):
-    """paddle.amp.auto_cast has no effect where the default device is the CPU: this is the state it would set."""
+    """The state that paddle.amp.auto_cast would set; itself, it has no effect where the device is the CPU."""
     from paddle.base import core as paddle_core
     from paddle.base.framework import _dygraph_tracer
 

@@ -1,4 +1,4 @@
-"""scripts/train_lm.py: it learns, goes on after a kill with the same bits, and any grid gives the same losses."""
+"""scripts/train_lm.py learns, goes on after a kill with equal bits, and has the same losses on any grid."""
 
 from __future__ import annotations
 

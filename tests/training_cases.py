@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import paddle
 from checks import relative_l2
+from layer_cases import EVERYTHING, EXPERTS, HIDDEN, TOP_K, dense_weights
 from paddle.base import core
 from paddle.base.framework import _dygraph_tracer
-from layer_cases import EVERYTHING, EXPERTS, HIDDEN, TOP_K, dense_weights
 
 from paddle_moe import ClipGradByGlobalNorm, average_gradients
 from paddle_moe.layers import FusedMoE

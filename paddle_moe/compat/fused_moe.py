@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import paddle
 
-from .. import functional
+from paddle_moe import functional
 
 
 def _refuse_quantisation(quant_method: str, **scales: paddle.Tensor | None) -> None:

@@ -12,7 +12,7 @@ from typing import Union
 
 import paddle
 
-from .. import functional
+from paddle_moe import functional
 
 Weights = Union[Sequence[paddle.Tensor], paddle.Tensor]
 

@@ -45,8 +45,8 @@ for case in cases(ep_size):
         if gradient is not None:
             results[f"{case.name} d {name}"] = gradient.astype("float32").numpy()
 
-# Work that does not need the rows runs while they travel: the other ranks send theirs after rank 0 has come to
-# that work, which is after rank 0 has started to send.
+# Work that does not need the rows runs while they travel: the other ranks send theirs after rank 0 has come
+# to that work, which is after rank 0 has started to send.
 turn = paddle.zeros([1])
 start_sending = _Exchange.start_sending
 
