@@ -152,11 +152,13 @@ class ParallelContext:
     def from_groups(
         cls,
         ep_group: Group,
-        tp_group: Group,
+        tp_group: Group | None = None,
         grid_group: Group | None = None,
         dp_group: Group | None = None,
     ) -> ParallelContext:
         """A context on groups that exist already, for example those of fleet's hybrid topology.
+
+        Without a tp_group each rank is alone in its own.
 
         All ranks of the groups call this at the same time; the groups pass the same self-test as those of
         `init_distributed`, but nothing watches the ranks.
@@ -166,6 +168,8 @@ class ParallelContext:
             RuntimeError: a group does not sum over its ranks, the groups form no grid, or dp_group joins
                 different places of the grids.
         """
+        if tp_group is None:
+            tp_group = Group(0, 0, [dist.get_rank()])
         return cls(ep_group, tp_group, grid_group, dp_group)
 
     def size(self, group: str) -> int:

@@ -65,6 +65,7 @@ def _shared_expert(name: str) -> tuple[StoredTensor, ...]:
 _ROUTER = StoredTensor("gate_weight", "gate.weight", "E H")
 _QWEN3 = (_ROUTER, *_experts("gate_proj", "up_proj", "down_proj"))
 _DEEPSEEK_V2 = (*_QWEN3, *_shared_expert("shared_experts"))
+_DEEPSEEK_V3 = (*_DEEPSEEK_V2, StoredTensor("correction_bias", "gate.e_score_correction_bias", "E"))
 
 # Every matrix [out, in] as in torch.nn.Linear. The block is model.layers.N.mlp, in Mixtral
 # model.layers.N.block_sparse_moe. Several shared experts are stored as one.
@@ -77,7 +78,8 @@ LAYOUTS: dict[str, tuple[StoredTensor, ...]] = {
     ),
     "qwen3_moe": _QWEN3,
     "deepseek_v2": _DEEPSEEK_V2,
-    "deepseek_v3": (*_DEEPSEEK_V2, StoredTensor("correction_bias", "gate.e_score_correction_bias", "E")),
+    "deepseek_v3": _DEEPSEEK_V3,
+    "glm4_moe": _DEEPSEEK_V3,
     "ernie4_5_moe": (
         *_DEEPSEEK_V2,
         StoredTensor("correction_bias", "moe_statics.e_score_correction_bias", "1 E"),
@@ -115,25 +117,42 @@ def _layout(layout: str | Sequence[StoredTensor], transposed: bool) -> list[Stor
     return list(layout)
 
 
-def _stored(
-    layer: FusedMoE, layout: Sequence[StoredTensor]
-) -> list[tuple[str, StoredTensor, int | None, Part]]:
-    """(key, its line of the layout, expert or None, part) of each tensor that the files have of one layer."""
-    wholes = layer.parts(dense=True)
+@dataclass(frozen=True)
+class StoredPart:
+    """One tensor of files: the parameter of FusedMoE that it belongs to, and the part of it that it is.
+
+    expert: the one whose own tensor it is; None: it has all of them, or none.
+    """
+
+    dense: str
+    part: Part
+    expert: int | None
+
+
+def stored_tensors(
+    wholes: Mapping[str, Mapping[str, tuple[int, int]]], layout: Sequence[StoredTensor]
+) -> list[tuple[str, StoredPart]]:
+    """What files in a layout have of one block, by the key after its name.
+
+    wholes: of each parameter that the block has, the ranges of the dimensions on a single rank.
+    """
     stored = []
     for one in layout:
         if one.parameter not in wholes:
             continue
-        ranges = dict(wholes[one.parameter].ranges)
+        ranges = dict(wholes[one.parameter])
         if one.half is not None:
             ranges["G"] = one.half, one.half + 1
-        if "{expert}" not in one.key:
-            stored.append((one.key, one, None, Part(one.pattern, ranges)))
-            continue
-        for expert in range(layer.num_experts):
-            part = Part(one.pattern, {**ranges, "E": (expert, expert + 1)})
-            stored.append((one.key.format(expert=expert), one, expert, part))
+        experts = range(*ranges["E"]) if "{expert}" in one.key else [None]
+        for expert in experts:
+            own = ranges if expert is None else {**ranges, "E": (expert, expert + 1)}
+            part = StoredPart(one.parameter, Part(one.pattern, own), expert)
+            stored.append((one.key.format(expert=expert), part))
     return stored
+
+
+def _stored(layer: FusedMoE, layout: Sequence[StoredTensor]) -> list[tuple[str, StoredPart]]:
+    return stored_tensors({name: part.ranges for name, part in layer.parts(dense=True).items()}, layout)
 
 
 def load_moe_weights(
@@ -183,8 +202,7 @@ def load_moe_weights(
             if getattr(layer, attribute) is not None:
                 targets[f"{name}.{attribute}"] = Target(getattr(layer, attribute), part)
         sources += [
-            Source(f"{name}.{key}", f"{name}.{one.parameter}", part)
-            for key, one, _, part in _stored(layer, layout)
+            Source(f"{name}.{key}", f"{name}.{one.dense}", one.part) for key, one in _stored(layer, layout)
         ]
     for key, (tensor, is_transposed) in (others or {}).items():
         part = Part.whole(tensor.shape)
@@ -229,10 +247,8 @@ def save_moe_weights(
         ValueError: an unknown layout, or path has an index file already.
         RuntimeError: a rank could not write, on every rank.
     """
-    path, layout, parallel = Path(path), _layout(layout, transposed), _parallel_of_layers(layers, parallel)
-    if (path / INDEX_NAME).exists():
-        raise ValueError(f"path must be a directory without {INDEX_NAME}, got {path}; choose another")
-    holdings, targets, parameter_of = {}, {}, {}
+    layout, parallel = _layout(layout, transposed), _parallel_of_layers(layers, parallel)
+    holdings, targets, homes = {}, {}, {}
     for name, layer in layers.items():
         dense = layer.parts(dense=True)
         homeless = sorted(set(dense) - {one.parameter for one in layout})
@@ -242,26 +258,58 @@ def save_moe_weights(
             )
         for attribute, part in layer.parts().items():
             holdings[f"{name}.{attribute}"] = getattr(layer, attribute), part, dense[attribute]
-        for key, one, expert, part in _stored(layer, layout):
-            if _is_written_here(layer, expert):
-                dtype = (
-                    getattr(layer, one.parameter) if one.parameter != "down_bias" else layer.down_weight
-                ).dtype
-                targets[f"{name}.{key}"] = Target(paddle.empty(part.shape, dtype), part)
-                parameter_of[f"{name}.{key}"] = f"{name}.{one.parameter}"
+        for key, one in _stored(layer, layout):
+            if _is_written_here(layer, one.expert):
+                dtype = (getattr(layer, one.dense) if one.dense != "down_bias" else layer.down_weight).dtype
+                targets[f"{name}.{key}"] = Target(paddle.empty(one.part.shape, dtype), one.part)
+                homes[f"{name}.{key}"] = [f"{name}.{one.dense}"]
+    tensors = {}
+    if parallel is None or parallel.rank == 0:
+        for key, (tensor, is_transposed) in (others or {}).items():
+            tensors[key] = tensor.transpose(range(tensor.ndim)[::-1]) if is_transposed else tensor
+    wholes = {name: whole for name, (_, _, whole) in holdings.items()}
+    write_stored(path, pieces_to_write(holdings, parallel), wholes, targets, homes, parallel, tensors)
 
+
+def write_stored(
+    path: str | os.PathLike,
+    pieces: Mapping[str, paddle.Tensor],
+    wholes: Mapping[str, Part],
+    targets: Mapping[str, Target],
+    homes: Mapping[str, Sequence[str]],
+    parallel: ParallelContext | None,
+    others: Mapping[str, paddle.Tensor] | None = None,
+) -> None:
+    """Writes tensors that are made up of what several ranks hold; all ranks call it.
+
+    Args:
+        path: a directory that all ranks see, without an index file; made when missing.
+        pieces: what this rank has for all, by checkpoint.part_key.
+        wholes: the whole of each tensor that the pieces are parts of, by name.
+        targets: by key, the empty tensors that this rank writes.
+        homes: by key, the names of the wholes that its values are in.
+        others: by key, what this rank writes besides.
+
+    Raises:
+        ValueError: path has an index file already.
+        RuntimeError: a rank could not write, on every rank.
+    """
+    path = Path(path)
+    if (path / INDEX_NAME).exists():
+        raise ValueError(f"path must be a directory without {INDEX_NAME}, got {path}; choose another")
     parts_path = path / "parts"
     index = {"metadata": {"format": FORMAT, "version": VERSION}}
-    write_files(parts_path, {"model": pieces_to_write(holdings, parallel)}, index, parallel)
+    write_files(parts_path, {"model": pieces}, index, parallel)
     files = TensorFiles(parts_path)
-    stored, _ = stored_parts(files, {name: whole for name, (_, _, whole) in holdings.items()})
+    stored, _ = stored_parts(files, wholes)
     parts_of: dict[str, list[Source]] = {}
     for source in stored:
         parts_of.setdefault(source.target, []).append(source)
     sources = [
         replace(source, target=key)
         for key, target in targets.items()
-        for source in parts_of.get(parameter_of[key], [])
+        for home in homes[key]
+        for source in parts_of.get(home, [])
         if source.part.overlap(target.part)
     ]
     execute(
@@ -269,10 +317,7 @@ def save_moe_weights(
         parts_path,
         parallel,
     )
-    tensors = {key: target.tensor for key, target in targets.items()}
-    if parallel is None or parallel.rank == 0:
-        for key, (tensor, is_transposed) in (others or {}).items():
-            tensors[key] = tensor.transpose(range(tensor.ndim)[::-1]) if is_transposed else tensor
+    tensors = {**{key: target.tensor for key, target in targets.items()}, **(others or {})}
     write_files(path, {"model": tensors}, {"metadata": {}}, parallel, tagged=False, file_format="pt")
     if parallel is None or parallel.rank == 0:
         shutil.rmtree(parts_path)

@@ -12,12 +12,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 import paddle_moe
 from paddle_moe import reference
 from paddle_moe.reference import to_float64, to_storage
+
+if TYPE_CHECKING:
+    from paddle_moe.integrations.blocks import Slice
 
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = (*reference.ACTIVATIONS, "swigluoai", "swigluoai(1.5, 2.5)")
@@ -419,3 +423,11 @@ def run_python(*arguments: str, timeout: float, **environment: str) -> None:
         timeout=timeout,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+
+
+def part_of(values: np.ndarray, one: Slice | None) -> np.ndarray:
+    """What a rank should have of the values of a whole parameter of a block; `one` None: all of it."""
+    if one is None:
+        return values
+    unfolded = values.reshape([one.whole.length(name) for name in one.whole.names])
+    return unfolded[tuple(slice(*one.part.ranges[name]) for name in one.whole.names)].reshape(one.part.shape)

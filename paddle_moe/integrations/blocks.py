@@ -1,4 +1,4 @@
-"""Turns the mixture-of-experts blocks of a model into blocks that run on paddle_moe, in place.
+"""Blocks of other packages that run on paddle_moe.
 
 A block keeps its parameters, their names and its sublayers. What changes is its class: from the stock class
 to one derived from it and from :class:`MoEBlock`, whose forward calls the operators of paddle_moe on the same
@@ -11,22 +11,19 @@ block, and the remaining parameters shrink in place to this rank's columns, unde
 
 from __future__ import annotations
 
-import functools
+import math
 import os
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, field
 from typing import Any
 
 import paddle
 from paddle import nn
 
 from paddle_moe import functional
+from paddle_moe.all_to_all import all_to_all_experts
 from paddle_moe.collectives import enter_shards, leave_shards, no_contribution
-from paddle_moe.distributed import ParallelContext, init_distributed
+from paddle_moe.distributed import ParallelContext
 from paddle_moe.params import Part, shard_range
-from paddle_moe.tensor_files import LoadReport, Plan, Source, Target, TensorFiles, execute
 
 Tensor = paddle.Tensor
 
@@ -119,42 +116,80 @@ def activation_of(function: Any) -> str:
 
 @dataclass
 class Slice:
-    """What this rank holds of a parameter that is spread over the grid: ``part`` of ``whole``.
+    """What this rank holds of a tensor of a block, and what that tensor is of the block's dense weights.
 
-    The dimensions are those of FusedMoE.parts: E experts, H hidden, G the halves gate and up, I intermediate.
+    Attributes:
+        parameter: the tensor, a part of it, or of a rank that has nothing of it an empty one.
+        dense: the dense weight that it belongs to, named as in FusedMoE.
+        whole: which part of the dense weight the tensor is on a single rank. The dimensions are those of
+            FusedMoE.parts: E experts, H hidden, G the halves gate and up, I intermediate, S intermediate of
+            the shared expert.
+        part: which part of it this rank holds.
+        shared_by: "grid" or "tp", the ranks that share it; "": all have the whole.
     """
 
     parameter: Tensor
-    part: Part
+    dense: str
     whole: Part
+    part: Part
+    shared_by: str = ""
+    marks_before: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, parameter: Tensor, pattern: str, sizes: dict[str, int], kept: dict[str, tuple[int, int]]
-    ) -> Slice:
-        """``kept`` gives the ranges of the dimensions that are cut, ``sizes`` the whole size of each."""
-        whole = Part(pattern, {name: (0, sizes[name]) for name in Part(pattern, {}).names})
-        ranges = {name: kept.get(name, whole.ranges[name]) for name in whole.names}
-        return cls(parameter, Part(pattern, ranges), whole)
+    def of(cls, parameter: Tensor, dense: str, pattern: str, **ranges: tuple[int, int]) -> Slice:
+        """A tensor that is still whole; `ranges` are those of dimensions that do not follow from its shape."""
+        part = Part(pattern, ranges)
+        for group, size in zip(part.groups, parameter.shape):
+            for name in group:
+                if name not in ranges:
+                    known = [part.length(other) for other in group if other in ranges]
+                    ranges[name] = 0, size // math.prod(known)
+        return cls(parameter, dense, part, part)
 
-    @paddle.no_grad()
-    def cut(self) -> None:
-        """Shrinks the parameter, still whole, to the local part."""
-        if self.part.size:
-            unfolded = self.parameter.reshape([self.whole.length(name) for name in self.whole.names])
-            self.hold(unfolded[self._place()].reshape(self.part.shape))
-        else:
-            self.hold(paddle.zeros(self.part.shape, self.parameter.dtype))
-        self._mark(sharded=True)
+    def part_in(self, ranges: dict[str, tuple[int, int]] | None, copy: bool = False) -> Part:
+        """What of the whole lies in `ranges`; None: nothing."""
+        box = None
+        if ranges is not None:
+            known = {name: span for name, span in ranges.items() if name in self.whole.ranges}
+            box = self.whole.overlap(Part("", {**self.whole.ranges, **known}))
+        if box is None:
+            box = {**self.whole.ranges, self.whole.names[-1]: (0, 0)}
+        return Part(self.whole.pattern, box, copy)
+
+    def cut(self, ranges: dict[str, tuple[int, int]] | None, shared_by: str = "", copy: bool = False) -> None:
+        """Shrinks the tensor, still whole, to what of it lies in `ranges`; None: to nothing.
+
+        Args:
+            shared_by: see above.
+            copy: another rank of the grid holds the same.
+        """
+        self.part = self.part_in(ranges, copy)
+        with paddle.no_grad():
+            if not self.part.size:
+                self.hold(paddle.zeros(self.part.shape, self.parameter.dtype))
+            elif self.part.ranges != self.whole.ranges:
+                unfolded = self.parameter.reshape([self.whole.length(name) for name in self.whole.names])
+                self.hold(unfolded[self._place()].reshape(self.part.shape))
+        self.shared_by = shared_by
+        if shared_by:
+            self._mark()
+
+    def _mark(self) -> None:
+        """As on the parameters of FusedMoE: what sums gradients or norms over ranks must know."""
+        marks = {"is_distributed": True, "no_sync": True, "shard_group": self.shared_by}
+        marks["expert"] = self.shared_by == "grid"
+        for name, value in marks.items():
+            self.marks_before[name] = getattr(self.parameter, name, None)
+            setattr(self.parameter, name, value)
 
     def restore(self, parallel: ParallelContext) -> None:
         """Undoes :meth:`cut`: all ranks of the grid call this together."""
         self.hold(self.gather(parallel))
-        self._mark(sharded=False)
+        self.unmark()
 
-    def _mark(self, sharded: bool) -> None:
-        """As on the parameters of FusedMoE: what sums gradients or norms over ranks must know."""
-        self.parameter.is_distributed = self.parameter.expert = self.parameter.no_sync = sharded
+    def unmark(self) -> None:
+        for name, value in self.marks_before.items():
+            setattr(self.parameter, name, value)
 
     def hold(self, value: Tensor) -> None:
         """Gives the parameter another shape and value; it stays the object that others refer to."""
@@ -167,7 +202,7 @@ class Slice:
         """The whole, on every rank of the grid: all ranks call this together."""
         names = self.whole.names
         unfolded = paddle.zeros([self.whole.length(name) for name in names], self.parameter.dtype)
-        if self.part.size:
+        if self.part.size and not self.part.copy:
             unfolded[self._place()] = self.parameter.reshape([self.part.length(name) for name in names])
         return parallel.all_reduce(unfolded, "grid").reshape(self.whole.shape)
 
@@ -175,17 +210,22 @@ class Slice:
         return tuple(slice(*self.part.ranges[name]) for name in self.whole.names)
 
 
-def _slices_of_expert(expert: nn.Layer, rank: int, size: int, present: bool) -> list[Slice]:
+def _slices_of_expert(expert: nn.Layer, number: int | None) -> list[Slice]:
+    """Of the tensors of one expert that is a layer, the shared one if `number` is None."""
     gate_up, down = _projections(expert)
-    inter, hidden = down.weight.shape
-    sizes = {"H": hidden, "I": inter, "G": 2}
-    kept = {"I": shard_range(inter, rank, size) if present else (0, 0)}
-    columns = "I" if len(gate_up) == 2 else "(G I)"
-    slices = [Slice.of(one.weight, f"H {columns}", sizes, kept) for one in gate_up]
-    slices += [Slice.of(one.bias, columns, sizes, kept) for one in gate_up if one.bias is not None]
-    slices.append(Slice.of(down.weight, "I H", sizes, kept))
-    if down.bias is not None:  # added once, by the first rank
-        slices.append(Slice.of(down.bias, "H", sizes, {} if present and rank == 0 else {"H": (0, 0)}))
+    prefix, columns = ("shared_", "S") if number is None else ("", "I")
+    own = {} if number is None else {"E": (number, number + 1)}
+    slices = []
+    for half, one in enumerate(gate_up):
+        fused = len(gate_up) == 1
+        which = {**own, "G": (0, 2) if fused else (half, half + 1)}
+        pattern = f"(G {columns})" if fused else columns
+        slices.append(Slice.of(one.weight, f"{prefix}gate_up_weight", f"H {pattern}", **which))
+        if one.bias is not None:
+            slices.append(Slice.of(one.bias, f"{prefix}gate_up_bias", pattern, **which))
+    slices.append(Slice.of(down.weight, f"{prefix}down_weight", f"{columns} H", **own))
+    if down.bias is not None:
+        slices.append(Slice.of(down.bias, f"{prefix}down_bias", "H", **own))
     return slices
 
 
@@ -201,10 +241,12 @@ class MoEBlock:
 
     stock = ""  # the class that it accelerates, as "module:name"
     model = ""  # what people call the models that have it
+    layout: str | None = None  # of pretrained.LAYOUTS: that of the published files
+    dispatch = "replicated"
     parallel: ParallelContext | None = None
     _slices: list[Slice] = []
     _away: dict[str, nn.Layer] = {}  # experts that other ranks hold, by their name in the list
-    _total_experts = 0
+    _ranges: list[tuple[int, int]] = []  # the experts of each EP rank
 
     def check(self) -> None:
         """Raises ValueError where the block is set up in a way that paddle_moe does not compute."""
@@ -217,63 +259,110 @@ class MoEBlock:
         """The expert that every token goes to."""
         return None
 
+    def router_slices(self) -> list[Slice]:
+        """The tensors of the router."""
+        return []
+
+    def expert_slices(self) -> list[Slice]:
+        """The tensors of the experts, all of them still whole."""
+        if self._stacked():
+            experts = self.experts_layer()
+            return [
+                Slice.of(experts.gate_up_proj, "gate_up_weight", "E H (G I)", G=(0, 2)),
+                Slice.of(experts.down_proj, "down_weight", "E I H"),
+            ]
+        return [one for number, expert in self.held() for one in _slices_of_expert(expert, number)]
+
+    def slices(self) -> list[Slice]:
+        """All tensors of the block that files have under the names of its layout."""
+        if self._slices:
+            return self.router_slices() + self._slices
+        shared = [] if self.shared_expert() is None else _slices_of_expert(self.shared_expert(), None)
+        return self.router_slices() + self.expert_slices() + shared
+
+    def named_slices(self) -> dict[str, Slice]:
+        """The same by name, also of experts that are on other ranks."""
+        tensors = dict(self.state_dict())
+        for index, expert in self._away.items():
+            tensors.update((f"experts.{index}.{name}", one) for name, one in expert.named_parameters())
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        named = {names[id(one.parameter)]: one for one in self.slices()}
+        if self.divided_over() > 1:  # they have never been on this rank
+            held = self.held()[0][0]
+            pattern = [(name, one) for name, one in named.items() if name.startswith(f"experts.{held}.")]
+            for number, expert in enumerate(self.experts_layer()._sub_layers.values()):
+                if expert is None:
+                    for name, one in pattern:
+                        whole = Part(one.whole.pattern, {**one.whole.ranges, "E": (number, number + 1)})
+                        nothing = Slice(paddle.empty([0], one.parameter.dtype), one.dense, whole, whole)
+                        nothing.part = nothing.part_in(None)
+                        named[name.replace(f".{held}.", f".{number}.", 1)] = nothing
+        return named
+
     def weights(self) -> Weights:
         """Of the experts on this rank."""
         experts = self.experts_layer()
         if self._stacked():
             return Weights(experts.gate_up_proj, experts.down_proj)
-        return listed_weights(self._present_experts())
+        return listed_weights([expert for _, expert in self.held()])
 
     def activation(self) -> str:
-        if self._stacked():
-            return activation_of(self.experts_layer().act_fn)
-        return activation_of((self._present_experts() or list(self._away.values()))[0].act_fn)
+        return activation_of((self.experts_layer() if self._stacked() else self._any_expert()).act_fn)
 
-    def num_experts_here(self) -> int:
-        return self.experts_layer().down_proj.shape[0] if self._stacked() else len(self._present_experts())
-
-    def slices(self, parallel: ParallelContext, first: int, end: int) -> list[Slice]:
-        """What is left on this rank of each parameter of the experts, of which it holds [first, end)."""
-        if self._stacked():
-            weights = self.weights()
-            num_experts, inter, hidden = weights.down.shape
-            sizes = {"E": num_experts, "H": hidden, "I": inter, "G": 2}
-            kept = {"E": (first, end), "I": shard_range(inter, parallel.tp_rank, parallel.tp_size)}
-            return [
-                Slice.of(weights.gate_up, "E H (G I)", sizes, kept),
-                Slice.of(weights.down, "E I H", sizes, kept),
-            ]
-        slices = []
-        for index, expert in enumerate(self._present_experts()):
-            slices += _slices_of_expert(expert, parallel.tp_rank, parallel.tp_size, first <= index < end)
-        return slices
-
-    def shard(self, parallel: ParallelContext) -> None:
-        """Keeps this rank's part of the experts, and of the shared expert an equal part on every rank."""
-        total = self.num_experts_here()
-        first, end = shard_range(total, parallel.ep_rank, parallel.ep_size)
-        slices, away = self.slices(parallel, first, end), {}
-        if self.shared_expert() is not None:
-            rank = parallel.ep_rank * parallel.tp_size + parallel.tp_rank
-            slices += _slices_of_expert(
-                self.shared_expert(), rank, parallel.ep_size * parallel.tp_size, present=True
-            )
-        for one in slices:
-            one.cut()
+    def total_experts(self) -> int:
+        """Of all ranks."""
         if not self._stacked():
-            for index, name in enumerate(list(self.experts_layer()._sub_layers)):
-                if not first <= index < end:
-                    away[name] = self.experts_layer()._sub_layers[name]
-                    self.experts_layer()._sub_layers[name] = None
-        self.parallel, self._slices, self._away, self._total_experts = parallel, slices, away, total
+            return len(self.experts_layer()._sub_layers)
+        return next(one for one in self.slices() if one.dense == "down_weight").whole.length("E")
+
+    def shard(self, parallel: ParallelContext, dispatch: str) -> None:
+        """Keeps this rank's part of the experts, and of the shared expert.
+
+        With replicated tokens all ranks share the latter, with tokens of its own each EP rank needs the whole.
+        """
+        first, end = shard_range(self.total_experts(), parallel.ep_rank, parallel.ep_size)
+        slices, away = self.expert_slices(), {}
+        for one in slices:
+            if one.dense == "down_bias" and parallel.tp_rank > 0:  # added once, by the first rank
+                one.cut(None, "grid")
+                continue
+            columns = one.whole.ranges.get("I", (0, 0))[1]
+            kept = {"E": (first, end), "I": shard_range(columns, parallel.tp_rank, parallel.tp_size)}
+            one.cut(kept, "grid")
+        if self.shared_expert() is not None:
+            rank, size = parallel.ep_rank * parallel.tp_size + parallel.tp_rank, parallel.size("grid")
+            shared_by, copy = "grid", False
+            if dispatch == "alltoall":
+                rank, size = parallel.tp_rank, parallel.tp_size
+                shared_by, copy = "tp" if size > 1 else "", parallel.ep_rank > 0
+            for one in _slices_of_expert(self.shared_expert(), None):
+                columns = one.whole.ranges.get("S", (0, 0))[1]
+                kept = (
+                    None
+                    if one.dense == "shared_down_bias" and rank
+                    else {"S": shard_range(columns, rank, size)}
+                )
+                one.cut(kept, shared_by, copy)
+                slices.append(one)
+        if not self._stacked() and self.divided_over() == 1:
+            for number, expert in self.held():
+                if not first <= number < end:
+                    away[str(number)] = expert
+            self.experts_layer()._sub_layers.update(dict.fromkeys(away))
+        self.parallel, self.dispatch, self._slices, self._away = parallel, dispatch, slices, away
+        self._ranges = [
+            shard_range(self.total_experts(), rank, parallel.ep_size) for rank in range(parallel.ep_size)
+        ]
 
     def unshard(self) -> None:
         """Brings everything back: all ranks of the grid call this together."""
         for one in self._slices:
-            one.restore(self.parallel)
-        for name, expert in self._away.items():
-            self.experts_layer()._sub_layers[name] = expert
-        for name in ("parallel", "_slices", "_away", "_total_experts"):
+            if self.divided_over() > 1:  # by its package, and never cut
+                one.unmark()
+            else:
+                one.restore(self.parallel)
+        self.experts_layer()._sub_layers.update(self._away)
+        for name in ("parallel", "dispatch", "_slices", "_away", "_ranges"):
             self.__dict__.pop(name, None)
 
     def tokens(self, hidden_states: Tensor) -> Tensor:
@@ -296,37 +385,55 @@ class MoEBlock:
         Returns:
             Shape and dtype of ``hidden_states``.
         """
-        weights = self.weights() if self.num_experts_here() else None
-        shared = None if self.shared_expert() is None else listed_weights([self.shared_expert()])
-        parallel, tokens = self.parallel, self.tokens(hidden_states)
-        if weights is not None:  # under autocast it may have another dtype than the weights
-            tokens = tokens.astype(
-                (weights.down[0] if isinstance(weights.down, list) else weights.down).dtype
-            )
-        if shared is not None and shared_weights is None:
-            shared_weights = paddle.ones_like(tokens[:, :1], dtype="float32")
-        if parallel is not None:
-            if os.environ.get("PADDLE_MOE_CHECK") == "1":
-                parallel.check_same_routing(routing_table, router_weights)
-            entering = [tokens, router_weights] + ([] if shared is None else [shared_weights])
-            tokens, router_weights, *rest = enter_shards(entering, parallel, ["grid"], fp32=True)
-            shared_weights = rest[0] if rest else None
+        parallel, groups = self.parallel, ["tp" if self.dispatch == "alltoall" else "grid"]
+        tokens = self.tokens(hidden_states).astype(self._compute_dtype())
+        entering = [tokens, router_weights]
+        if self.shared_expert() is not None:
+            if shared_weights is None:
+                shared_weights = paddle.ones_like(tokens[:, :1], dtype="float32")
+            entering.append(shared_weights)
+        if parallel is not None and os.environ.get("PADDLE_MOE_CHECK") == "1" and groups == ["grid"]:
+            parallel.check_same_routing(routing_table, router_weights)
+        tokens, router_weights, *shared_weights = enter_shards(entering, parallel, groups, fp32=True)
 
-        parts = []
-        if weights is not None:
-            first = 0
-            if parallel is not None:
-                first = shard_range(self._total_experts, parallel.ep_rank, parallel.ep_size)[0]
-            parts.append(self.run(tokens, routing_table, router_weights, weights, first))
-        if shared is not None and shared.down[0].shape[0] > 0:
+        def shared_output() -> Tensor | None:
+            if not shared_weights:
+                return None
             only = paddle.zeros_like(tokens[:, :1], dtype="int32")
-            parts.append(self.run(tokens, only, shared_weights, shared, 0))
-        if not parts:  # more ranks than experts and columns
-            parts = [no_contribution(tokens, router_weights, shared_weights)]
-        if len(parts) == 2:  # in float32, also because the CPU has no half-precision addition
-            parts = [(parts[0].astype("float32") + parts[1].astype("float32")).astype(tokens.dtype)]
-        output = leave_shards(parts[0], parallel, ["grid"])
+            weights = listed_weights([self.shared_expert()])
+            return self._run_or_nothing(tokens, only, shared_weights[0], weights, 0)
+
+        if self.dispatch == "alltoall" and parallel.ep_size > 1:
+            output, shared = all_to_all_experts(
+                tokens,
+                routing_table,
+                router_weights,
+                self._routed_output,
+                self._ranges,
+                parallel,
+                shared_output,
+            )
+        else:
+            output, shared = self._routed_output(tokens, routing_table, router_weights), shared_output()
+        if shared is not None:  # in float32, also because the CPU has no half-precision addition
+            output = (output.astype("float32") + shared.astype("float32")).astype(tokens.dtype)
+        output = leave_shards(output, parallel, groups)
         return output.astype(hidden_states.dtype).reshape(hidden_states.shape)
+
+    def _routed_output(self, tokens: Tensor, routing_table: Tensor, router_weights: Tensor) -> Tensor:
+        if not self._stacked() and not self.held():
+            return no_contribution(tokens, router_weights)
+        first = 0 if self.parallel is None else self._ranges[self.parallel.ep_rank][0]
+        return self._run_or_nothing(tokens, routing_table, router_weights, self.weights(), first)
+
+    def _run_or_nothing(
+        self, tokens: Tensor, routing_table: Tensor, router_weights: Tensor, weights: Weights, first: int
+    ) -> Tensor:
+        """Zeros on a rank that holds no expert, or no column, so that all ranks build graphs of one shape."""
+        down = weights.down[0] if isinstance(weights.down, list) else weights.down
+        if down.size == 0:
+            return no_contribution(tokens, router_weights)
+        return self.run(tokens, routing_table, router_weights, weights, first)
 
     def run(
         self, tokens: Tensor, routing_table: Tensor, router_weights: Tensor, weights: Weights, first: int
@@ -344,269 +451,28 @@ class MoEBlock:
             experts_min=first,
         )
 
+    def _compute_dtype(self) -> paddle.dtype:
+        """The same on all ranks, also on those without experts."""
+        autocast = functional._autocast_dtype()
+        if autocast is not None:
+            return autocast
+        if self._stacked():
+            return self.experts_layer().down_proj.dtype
+        return _projections(self._any_expert())[1].weight.dtype
+
     def _stacked(self) -> bool:
         return "down_proj" in self.experts_layer()._parameters
 
-    def _present_experts(self) -> list[nn.Layer]:
-        return [expert for expert in self.experts_layer()._sub_layers.values() if expert is not None]
+    def held(self) -> list[tuple[int, nn.Layer]]:
+        """Number and layer of the experts in the list that are on this rank."""
+        experts = enumerate(self.experts_layer()._sub_layers.values())
+        return [(number, expert) for number, expert in experts if expert is not None]
 
+    def _any_expert(self) -> nn.Layer:
+        return next(iter([*(expert for _, expert in self.held()), *self._away.values()]))
 
-# ---------------------------------------------------------------- models
-
-
-@functools.cache
-def _accelerated(block: type[MoEBlock], stock: type[nn.Layer]) -> type[nn.Layer]:
-    return type(stock.__name__, (block, stock), {"__module__": block.__module__, "_stock": stock})
-
-
-class Integration:
-    """The functions of one package: accelerate, restore, patch, unpatch and load_checkpoint.
-
-    Args:
-        package: its name.
-        blocks: what is known of its blocks.
-        published_names: gives, for a model, {name of a parameter: (its key in the published files of that
-            model, whether these have the matrix turned)}; None: only files with the package's own names can
-            be loaded.
-    """
-
-    def __init__(
-        self,
-        package: str,
-        blocks: list[type[MoEBlock]],
-        published_names: Callable[[nn.Layer], dict[str, tuple[str, bool]]] | None = None,
-    ):
-        self.package = package
-        self._published_names = published_names
-        self._blocks = {block.stock: block for block in blocks}
-        self._original_init: dict[type, Any] = {}
-
-    def accelerate(
-        self,
-        model: nn.Layer,
-        ep_size: int = 1,
-        tp_size: int = 1,
-        *,
-        parallel: ParallelContext | None = None,
-    ) -> nn.Layer:
-        """Has every mixture-of-experts block of a model run on paddle_moe, in place.
-
-        Parameters keep their names and, with ep_size = tp_size = 1, their shapes: what the model saves then,
-        the stock model loads, and the other way round. Over several ranks each rank keeps its part of the
-        experts, and all ranks pass the same tokens. Make optimizers afterwards.
-
-        Args:
-            model: built by the package, or any layer that contains such blocks.
-            ep_size: ranks over which experts are divided.
-            tp_size: ranks over which the intermediate dimension of each expert is divided.
-            parallel: result of init_distributed(ep_size, tp_size), made here if None.
-
-        Returns:
-            ``model``.
-
-        Raises:
-            ValueError: the model has no block of a known kind, or one that is set up in a way that paddle_moe
-                does not compute; nothing has been changed then.
-            RuntimeError: see init_distributed.
-        """
-        found = list(self._find(model))
-        if not found:
-            if any(isinstance(layer, MoEBlock) for layer in model.sublayers(include_self=True)):
-                raise ValueError(f"{type(model).__name__} is accelerated already; restore() it first")
-            raise ValueError(
-                f"model must have a mixture-of-experts block that integrations.{self.package} knows "
-                f"({self.supported()}), got {type(model).__name__}"
-            )
-        for layer, block in found:
-            stock = type(layer)
-            layer.__class__ = _accelerated(block, stock)
-            try:
-                _check(layer, ep_size * tp_size > 1 or parallel is not None)
-            finally:
-                layer.__class__ = stock
-        parallel = _context(ep_size, tp_size, parallel)
-        for layer, block in found:
-            layer.__class__ = _accelerated(block, type(layer))
-            if parallel is not None:
-                layer.shard(parallel)
-        return model
-
-    def restore(self, model: nn.Layer) -> nn.Layer:
-        """Undoes :meth:`accelerate`; over several ranks every rank then has the whole model again.
-
-        All ranks call it together. Returns ``model``.
-        """
-        for layer in model.sublayers(include_self=True):
-            if isinstance(layer, MoEBlock):
-                if layer.parallel is not None:
-                    layer.unshard()
-                layer.__class__ = type(layer)._stock
-        return model
-
-    def patch(self, ep_size: int = 1, tp_size: int = 1, *, parallel: ParallelContext | None = None) -> None:
-        """Has blocks that are built from now on run on paddle_moe, until :meth:`unpatch`.
-
-        Over several ranks each block is cut to this rank's part as soon as it is built, so that a model whose
-        experts do not fit on one rank can be built. Arguments and errors are those of :meth:`accelerate`.
-        """
-        if self._original_init:
-            raise ValueError(f"{self.package} is patched already; unpatch() it first")
-        stocks, errors = {}, []
-        for block in self._blocks.values():
-            module, _, name = block.stock.partition(":")
-            try:
-                stocks[getattr(import_module(module), name)] = block
-            except (ImportError, AttributeError) as error:  # not in this version, or it cannot be imported
-                errors.append(f"{block.stock}: {error}")
-        if not stocks:
-            raise RuntimeError(f"no block of {self.package} can be imported: " + "; ".join(errors))
-        parallel = _context(ep_size, tp_size, parallel)
-        for stock, block in stocks.items():
-            self._original_init[stock] = stock.__init__
-            stock.__init__ = _accelerating_init(stock, block, parallel)
-
-    def unpatch(self) -> None:
-        """Undoes :meth:`patch`. Models that were built in between stay as they are."""
-        for stock, original in self._original_init.items():
-            stock.__init__ = original
-        self._original_init.clear()
-
-    def load_checkpoint(
-        self,
-        model: nn.Layer,
-        path: str | os.PathLike,
-        *,
-        layout: str = "auto",
-        cast: str = "lossless",
-        progress: bool = False,
-    ) -> LoadReport:
-        """Fills a model, accelerated or not, from safetensors files; each rank reads only what it holds.
-
-        All ranks that share the model call it together.
-
-        Args:
-            model: with parameters of the right shapes; for EP x TP, accelerated already.
-            path: a directory with model.safetensors.index.json or with *.safetensors, or one such file.
-            layout: "huggingface": names and [out, in] matrices of the published files. "paddle": those of the
-                package's own files. "auto": whichever names the files have.
-            cast: "lossless": float16 and bfloat16 may become float32. "any": every floating-point dtype may
-                become every other, with rounding. "none": dtypes must be equal.
-            progress: show a bar in a terminal.
-
-        Returns:
-            LoadReport: the keys loaded, the keys of the files that nothing asked for, the bytes read.
-
-        Raises:
-            ValueError: an unknown layout, or one that this package has no names for.
-            CheckpointError: a ValueError, on every rank, that lists file, key, what was expected and what
-                found, for all that is missing, doubled, truncated, of another shape or dtype, and for keys of
-                the mixture-of-experts blocks that the model lacks. Nothing was assigned.
-        """
-        if layout not in ("auto", "huggingface", "paddle"):
-            raise ValueError(f"layout must be 'auto', 'huggingface' or 'paddle', got {layout!r}")
-        if layout == "huggingface" and self._published_names is None:
-            raise ValueError(f"layout must be 'paddle' for models of {self.package}, got {layout!r}")
-        blocks = [layer for layer in model.sublayers(include_self=True) if isinstance(layer, MoEBlock)]
-        parallel = next((block.parallel for block in blocks), None)
-        holdings = _holdings(model)
-        own = {name: (name, False) for name in holdings}
-        published = own if self._published_names is None else self._published_names(model)
-        files = TensorFiles(path)
-        if layout == "auto":
-            found = [sum(names[name][0] in files for name in holdings) for names in (own, published)]
-            if found[0] == found[1] > 0 and published is not own:
-                raise ValueError(
-                    "layout must be 'huggingface' or 'paddle' where both have the same names, got 'auto'"
-                )
-            layout = "huggingface" if found[1] > found[0] else "paddle"
-        names = published if layout == "huggingface" else own
-        sources = [
-            Source(names[name][0], name, _turned(whole) if names[name][1] else whole)
-            for name, (_, _, whole) in holdings.items()
-        ]
-        targets = {name: Target(tensor, part) for name, (tensor, part, _) in holdings.items()}
-        inside = tuple({key.partition(".experts.")[0] + "." for key in files.keys() if ".experts." in key})
-        plan = Plan(
-            files, targets, sources, path=path, must_match=lambda key: key.startswith(inside), cast=cast
-        )
-        return execute([plan], path, parallel, progress=f"loading {path}" if progress else None)
-
-    def supported(self) -> str:
-        return ", ".join(
-            f"{block.stock.partition(':')[2]} of {block.model}" for block in self._blocks.values()
-        )
-
-    def _find(self, model: nn.Layer) -> Iterator[tuple[nn.Layer, type[MoEBlock]]]:
-        inside = set()  # experts that belong to a block which is found already
-        for layer in model.sublayers(include_self=True):
-            if isinstance(layer, MoEBlock) or id(layer) in inside:
-                continue
-            for cls in type(layer).__mro__:
-                block = self._blocks.get(f"{cls.__module__}:{cls.__qualname__}")
-                if block is not None and type(layer).forward is cls.forward:
-                    inside.update(id(one) for one in layer.sublayers())
-                    yield layer, block
-                    break
-
-
-def _holdings(model: nn.Layer) -> dict[str, tuple[Tensor, Part, Part]]:
-    """Tensor, part and whole of everything that the model has or another rank has instead, by name."""
-    tensors = dict(model.state_dict())
-    slices = {}
-    for prefix, layer in model.named_sublayers(include_self=True):
-        if isinstance(layer, MoEBlock):
-            slices.update({id(one.parameter): one for one in layer._slices})
-            for index, expert in layer._away.items():
-                for name, parameter in expert.named_parameters():
-                    tensors[".".join(filter(None, [prefix, "experts", index, name]))] = parameter
-    holdings = {}
-    for name, tensor in tensors.items():
-        one = slices.get(id(tensor))
-        whole = Part.whole(tensor.shape) if one is None else one.whole
-        holdings[name] = tensor, whole if one is None else one.part, whole
-    return dict(sorted(holdings.items()))  # in one order on all ranks
-
-
-def _turned(part: Part) -> Part:
-    """The same part, stored with the dimensions of the array in reverse order."""
-    dimensions = re.findall(r"\([^)]*\)|\S+", part.pattern)
-    return Part(" ".join(reversed(dimensions)), part.ranges)
-
-
-def _context(ep_size: int, tp_size: int, parallel: ParallelContext | None) -> ParallelContext | None:
-    if parallel is None:
-        return init_distributed(ep_size, tp_size) if ep_size * tp_size != 1 else None
-    if (ep_size, tp_size) != (1, 1) and (ep_size, tp_size) != (parallel.ep_size, parallel.tp_size):
-        raise ValueError(
-            f"ep_size and tp_size must be those of parallel, {parallel.ep_size} and {parallel.tp_size}, or "
-            f"be left out, got {ep_size} and {tp_size}"
-        )
-    return parallel if parallel.ep_size * parallel.tp_size > 1 else None
-
-
-def _check(block: MoEBlock, over_ranks: bool) -> None:
-    block.check()
-    if over_ranks and getattr(getattr(block, "config", None), "sequence_parallel", False):
-        raise ValueError(
-            "sequence_parallel must be False for ep_size or tp_size above 1, because all ranks must pass the "
-            "same tokens, got True"
-        )
-    block.weights()
-    block.activation()
-    if block.shared_expert() is not None:
-        listed_weights([block.shared_expert()])
-
-
-def _accelerating_init(stock: type[nn.Layer], block: type[MoEBlock], parallel: ParallelContext | None):
-    original = stock.__init__
-
-    @functools.wraps(original)
-    def init(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        if type(self) is stock:  # a subclass is not ready yet, and may compute something else
-            self.__class__ = _accelerated(block, stock)
-            _check(self, parallel is not None)
-            if parallel is not None:
-                self.shard(parallel)
-
-    return init
+    def divided_over(self) -> int:
+        """The ranks over which the package itself has divided the experts when it built the block."""
+        if self._stacked():
+            return 1
+        return self.total_experts() // (len(self.held()) + len(self._away))

@@ -14,13 +14,15 @@ import paddle
 from paddle.nn import functional as F
 
 from paddle_moe.functional import gate, route
-from paddle_moe.integrations.blocks import Integration, MoEBlock, Slice, Weights
+from paddle_moe.integrations.blocks import MoEBlock, Slice, Weights
+from paddle_moe.integrations.models import Holdings, Integration, published_by_blocks, turned
 from paddle_moe.losses import load_balancing_loss, router_z_loss
-from paddle_moe.params import shard_range
+from paddle_moe.params import Part
+from paddle_moe.tensor_files import Source
 
 Tensor = paddle.Tensor
 
-__all__ = ["accelerate", "load_checkpoint", "patch", "restore", "unpatch"]
+__all__ = ["accelerate", "load_checkpoint", "patch", "restore", "save_checkpoint", "unpatch"]
 
 
 class Experts(MoEBlock):
@@ -41,6 +43,10 @@ class Qwen3Moe(MoEBlock):
 
     stock = "paddleformers.transformers.qwen3_moe.modeling:Qwen3MoeSparseMoeBlock"
     model = "Qwen3-MoE"
+    layout = "qwen3_moe"
+
+    def router_slices(self) -> list[Slice]:
+        return [Slice.of(self.gate.weight, "gate_weight", "H E")]
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         logits = gate(self.tokens(hidden_states), self.gate.weight)
@@ -55,6 +61,13 @@ class DeepseekV3(MoEBlock):
 
     stock = "paddleformers.transformers.deepseek_v3.modeling:DeepseekV3MoE"
     model = "DeepSeek-V3"
+    layout = "deepseek_v3"
+
+    def router_slices(self) -> list[Slice]:
+        return [
+            Slice.of(self.gate.weight, "gate_weight", "H E"),
+            Slice.of(self.gate.e_score_correction_bias, "correction_bias", "E"),
+        ]
 
     def shared_expert(self):
         return self._sub_layers["shared_experts"]
@@ -83,6 +96,11 @@ class Glm4Moe(DeepseekV3):
 
     stock = "paddleformers.transformers.glm4_moe.modeling:Glm4MoeMoE"
     model = "GLM-4-MoE"
+    layout = "glm4_moe"
+
+    def router_slices(self) -> list[Slice]:
+        weight, bias = super().router_slices()
+        return [Slice.of(weight.parameter, "gate_weight", "E H"), bias]
 
     def logits(self, tokens: Tensor) -> Tensor:
         # The weight is [E, H]; gate() takes [H, E], and transposing costs more than this.
@@ -98,6 +116,10 @@ class GptOss(MoEBlock):
 
     stock = "paddleformers.transformers.gpt_oss.modeling:GptOssMLP"
     model = "gpt-oss"
+    layout = "gpt_oss"
+
+    def router_slices(self) -> list[Slice]:
+        return [Slice.of(self.router.weight, "gate_weight", "E H")]
 
     def activation(self) -> str:
         experts = self.experts_layer()
@@ -120,17 +142,13 @@ class GptOss(MoEBlock):
         )
         return super().run(tokens, routing_table, router_weights, ordered, first)
 
-    def slices(self, parallel, first: int, end: int) -> list[Slice]:
+    def expert_slices(self) -> list[Slice]:
         experts = self.experts_layer()
-        num_experts, inter, hidden = experts.down_proj.shape
-        sizes = {"E": num_experts, "H": hidden, "I": inter, "G": 2}
-        kept = {"E": (first, end), "I": shard_range(inter, parallel.tp_rank, parallel.tp_size)}
-        once = kept if parallel.tp_rank == 0 else {"E": (0, 0)}  # added by the first rank alone
         return [
-            Slice.of(experts.gate_up_proj, "E H (I G)", sizes, kept),
-            Slice.of(experts.gate_up_proj_bias, "E (I G)", sizes, kept),
-            Slice.of(experts.down_proj, "E I H", sizes, kept),
-            Slice.of(experts.down_proj_bias, "E H", sizes, once),
+            Slice.of(experts.gate_up_proj, "gate_up_weight", "E H (I G)", G=(0, 2)),
+            Slice.of(experts.gate_up_proj_bias, "gate_up_bias", "E (I G)", G=(0, 2)),
+            Slice.of(experts.down_proj, "down_weight", "E I H"),
+            Slice.of(experts.down_proj_bias, "down_bias", "E H"),
         ]
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,14 +186,17 @@ class Ernie45Moe(MoEBlock):
 
     stock = "paddleformers.transformers.ernie4_5_moe.modeling:Ernie4_5_MoeSparseMoeBlock"
     model = "ERNIE-4.5-MoE"
+    layout = "ernie4_5_moe"
+
+    def router_slices(self) -> list[Slice]:
+        slices = [Slice.of(self.gate.weight, "gate_weight", "H E")]
+        if self.config.moe_use_aux_free:
+            bias = self.moe_statics.e_score_correction_bias
+            slices.append(Slice.of(bias, "correction_bias", "1 E"))
+        return slices
 
     def check(self) -> None:
         config = self.config
-        if config.moe_world_size > 1:
-            raise ValueError(
-                "moe_group must be one rank, because the block then holds all experts, got "
-                f"{config.moe_world_size} ranks; build the model without fleet, and pass ep_size"
-            )
         for name in ("multimodel_experts", "moe_group_experts", "moe_use_token_type_bias"):
             if config.get(name, False):
                 raise ValueError(f"{name} must be False for paddle_moe, got {config.get(name)!r}")
@@ -229,7 +250,47 @@ class Ernie45Moe(MoEBlock):
         return loss
 
 
-_integration = Integration("paddleformers", [Qwen3Moe, DeepseekV3, Glm4Moe, GptOss, Ernie45Moe, Experts])
-load_checkpoint = _integration.load_checkpoint
+def _published(model, holdings: Holdings) -> list[Source] | None:
+    """Hugging Face's names: those of the blocks from their layouts, the others by what the layers are.
+
+    Most names are the model's own, with the matrices of nn.Linear turned. What PaddleFormers fuses has the
+    names of its parts: query, key and value, whose heads alternate, and gate and up.
+    """
+    sources = published_by_blocks(model)
+    if sources is None:
+        return None
+    done, layers = {source.target for source in sources}, dict(model.named_sublayers())
+    for name, (tensor, _, whole) in list(holdings.items()):
+        path, _, leaf = name.rpartition(".")
+        if name in done or path.endswith("rotary_emb") or leaf == "expert_usage":  # the latter: not in files
+            continue
+        layer, (parent, _, last) = layers.get(path), path.rpartition(".")
+        is_matrix = leaf == "weight" and isinstance(layer, paddle.nn.Linear)
+        if last in ("qkv_proj", "up_gate_proj"):
+            if last == "qkv_proj":
+                config = layers[parent].config
+                repeats = config.num_attention_heads // config.num_key_value_heads
+                ranges = {"K": (0, config.num_key_value_heads), "R": (0, repeats + 2)}
+                columns, cut = "(K R D)", "R"
+                parts = {"q": (0, repeats), "k": (repeats, repeats + 1), "v": (repeats + 1, repeats + 2)}
+            else:
+                columns, cut, ranges, parts = "(G I)", "G", {"G": (0, 2)}, {"gate": (0, 1), "up": (1, 2)}
+            whole = Slice.of(tensor, name, f"H {columns}" if is_matrix else columns, **ranges).whole
+            holdings[name] = tensor, whole, whole
+            pattern = (columns if cut == "R" else "I") + (" H" if is_matrix else "")
+            sources += [
+                Source(f"{parent}.{part}_proj.{leaf}", name, Part(pattern, {**whole.ranges, cut: span}))
+                for part, span in parts.items()
+            ]
+        elif name == "lm_head.weight" and model.config.tie_word_embeddings:
+            sources.append(Source("model.embed_tokens.weight", name, whole))
+        else:
+            sources.append(Source(name, name, turned(whole) if is_matrix else whole))
+    return sources
+
+
+_blocks = [Qwen3Moe, DeepseekV3, Glm4Moe, GptOss, Ernie45Moe, Experts]
+_integration = Integration("paddleformers", _blocks, _published)
+load_checkpoint, save_checkpoint = _integration.load_checkpoint, _integration.save_checkpoint
 accelerate, restore = _integration.accelerate, _integration.restore
 patch, unpatch = _integration.patch, _integration.unpatch

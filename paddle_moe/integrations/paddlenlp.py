@@ -17,12 +17,14 @@ import paddle
 from paddle.nn import functional as F
 
 from paddle_moe.functional import gate, route
-from paddle_moe.integrations.blocks import Integration, MoEBlock
+from paddle_moe.integrations.blocks import MoEBlock
+from paddle_moe.integrations.models import Holdings, Integration, turned
 from paddle_moe.losses import load_balancing_loss
+from paddle_moe.tensor_files import Source
 
 Tensor = paddle.Tensor
 
-__all__ = ["accelerate", "load_checkpoint", "patch", "restore", "unpatch"]
+__all__ = ["accelerate", "load_checkpoint", "patch", "restore", "save_checkpoint", "unpatch"]
 
 
 class Mixtral(MoEBlock):
@@ -51,19 +53,7 @@ class Jamba(MoEBlock):
         return output, logits.astype(hidden_states.dtype)
 
 
-class _MoELayer(MoEBlock):
-    """What the blocks on PaddleNLP's MoELayer have in common."""
-
-    def check(self) -> None:
-        if self.expert_parallel_degree > 1:
-            raise ValueError(
-                f"{type(self).__name__} must hold all experts, got one that PaddleNLP divided over the "
-                f"{self.expert_parallel_degree} ranks of its moe_group; build the model without fleet, and "
-                "pass ep_size"
-            )
-
-
-class Qwen2Moe(_MoELayer):
+class Qwen2Moe(MoEBlock):
     """Yang et al., "Qwen2 Technical Report" (2024).
 
     The second thing it returns is the router logits, from which the model computes its load balancing loss.
@@ -86,7 +76,7 @@ class Qwen2Moe(_MoELayer):
         return output, logits.astype(hidden_states.dtype)
 
 
-class Deepseek(_MoELayer):
+class Deepseek(MoEBlock):
     """DeepSeek-AI, "DeepSeek-V2" (2024), section 2.2, and "DeepSeek-V3 Technical Report" (2024), 2.1.2."""
 
     stock = "paddlenlp.transformers.deepseek_v2.modeling:DeepseekV2MoE"
@@ -98,7 +88,6 @@ class Deepseek(_MoELayer):
     }
 
     def check(self) -> None:
-        super().check()
         for name, value, known in (
             ("scoring_func", self.gate.scoring_func, ("softmax", "sigmoid")),
             ("topk_method", self.gate.topk_method, tuple(self._SELECTION)),
@@ -138,17 +127,18 @@ class Deepseek(_MoELayer):
         return output
 
 
-def _published_names(model) -> dict[str, tuple[str, bool]]:
+def _published(model, holdings: Holdings) -> list[Source]:
     """From PaddleNLP's own table, which depends on the class that a model was saved from."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    return {
-        one.target_name: (one.source_name, one.action == "transpose")
-        for one in model._get_name_mappings(config)
-    }
+    table = {one.target_name: one for one in model._get_name_mappings(config)}
+    return [
+        Source(table[name].source_name, name, turned(whole) if table[name].action == "transpose" else whole)
+        for name, (_, _, whole) in holdings.items()
+    ]
 
 
-_integration = Integration("paddlenlp", [Mixtral, Qwen2Moe, Deepseek, Jamba], _published_names)
-load_checkpoint = _integration.load_checkpoint
+_integration = Integration("paddlenlp", [Mixtral, Qwen2Moe, Deepseek, Jamba], _published)
+load_checkpoint, save_checkpoint = _integration.load_checkpoint, _integration.save_checkpoint
 accelerate, restore = _integration.accelerate, _integration.restore
 patch, unpatch = _integration.patch, _integration.unpatch

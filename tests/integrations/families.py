@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable
 
 import dense
 import numpy as np
 import paddle
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 TEXT = b"A mixture of experts sends each token to a few of its many experts and adds up what they say. "
 VOCABULARY = 128  # the tokens are the bytes of the text
@@ -76,3 +80,69 @@ def assert_same_gradients(actual: dict[str, np.ndarray], expected: dict[str, np.
     for name, gradient in expected.items():
         error = np.linalg.norm(actual[name] - gradient)
         assert error < 1e-5 * np.linalg.norm(gradient) + 1e-7 * largest, name
+
+
+def write_files(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Two safetensors files and an index."""
+    path.mkdir(parents=True)
+    keys, weight_map = sorted(tensors), {}
+    for part in range(2):
+        file = f"model-{part + 1:05}-of-00002.safetensors"
+        save_file({key: np.ascontiguousarray(tensors[key]) for key in keys[part::2]}, path / file)
+        weight_map.update(dict.fromkeys(keys[part::2], file))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def read_files(path: Path) -> dict[str, np.ndarray]:
+    """What the index of a directory names."""
+    weight_map = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = {}
+    for key, file in weight_map.items():
+        with safe_open(path / file, framework="np") as opened:
+            tensors[key] = opened.get_tensor(key)
+    return tensors
+
+
+def assert_same_tensors(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(actual[name], value, err_msg=name)
+
+
+def in_no_file(name: str) -> bool:
+    """State that published files lack, and that loading them leaves as it was."""
+    return "rotary_emb" in name or name.endswith("expert_usage")
+
+
+@paddle.no_grad()
+def set_to_zero(model) -> None:
+    for name, tensor in model.state_dict().items():
+        if not in_no_file(name):
+            tensor.set_value(paddle.zeros_like(tensor))
+
+
+# What a file of Mixtral-like names can be wrong in, and the text of the error. {key}: of one expert's matrix.
+def wrong_files(key: str, shape: list[int]) -> dict[str, tuple[Callable[[dict], Any], str]]:
+    here, there = (f"\\[{a}, {b}\\]" for a, b in (shape, shape[::-1]))
+    extra = key.replace(".experts.2.", ".experts.77.")
+    return {
+        "missing": (lambda t: t.pop(key), f"{key}: expected a tensor {here}, found nothing"),
+        "turned": (
+            lambda t: t.update({key: t[key].T.copy()}),
+            f"{key}: expected the shape {here}, found {there}",
+        ),
+        "dtype": (
+            lambda t: t.update({key: t[key].astype("int8")}),
+            f"{key}: expected float32, found int8",
+        ),
+        "extra": (
+            lambda t: t.update({extra: t[key]}),
+            f"{extra}: expected no tensor of this name, found a tensor",
+        ),
+    }
+
+
+def cut_short(path: Path) -> None:
+    """The second of the files of `write_files` loses its last bytes."""
+    file = path / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from importlib import import_module
 
 import dense
+import numpy as np
 import paddle
-from families import VOCABULARY, Family, draw_weights, tokens
+from families import VOCABULARY, Family, draw_weights, in_no_file, tokens
 
 _SIZES = dict(
     vocab_size=VOCABULARY,
     hidden_size=64,
     num_hidden_layers=2,
     num_attention_heads=4,
-    num_key_value_heads=4,
+    num_key_value_heads=2,
     head_dim=16,
     max_position_embeddings=256,
     fuse_rms_norm=False,  # has no CPU kernel
@@ -134,3 +136,41 @@ def generated(model) -> list[list[int]]:
     ids = tokens(2, 8)
     out = model.generate(ids, attention_mask=paddle.ones_like(ids), max_new_tokens=6, do_sample=False)
     return out[0].tolist()
+
+
+_TURNED = re.compile(  # matrices that PaddleFormers has as [in, out]
+    r"\.(o_proj|q_proj|k_proj|v_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|gate_proj|up_proj|down_proj)\.weight$"
+)
+
+
+def published_tensors(model) -> dict[str, np.ndarray]:
+    """By the names, and as the [out, in] matrices, of Hugging Face's files."""
+    config, tensors = model.config, {}
+    groups = config.num_attention_heads // config.num_key_value_heads
+    gpt_oss = type(model).__name__.startswith("GptOss")
+    for name, tensor in model.state_dict().items():
+        path, leaf = name.rsplit(".", 1)
+        parent, value = path.rpartition(".")[0], tensor.numpy()
+        if in_no_file(name):
+            continue
+        if path.endswith("qkv_proj"):
+            heads = value.reshape([*value.shape[:-1], config.num_key_value_heads, groups + 2, -1])
+            parts = {"q": heads[..., :groups, :], "k": heads[..., groups, :], "v": heads[..., groups + 1, :]}
+            for part, columns in parts.items():
+                tensors[f"{parent}.{part}_proj.{leaf}"] = columns.reshape([*value.shape[:-1], -1]).T
+        elif path.endswith("up_gate_proj"):
+            for part, columns in zip(("gate", "up"), np.split(value, 2, axis=1)):
+                tensors[f"{parent}.{part}_proj.weight"] = columns.T
+        elif leaf == "gate_up_proj" and not gpt_oss:
+            for expert, both in enumerate(value):
+                for part, columns in zip(("gate", "up"), np.split(both, 2, axis=1)):
+                    tensors[f"{path}.{expert}.{part}_proj.weight"] = columns.T
+        elif leaf == "down_proj" and not gpt_oss:
+            tensors.update({f"{path}.{expert}.down_proj.weight": one.T for expert, one in enumerate(value)})
+        elif path.endswith("mlp.gate") and leaf == "weight":
+            tensors[name] = value if value.shape[0] < value.shape[1] else value.T  # [experts, hidden]
+        else:
+            tensors[name] = value.T if _TURNED.search(name) else value
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors

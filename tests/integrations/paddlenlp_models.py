@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import dense
 import numpy as np
 import paddle
 from families import VOCABULARY, Family, draw_weights, tokens
-from safetensors.numpy import save_file
 
 _SIZES = dict(
     vocab_size=VOCABULARY,
@@ -142,20 +140,13 @@ def generated(model) -> list[list[int]]:
     return out.tolist()
 
 
-def write_published_files(model, path, change=lambda tensors: None):
-    """Two safetensors files with the names and the [out, in] matrices of the published ones, and an index."""
+def published_tensors(model) -> dict[str, np.ndarray]:
+    """By the names, and as the [out, in] matrices, of the published files."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     state, tensors = model.state_dict(), {}
     for one in model._get_name_mappings(config):
         if one.target_name in state:
             value = state[one.target_name].numpy()
-            tensors[one.source_name] = np.ascontiguousarray(value.T if one.action == "transpose" else value)
-    change(tensors)
-    path.mkdir()
-    keys, weight_map = sorted(tensors), {}
-    for part in range(2):
-        file = f"model-{part + 1:05}-of-00002.safetensors"
-        save_file({key: tensors[key] for key in keys[part::2]}, path / file)
-        weight_map.update(dict.fromkeys(keys[part::2], file))
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+            tensors[one.source_name] = value.T if one.action == "transpose" else value
+    return tensors

@@ -12,7 +12,7 @@ from checks import relative_l2
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import launcher
-from families import blocks_of, logits
+from families import assert_same_tensors, blocks_of, logits, read_files, write_files
 
 WORKERS = Path(__file__).parent / "workers"
 
@@ -22,10 +22,9 @@ def test_every_family(package, tmp_path):
     if util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: see docs/integrations.md")
     models = import_module(f"{package}_models")
-    if package == "paddlenlp":
-        (tmp_path / "files").mkdir()
-        for family in models.FAMILIES:
-            models.write_published_files(models.build(family), tmp_path / "files" / family.name)
+    files = {family.name: models.published_tensors(models.build(family)) for family in models.FAMILIES}
+    for name, tensors in files.items():
+        write_files(tensors, tmp_path / "files" / name)
     job = launcher.launch(
         tmp_path / "logs", WORKERS / "models_on_grid.py", package, 2, 2, tmp_path, ranks=4, seconds=240
     )
@@ -38,6 +37,7 @@ def test_every_family(package, tmp_path):
 
     integration = import_module(f"paddle_moe.integrations.{package}")
     for family in models.FAMILIES:
+        assert_same_tensors(read_files(tmp_path / "saved" / family.name), files[family.name])
         model = models.build(family)
         elements = sum(one.size for block in blocks_of(model, family) for one in block.experts.parameters())
         integration.accelerate(model)

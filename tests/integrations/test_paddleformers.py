@@ -9,11 +9,31 @@ from checks import relative_l2
 
 pytest.importorskip("paddleformers", reason="paddleformers is not installed: see docs/integrations.md")
 
-from families import assert_same_gradients, blocks_of, logits, loss_and_gradients, use_dense_blocks
-from paddleformers_models import FAMILIES, build, generated
+from families import (
+    assert_same_gradients,
+    assert_same_tensors,
+    blocks_of,
+    cut_short,
+    logits,
+    loss_and_gradients,
+    read_files,
+    set_to_zero,
+    use_dense_blocks,
+    write_files,
+    wrong_files,
+)
+from paddleformers_models import FAMILIES, build, generated, published_tensors
 
 from paddle_moe.integrations.blocks import MoEBlock
-from paddle_moe.integrations.paddleformers import accelerate, patch, restore, unpatch
+from paddle_moe.integrations.paddleformers import (
+    accelerate,
+    load_checkpoint,
+    patch,
+    restore,
+    save_checkpoint,
+    unpatch,
+)
+from paddle_moe.tensor_files import CheckpointError
 
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 family_of = {family.name: family for family in FAMILIES}
@@ -165,6 +185,90 @@ def test_gpt_oss_with_few_of_its_experts():
         for block, expected in zip(blocks_of(model, family), blocks_of(reference, family)):
             assert relative_l2(block(x)[0].numpy(), expected.forward(x)[0].numpy()) < 2e-6
             assert block(paddle.zeros([1, 0, 64]))[0].shape == [1, 0, 64]
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        *((family.name, {}) for family in FAMILIES),
+        ("qwen3_moe", dict(attention_bias=True, tie_word_embeddings=True)),
+        ("qwen3_moe", dict(fd_fallback=True)),  # experts as stacked weights
+        ("deepseek_v3", dict(fd_fallback=True)),
+        ("glm4_moe", dict(fd_fallback=True)),
+    ],
+)
+def test_published_files(name, options, tmp_path):
+    model = build(family_of[name], **options)
+    files = published_tensors(model)
+    another_layer = {"model.layers.7.mlp.experts.0.gate_proj.weight": np.zeros([2, 2], "float32")}
+    write_files({**files, **another_layer}, tmp_path / "files")
+    accelerate(model)
+    save_checkpoint(model, tmp_path / "saved")
+    assert_same_tensors(read_files(tmp_path / "saved"), files)
+
+    expected = {key: one.numpy() for key, one in model.state_dict().items()}
+    tied = expected["lm_head.weight"].nbytes if options.get("tie_word_embeddings") else 0
+    if tied:
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    set_to_zero(model)
+    report = load_checkpoint(model, tmp_path / "files")
+    assert_same_tensors({key: one.numpy() for key, one in model.state_dict().items()}, expected)
+    assert report.unmatched == list(another_layer)
+    assert report.bytes_read == sum(one.nbytes for one in files.values()) + tied
+
+
+@each_family
+def test_files_of_paddleformers(family, tmp_path):
+    model = accelerate(build(family))
+    expected = {key: one.numpy() for key, one in model.state_dict().items()}
+    write_files(expected, tmp_path / "files")
+    set_to_zero(model)
+    load_checkpoint(model, tmp_path / "files")
+    assert_same_tensors({key: one.numpy() for key, one in model.state_dict().items()}, expected)
+    save_checkpoint(model, tmp_path / "saved", layout="paddle")
+    assert_same_tensors(read_files(tmp_path / "saved"), expected)
+
+
+EXPERT = "model.layers.1.mlp.experts.2.gate_proj.weight"
+
+
+@pytest.mark.parametrize("what", wrong_files(EXPERT, [44, 64]))
+@pytest.mark.parametrize("stacked", [False, True])
+def test_files_that_do_not_fit(what, stacked, tmp_path):
+    change, text = wrong_files(EXPERT, [44, 64])[what]
+    model = accelerate(build(family_of["qwen3_moe"], fd_fallback=stacked))
+    files = published_tensors(model)
+    change(files)
+    write_files(files, tmp_path / "files")
+    set_to_zero(model)
+    with pytest.raises(CheckpointError, match=text) as raised:
+        load_checkpoint(model, tmp_path / "files")
+    assert len(raised.value.problems) == 1
+    assert not any(parameter.any() for parameter in model.parameters()), "half loaded"
+
+
+def test_a_file_that_was_cut_short(tmp_path):
+    model = accelerate(build(family_of["gpt_oss"]))
+    write_files(published_tensors(model), tmp_path / "files")
+    cut_short(tmp_path / "files")
+    set_to_zero(model)
+    with pytest.raises(
+        CheckpointError, match=r"model-00002.*: expected a whole safetensors file, found Safe"
+    ):
+        load_checkpoint(model, tmp_path / "files")
+    assert not any(parameter.any() for parameter in model.parameters()), "half loaded"
+
+
+def test_published_names_need_accelerated_blocks(tmp_path):
+    model = build(family_of["qwen3_moe"])
+    for call in (load_checkpoint, save_checkpoint):
+        with pytest.raises(ValueError, match="known only when all of its blocks are accelerated"):
+            call(model, tmp_path, layout="huggingface")
+    with pytest.raises(ValueError, match="layout must be one of huggingface, paddle, got 'torch'"):
+        save_checkpoint(model, tmp_path, layout="torch")
 
 
 # ---------------------------------------------------------------- errors

@@ -9,15 +9,33 @@ import numpy as np
 import paddle
 import pytest
 from checks import relative_l2
-from safetensors.numpy import save_file
 
 paddlenlp = pytest.importorskip("paddlenlp", reason="paddlenlp is not installed: see docs/integrations.md")
 
-from families import assert_same_gradients, blocks_of, logits, loss_and_gradients, use_dense_blocks
-from paddlenlp_models import FAMILIES, build, generated, write_published_files
+from families import (
+    assert_same_gradients,
+    assert_same_tensors,
+    blocks_of,
+    cut_short,
+    logits,
+    loss_and_gradients,
+    read_files,
+    set_to_zero,
+    use_dense_blocks,
+    write_files,
+    wrong_files,
+)
+from paddlenlp_models import FAMILIES, build, generated, published_tensors
 
 from paddle_moe.integrations.blocks import MoEBlock
-from paddle_moe.integrations.paddlenlp import accelerate, load_checkpoint, patch, restore, unpatch
+from paddle_moe.integrations.paddlenlp import (
+    accelerate,
+    load_checkpoint,
+    patch,
+    restore,
+    save_checkpoint,
+    unpatch,
+)
 from paddle_moe.tensor_files import CheckpointError
 
 # Before 3.0 PaddleNLP has Mixtral only.
@@ -177,52 +195,55 @@ def test_checkpoints_are_interchangeable(family, tmp_path):
 @each_family
 def test_published_files(family, tmp_path):
     model = build(family)
-    write_published_files(model, tmp_path / "files")
-    expected = {name: one.numpy() for name, one in model.state_dict().items()}
-    for parameter in model.parameters():
-        parameter.set_value(paddle.zeros_like(parameter))
-    report = load_checkpoint(accelerate(model), tmp_path / "files")
+    files, expected = (
+        published_tensors(model),
+        {name: one.numpy() for name, one in model.state_dict().items()},
+    )
+    write_files(files, tmp_path / "files")
+    accelerate(model)
+    save_checkpoint(model, tmp_path / "saved")
+    assert_same_tensors(read_files(tmp_path / "saved"), files)
+    set_to_zero(model)
+    report = load_checkpoint(model, tmp_path / "files")
     assert report.unmatched == [] and report.bytes_read == sum(one.nbytes for one in expected.values())
-    for name, one in model.state_dict().items():
-        np.testing.assert_array_equal(one.numpy(), expected[name])
+    assert_same_tensors({name: one.numpy() for name, one in model.state_dict().items()}, expected)
 
 
 @each_family
 def test_files_of_paddlenlp(family, tmp_path):
     model = build(family)
     expected = {name: one.numpy() for name, one in model.state_dict().items()}
-    save_file(expected, tmp_path / "model.safetensors")
-    for parameter in model.parameters():
-        parameter.set_value(paddle.zeros_like(parameter))
-    load_checkpoint(accelerate(model), tmp_path)
-    for name, one in model.state_dict().items():
-        np.testing.assert_array_equal(one.numpy(), expected[name])
+    write_files(expected, tmp_path / "files")
+    set_to_zero(model)
+    load_checkpoint(accelerate(model), tmp_path / "files")
+    assert_same_tensors({name: one.numpy() for name, one in model.state_dict().items()}, expected)
+    save_checkpoint(model, tmp_path / "saved", layout="paddle")
+    assert_same_tensors(read_files(tmp_path / "saved"), expected)
 
 
-@pytest.mark.parametrize(
-    "change, text",
-    [
-        (lambda t: t.pop(EXPERT), rf"{EXPERT}: expected a tensor \[91, 64\], found nothing"),
-        (
-            lambda t: t.update({EXPERT: t[EXPERT].T.copy()}),
-            rf"{EXPERT}: expected the shape \[91, 64\], found \[64, 91\]",
-        ),
-        (lambda t: t.update({EXPERT: t[EXPERT].astype("int8")}), rf"{EXPERT}: expected float32, found int8"),
-        (
-            lambda t: t.update({EXPERT.replace("s.2", "s.5"): t[EXPERT]}),
-            r"experts\.5\.w1\.weight: expected no tensor",
-        ),
-    ],
-    ids=["missing", "turned", "dtype", "extra"],
-)
-def test_files_that_do_not_fit(change, text, tmp_path):
+@pytest.mark.parametrize("what", wrong_files(EXPERT, [91, 64]))
+def test_files_that_do_not_fit(what, tmp_path):
+    change, text = wrong_files(EXPERT, [91, 64])[what]
     model = accelerate(build(family_of["mixtral"]))
-    write_published_files(model, tmp_path / "files", change)
-    for parameter in model.parameters():
-        parameter.set_value(paddle.zeros_like(parameter))
+    files = published_tensors(model)
+    change(files)
+    write_files(files, tmp_path / "files")
+    set_to_zero(model)
     with pytest.raises(CheckpointError, match=text) as raised:
         load_checkpoint(model, tmp_path / "files")
     assert len(raised.value.problems) == 1
+    assert not any(parameter.any() for parameter in model.parameters()), "half loaded"
+
+
+def test_a_file_that_was_cut_short(tmp_path):
+    model = accelerate(build(family_of["mixtral"]))
+    write_files(published_tensors(model), tmp_path / "files")
+    cut_short(tmp_path / "files")
+    set_to_zero(model)
+    with pytest.raises(
+        CheckpointError, match=r"model-00002.*: expected a whole safetensors file, found Safe"
+    ):
+        load_checkpoint(model, tmp_path / "files")
     assert not any(parameter.any() for parameter in model.parameters()), "half loaded"
 
 

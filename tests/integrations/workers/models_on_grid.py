@@ -1,7 +1,8 @@
 """One rank of EP x TP that runs the models of a package: models_on_grid.py PACKAGE EP_SIZE TP_SIZE OUTPUT.
 
-PACKAGE is paddlenlp or paddleformers. Writes logits and generated tokens to OUTPUT/rank_R.npz. Gradients and
-loaded weights are checked here, against an unsharded model on the same rank.
+PACKAGE is paddlenlp or paddleformers. Loads OUTPUT/files/FAMILY, and writes them again to OUTPUT/saved/FAMILY;
+writes logits and generated tokens to OUTPUT/rank_R.npz. Gradients and loaded weights are checked here, against
+an unsharded model on the same rank.
 """
 
 import sys
@@ -9,19 +10,20 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-import paddle
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-from families import assert_same_gradients, blocks_of, logits, loss_and_gradients
+from checks import part_of
+from families import (
+    assert_same_gradients,
+    assert_same_tensors,
+    blocks_of,
+    in_no_file,
+    logits,
+    loss_and_gradients,
+    set_to_zero,
+)
 
 from paddle_moe.distributed import init_distributed
-from paddle_moe.integrations.blocks import Slice
-
-
-def cut(values: np.ndarray, one: Slice) -> np.ndarray:
-    """This rank's part of a whole array."""
-    unfolded = values.reshape([one.whole.length(name) for name in one.whole.names])
-    return unfolded[tuple(slice(*one.part.ranges[name]) for name in one.whole.names)].reshape(one.part.shape)
 
 
 package, ep_size, tp_size, output = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
@@ -41,23 +43,20 @@ for family in models.FAMILIES:
     held = sum(one.size for block in blocks_of(model, family) for one in block.experts.parameters())
     results[f"{family.name} elements"] = np.array(held)
 
-    files = output / "files" / family.name
-    if files.exists():
-        for parameter in model.parameters():
-            parameter.set_value(paddle.zeros_like(parameter))
-        report = integration.load_checkpoint(model, files)
-        assert report.unmatched == []
-        assert report.bytes_read == sum(value.nbytes for value in local.values())
-        for name, one in model.state_dict().items():
-            np.testing.assert_array_equal(one.numpy(), local[name], err_msg=name)
+    set_to_zero(model)
+    report = integration.load_checkpoint(model, output / "files" / family.name)
+    assert report.unmatched == []
+    assert report.bytes_read == sum(value.nbytes for name, value in local.items() if not in_no_file(name))
+    assert_same_tensors({name: one.numpy() for name, one in model.state_dict().items()}, local)
+    integration.save_checkpoint(model, output / "saved" / family.name)
 
-    slices = {id(one.parameter): one for block in blocks_of(model, family) for one in block._slices}
+    slices = {id(one.parameter): one for block in blocks_of(model, family) for one in block.slices()}
     slice_of = {name: slices.get(id(one)) for name, one in model.named_parameters()}
     loss, gradients = loss_and_gradients(model)
     single_loss, expected = loss_and_gradients(integration.accelerate(models.build(family)))
     assert abs(loss - single_loss) < 1e-6 * abs(single_loss)
     expected = {
-        name: cut(expected[name], one) if one else expected[name]
+        name: part_of(expected[name], one) if one else expected[name]
         for name, one in slice_of.items()
         if name in expected and (one is None or one.part.size)
     }
@@ -65,8 +64,6 @@ for family in models.FAMILIES:
 
     integration.restore(model)
     restored = {name: one.numpy() for name, one in model.state_dict().items()}
-    assert restored.keys() == whole.keys()
-    for name, value in whole.items():
-        np.testing.assert_array_equal(restored[name], value, err_msg=name)
+    assert_same_tensors(restored, whole)
 
 np.savez(output / f"rank_{parallel.rank}.npz", **results)

@@ -1,0 +1,423 @@
+"""Turns the mixture-of-experts blocks of a model into blocks that run on paddle_moe, in place.
+
+What a block becomes is in blocks.py; here are the blocks of whole models, and the files of models.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import paddle
+from paddle import nn
+
+from paddle_moe.checkpoint import part_key
+from paddle_moe.distributed import ParallelContext, init_distributed
+from paddle_moe.integrations.blocks import MoEBlock, listed_weights
+from paddle_moe.params import Part, shard_range
+from paddle_moe.pretrained import LAYOUTS, stored_tensors, write_stored
+from paddle_moe.tensor_files import LoadReport, Plan, Source, Target, TensorFiles, execute
+
+Tensor = paddle.Tensor
+Holdings = dict[str, tuple[Tensor, Part, Part]]  # by name: a tensor, the part it is, the whole of it
+
+
+@functools.cache
+def _accelerated(block: type[MoEBlock], stock: type[nn.Layer]) -> type[nn.Layer]:
+    return type(stock.__name__, (block, stock), {"__module__": block.__module__, "_stock": stock})
+
+
+class Integration:
+    """The functions of one package: accelerate, restore, patch, unpatch, load_checkpoint, save_checkpoint.
+
+    Args:
+        package: its name.
+        blocks: what is known of its blocks.
+        published: what the published files of a model have of its holdings, None if their names are not
+            known. It may name the dimensions of a whole for that.
+    """
+
+    def __init__(
+        self,
+        package: str,
+        blocks: list[type[MoEBlock]],
+        published: Callable[[nn.Layer, Holdings], list[Source] | None],
+    ):
+        self.package = package
+        self._published = published
+        self._blocks = {block.stock: block for block in blocks}
+        self._original_init: dict[type, Any] = {}
+
+    def accelerate(
+        self,
+        model: nn.Layer,
+        ep_size: int = 1,
+        tp_size: int = 1,
+        *,
+        parallel: ParallelContext | None = None,
+        dispatch: str = "replicated",
+    ) -> nn.Layer:
+        """Has every mixture-of-experts block of a model run on paddle_moe, in place.
+
+        Parameters keep their names and, with ep_size = tp_size = 1, their shapes: what the model saves then,
+        the stock model loads, and the other way round. Over several ranks each rank keeps its part of the
+        experts. Make optimizers afterwards.
+
+        Args:
+            model: built by the package, or any layer that contains such blocks.
+            ep_size: ranks over which experts are divided.
+            tp_size: ranks over which the intermediate dimension of each expert is divided.
+            parallel: result of init_distributed(ep_size, tp_size), made here if None; or
+                ParallelContext.from_groups with groups of fleet.
+            dispatch: "replicated": all ranks pass the same tokens. "alltoall": each EP rank passes tokens of
+                its own, any number of them, which travel to their experts and back; gradients of experts are
+                those of the sum over all ranks. A model whose experts its package has divided over the ranks
+                of a group of fleet needs this, and that group as EP group.
+
+        Returns:
+            ``model``.
+
+        Raises:
+            ValueError: the model has no block of a known kind, or one that is set up in a way that paddle_moe
+                does not compute; nothing has been changed then.
+            RuntimeError: see init_distributed.
+        """
+        _check_dispatch(dispatch)
+        found = list(self._find(model))
+        if not found:
+            if any(isinstance(layer, MoEBlock) for layer in model.sublayers(include_self=True)):
+                raise ValueError(f"{type(model).__name__} is accelerated already; restore() it first")
+            raise ValueError(
+                f"model must have a mixture-of-experts block that integrations.{self.package} knows "
+                f"({self.supported()}), got {type(model).__name__}"
+            )
+        for layer, block in found:
+            stock = type(layer)
+            layer.__class__ = _accelerated(block, stock)
+            try:
+                _check(layer, ep_size * tp_size > 1, parallel, dispatch)
+            finally:
+                layer.__class__ = stock
+        parallel = _context(ep_size, tp_size, parallel)
+        for layer, block in found:
+            layer.__class__ = _accelerated(block, type(layer))
+            if parallel is not None:
+                layer.shard(parallel, dispatch)
+        return model
+
+    def restore(self, model: nn.Layer) -> nn.Layer:
+        """Undoes :meth:`accelerate`; over several ranks every rank then has the whole model again.
+
+        All ranks call it together. Returns ``model``.
+        """
+        for layer in model.sublayers(include_self=True):
+            if isinstance(layer, MoEBlock):
+                if layer.parallel is not None:
+                    layer.unshard()
+                layer.__class__ = type(layer)._stock
+        return model
+
+    def patch(
+        self,
+        ep_size: int = 1,
+        tp_size: int = 1,
+        *,
+        parallel: ParallelContext | None = None,
+        dispatch: str = "replicated",
+    ) -> None:
+        """Has blocks that are built from now on run on paddle_moe, until :meth:`unpatch`.
+
+        Over several ranks each block is cut to this rank's part as soon as it is built, so that a model whose
+        experts do not fit on one rank can be built. Arguments and errors are those of :meth:`accelerate`.
+        """
+        _check_dispatch(dispatch)
+        if self._original_init:
+            raise ValueError(f"{self.package} is patched already; unpatch() it first")
+        stocks, errors = {}, []
+        for block in self._blocks.values():
+            module, _, name = block.stock.partition(":")
+            try:
+                stocks[getattr(import_module(module), name)] = block
+            except (ImportError, AttributeError) as error:  # not in this version, or it cannot be imported
+                errors.append(f"{block.stock}: {error}")
+        if not stocks:
+            raise RuntimeError(f"no block of {self.package} can be imported: " + "; ".join(errors))
+        parallel = _context(ep_size, tp_size, parallel)
+        for stock, block in stocks.items():
+            self._original_init[stock] = stock.__init__
+            stock.__init__ = _accelerating_init(stock, block, parallel, dispatch)
+
+    def unpatch(self) -> None:
+        """Undoes :meth:`patch`. Models that were built in between stay as they are."""
+        for stock, original in self._original_init.items():
+            stock.__init__ = original
+        self._original_init.clear()
+
+    def load_checkpoint(
+        self,
+        model: nn.Layer,
+        path: str | os.PathLike,
+        *,
+        layout: str = "auto",
+        cast: str = "lossless",
+        progress: bool = False,
+    ) -> LoadReport:
+        """Fills a model, accelerated or not, from safetensors files; each rank reads only what it holds.
+
+        All ranks that share the model call it together.
+
+        Args:
+            model: with parameters of the right shapes; for EP x TP, accelerated already.
+            path: a directory with model.safetensors.index.json or with *.safetensors, or one such file.
+            layout: "huggingface": names and [out, in] matrices of the published files. "paddle": those of the
+                package's own files. "auto": whichever names the files have.
+            cast: "lossless": float16 and bfloat16 may become float32. "any": every floating-point dtype may
+                become every other, with rounding. "none": dtypes must be equal.
+            progress: show a bar in a terminal.
+
+        Returns:
+            LoadReport: the keys loaded, the keys of the files that nothing asked for, the bytes read.
+
+        Raises:
+            ValueError: an unknown layout, or one that this package has no names for.
+            CheckpointError: a ValueError, on every rank, that lists file, key, what was expected and what
+                found, for all that is missing, doubled, truncated, of another shape or dtype, and for keys of
+                the mixture-of-experts blocks that the model lacks. Nothing was assigned.
+        """
+        _check_layout(layout, ("auto", "huggingface", "paddle"))
+        files, holdings = TensorFiles(path), _holdings(model)
+        candidates = {one: self._sources(model, one) for one in _LAYOUTS if layout in ("auto", one)}
+        if layout == "auto" and candidates["huggingface"][1] is None:
+            layout = "paddle"
+        elif layout == "auto":
+            fit = {
+                one: sum(
+                    source.key in files and files[source.key].shape == source.part.shape for source in sources
+                )
+                for one, (_, sources) in candidates.items()
+            }
+            if len(set(fit.values())) == 1 and any(fit.values()):
+                raise ValueError(
+                    "layout must be 'huggingface' or 'paddle' where the files fit both equally well, got 'auto'"
+                )
+            layout = max(fit, key=fit.get)
+        holdings, sources = candidates[layout]
+        if sources is None:
+            raise ValueError(self._unknown_names(model))
+        targets = {name: Target(tensor, part) for name, (tensor, part, _) in holdings.items()}
+        asked = {source.key for source in sources}
+        inside = tuple({key.partition(".experts.")[0] + "." for key in asked if ".experts." in key})
+        plan = Plan(
+            files, targets, sources, path=path, must_match=lambda key: key.startswith(inside), cast=cast
+        )
+        return execute([plan], path, _parallel_of(model), progress=f"loading {path}" if progress else None)
+
+    def save_checkpoint(
+        self, model: nn.Layer, path: str | os.PathLike, *, layout: str = "huggingface"
+    ) -> None:
+        """The reverse of :meth:`load_checkpoint`: writes the weights of a model, spread over ranks or not.
+
+        All ranks that share the model call it together, and pass what they hold to each other through files,
+        so ``path`` needs twice the room for a while.
+
+        Args:
+            model: accelerated or not.
+            path: a directory that all ranks see, without an index file; made when missing.
+            layout: "huggingface" or "paddle", as in load_checkpoint.
+
+        Raises:
+            ValueError: an unknown layout, or path has an index file already.
+            RuntimeError: a rank could not write, on every rank.
+        """
+        _check_layout(layout, _LAYOUTS)
+        holdings, sources = self._sources(model, layout)
+        if sources is None:
+            raise ValueError(self._unknown_names(model))
+        parallel = _parallel_of(model)
+        size = 1 if parallel is None else parallel.size("grid")
+        rank = 0 if parallel is None else parallel.ep_rank * parallel.tp_size + parallel.tp_rank
+        targets, homes = {}, {}
+        for source in sources:
+            homes.setdefault(source.key, []).append(source)
+        for number, (key, stored) in enumerate(sorted(homes.items())):
+            distinct: dict[str, str] = {}
+            for one in sorted(
+                stored, key=lambda one: one.target != key
+            ):  # tied to it: others of the same part
+                distinct.setdefault(str(holdings[one.target][2].ranges), one.target)
+            homes[key] = list(distinct.values())
+            if number % size == rank:
+                dtype = holdings[homes[key][0]][0].dtype
+                targets[key] = Target(paddle.empty(stored[0].part.shape, dtype), stored[0].part)
+        alone = {
+            _joined(prefix, name)
+            for prefix, block in model.named_sublayers(include_self=True)
+            if isinstance(block, MoEBlock)
+            for name, one in block.named_slices().items()
+            if one.shared_by
+        }
+        pieces = {
+            part_key(name, part, whole): tensor
+            for name, (tensor, part, whole) in holdings.items()
+            if (rank == 0 or name in alone) and part.size and not part.copy
+        }
+        if parallel is not None and parallel.dp_rank > 0:
+            pieces, targets = {}, {}
+        wholes = {name: whole for name, (_, _, whole) in holdings.items()}
+        write_stored(path, pieces, wholes, targets, homes, parallel)
+
+    def _unknown_names(self, model: nn.Layer) -> str:
+        return (
+            f"layout must be 'paddle' for {type(model).__name__}, got 'huggingface': its published names are "
+            "known only when all of its blocks are accelerated and listed in docs/integrations.md"
+        )
+
+    def _sources(self, model: nn.Layer, layout: str) -> tuple[Holdings, list[Source] | None]:
+        """The tensors of files in a layout, and the holdings of the model that they are parts of."""
+        holdings = _holdings(model)
+        if layout == "huggingface":
+            sources = self._published(model, holdings)
+        else:
+            sources = [Source(name, name, whole) for name, (_, _, whole) in holdings.items()]
+        return holdings, sources
+
+    def supported(self) -> str:
+        return ", ".join(
+            f"{block.stock.partition(':')[2]} of {block.model}" for block in self._blocks.values()
+        )
+
+    def _find(self, model: nn.Layer) -> Iterator[tuple[nn.Layer, type[MoEBlock]]]:
+        inside = set()  # experts that belong to a block which is found already
+        for layer in model.sublayers(include_self=True):
+            if isinstance(layer, MoEBlock) or id(layer) in inside:
+                continue
+            for cls in type(layer).__mro__:
+                block = self._blocks.get(f"{cls.__module__}:{cls.__qualname__}")
+                if block is not None and type(layer).forward is cls.forward:
+                    inside.update(id(one) for one in layer.sublayers())
+                    yield layer, block
+                    break
+
+
+def _holdings(model: nn.Layer) -> Holdings:
+    """Everything that the model has, or that another rank has instead."""
+    holdings = {name: (one, *[Part.whole(one.shape)] * 2) for name, one in model.state_dict().items()}
+    for prefix, block in model.named_sublayers(include_self=True):
+        if isinstance(block, MoEBlock):
+            for name, one in block.named_slices().items():
+                holdings[_joined(prefix, name)] = one.parameter, one.part, one.whole
+    return dict(sorted(holdings.items()))  # in one order on all ranks
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def published_by_blocks(model: nn.Layer) -> list[Source] | None:
+    """What published files have of the blocks of a model, by their layouts; None if one has no layout."""
+    sources = []
+    for prefix, block in model.named_sublayers(include_self=True):
+        if not isinstance(block, MoEBlock):
+            continue
+        if block.layout is None:
+            return None
+        slices, wholes = block.named_slices(), {}
+        for one in slices.values():
+            ranges = wholes.setdefault(one.dense, dict(one.whole.ranges))
+            for name, (start, stop) in one.whole.ranges.items():
+                ranges[name] = min(start, ranges[name][0]), max(stop, ranges[name][1])
+        for key, stored in stored_tensors(wholes, LAYOUTS[block.layout]):
+            for name, one in slices.items():
+                if one.dense == stored.dense and one.whole.overlap(stored.part):
+                    sources.append(Source(_joined(prefix, key), _joined(prefix, name), stored.part))
+    return sources or None
+
+
+def turned(part: Part) -> Part:
+    """The same part, stored with the dimensions of the array in reverse order."""
+    dimensions = re.findall(r"\([^)]*\)|\S+", part.pattern)
+    return Part(" ".join(reversed(dimensions)), part.ranges)
+
+
+def _parallel_of(model: nn.Layer) -> ParallelContext | None:
+    blocks = (layer for layer in model.sublayers(include_self=True) if isinstance(layer, MoEBlock))
+    return next((block.parallel for block in blocks), None)
+
+
+_LAYOUTS = ("huggingface", "paddle")
+
+
+def _check_layout(layout: str, known: tuple[str, ...]) -> None:
+    if layout not in known:
+        raise ValueError(f"layout must be one of {', '.join(known)}, got {layout!r}")
+
+
+def _check_dispatch(dispatch: str) -> None:
+    if dispatch not in ("replicated", "alltoall"):
+        raise ValueError(f"dispatch must be 'replicated' or 'alltoall', got {dispatch!r}")
+
+
+def _context(ep_size: int, tp_size: int, parallel: ParallelContext | None) -> ParallelContext | None:
+    if parallel is None:
+        return init_distributed(ep_size, tp_size) if ep_size * tp_size != 1 else None
+    if (ep_size, tp_size) != (1, 1) and (ep_size, tp_size) != (parallel.ep_size, parallel.tp_size):
+        raise ValueError(
+            f"ep_size and tp_size must be those of parallel, {parallel.ep_size} and {parallel.tp_size}, or "
+            f"be left out, got {ep_size} and {tp_size}"
+        )
+    return parallel if parallel.ep_size * parallel.tp_size > 1 else None
+
+
+def _check(block: MoEBlock, over_ranks: bool, parallel: ParallelContext | None, dispatch: str) -> None:
+    block.check()
+    if (over_ranks or parallel is not None) and getattr(
+        getattr(block, "config", None), "sequence_parallel", False
+    ):
+        raise ValueError(
+            "sequence_parallel must be False for ep_size or tp_size above 1, because the router's gradients "
+            "would lack those of other ranks' tokens, got True"
+        )
+    _check_division(block, parallel, dispatch)
+    block.weights()
+    block.activation()
+    if block.shared_expert() is not None:
+        listed_weights([block.shared_expert()])
+
+
+def _check_division(block: MoEBlock, parallel: ParallelContext | None, dispatch: str) -> None:
+    """A block whose experts its package has divided is used as it is."""
+    divided, held = block.divided_over(), [number for number, _ in block.held()]
+    if divided == 1:
+        return
+    fits = parallel is not None and (parallel.ep_size, parallel.tp_size) == (divided, 1)
+    if fits:
+        fits = held == list(range(*shard_range(block.total_experts(), parallel.ep_rank, divided)))
+    if dispatch != "alltoall" or not fits:
+        raise ValueError(
+            f"{type(block).__name__} holds the experts {held} of {block.total_experts()}, because fleet was "
+            "running when it was built: pass dispatch='alltoall' and "
+            "parallel=ParallelContext.from_groups(group), with the group that the experts are divided over, "
+            f"got dispatch={dispatch!r} and "
+            + ("no parallel" if parallel is None else f"{parallel.ep_size} EP x {parallel.tp_size} TP ranks")
+        )
+
+
+def _accelerating_init(
+    stock: type[nn.Layer], block: type[MoEBlock], parallel: ParallelContext | None, dispatch: str
+):
+    original = stock.__init__
+
+    @functools.wraps(original)
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if type(self) is stock:  # a subclass is not ready yet, and may compute something else
+            self.__class__ = _accelerated(block, stock)
+            _check(self, False, parallel, dispatch)
+            if parallel is not None:
+                self.shard(parallel, dispatch)
+
+    return init

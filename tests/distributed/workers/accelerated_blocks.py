@@ -1,0 +1,243 @@
+"""One rank with blocks of another package on paddle_moe: accelerated_blocks.py EP_SIZE TP_SIZE CHECK...
+
+With EP_SIZE fleet the EP group is fleet's data-parallel group of all ranks. Every rank also computes everything
+by itself in plain Paddle and compares. Prints "CHECK passed" after each check.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+from checks import part_of, relative_l2
+from small_blocks import HIDDEN, Block, accelerate, restore
+
+from paddle_moe import ClipGradByGlobalNorm, ParallelContext, average_gradients, init_distributed
+from paddle_moe.params import shard_range
+
+FLEET = sys.argv[1] == "fleet"
+if FLEET:
+    from paddle.distributed import fleet
+
+    strategy = fleet.DistributedStrategy()
+    strategy.hybrid_configs = {"dp_degree": 2, "mp_degree": 1, "pp_degree": 1}
+    fleet.init(is_collective=True, strategy=strategy)
+    hybrid = fleet.get_hybrid_communicate_group()
+    parallel = ParallelContext.from_groups(hybrid.get_data_parallel_group())
+else:
+    parallel = init_distributed(int(sys.argv[1]), int(sys.argv[2]), timeout_seconds=60)
+CHECKS = {}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+def draw(rows: int, seed: int) -> paddle.Tensor:
+    values = np.random.default_rng(seed).standard_normal([rows, HIDDEN]).astype("float32")
+    return paddle.to_tensor(values, stop_gradient=False)
+
+
+def slices_of(model) -> dict:
+    blocks = [layer for layer in model.sublayers(include_self=True) if hasattr(layer, "mix")]
+    return {id(one.parameter): one for block in blocks for one in block.slices()}
+
+
+def assert_close(actual, expected, tolerance, what):
+    actual, expected = actual.astype("float32").numpy(), np.asarray(expected)
+    assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
+    assert np.isfinite(actual).all(), what
+    if expected.any():
+        assert relative_l2(actual, expected) < tolerance, (what, relative_l2(actual, expected))
+
+
+def assert_gradients(model, expected: dict, tolerance: float, *, only=lambda name: True):
+    """expected: of the whole parameters, by name."""
+    slices, seen = slices_of(model), 0
+    for name, parameter in model.named_parameters():
+        if parameter.size and only(name):
+            one = slices.get(id(parameter))
+            value = expected[name] if one is None else part_of(expected[name], one)
+            assert_close(parameter.grad, value, tolerance, name)
+            seen += 1
+    assert seen or parallel.rank > 0
+
+
+def gradients_of(model) -> dict:
+    return {name: one.grad.numpy() for name, one in model.named_parameters() if one.grad is not None}
+
+
+class Beside(paddle.nn.Layer):
+    """Two blocks next to each other: their collectives have no order but that of the graph."""
+
+    def __init__(self, few, many):
+        super().__init__()
+        self.few, self.many = few, many
+
+    def forward(self, x):
+        return x + self.few(x) + self.many(x)
+
+
+@check
+def graphs_of_one_shape():
+    """Also on ranks without experts, without columns, and without a part of the shared expert."""
+    for options in (
+        dict(num_experts=1, intermediate=6, shared=1),
+        dict(num_experts=3, intermediate=1, shared=2),
+        dict(num_experts=1, intermediate=1, shared=1, bias=True),
+        dict(num_experts=1, intermediate=2, shared=3, stacked=True),
+    ):
+        for swapped in (False, True):
+            pair = [Block(**options), Block(8, 12)]
+            stock_pair = [Block(**options), Block(8, 12)]
+            if swapped:
+                pair, stock_pair = pair[::-1], stock_pair[::-1]
+            model, stock = Beside(*pair), Beside(*stock_pair)
+            accelerate(model, parallel=parallel)
+            for seed in range(2):
+                x, x_alone = draw(9, seed), draw(9, seed)
+                model.clear_gradients()
+                stock.clear_gradients()
+                out, expected = model(x), stock(x_alone)
+                assert_close(out, expected.numpy(), 1e-5, "out")
+                out.square().sum().backward()
+                expected.square().sum().backward()
+                assert_close(x.grad, x_alone.grad.numpy(), 1e-5, "x")
+                assert_gradients(model, gradients_of(stock), 1e-5)
+
+
+@check
+def half_precision():
+    """Weights in bfloat16, and float32 weights under auto_cast, on ranks with and without experts."""
+    for options in (
+        dict(num_experts=1, intermediate=6, shared=3),
+        dict(num_experts=4, intermediate=6, bias=True),
+    ):
+        for automatic in (False, True):
+            model, stock = Block(**options), Block(**options)
+            if not automatic:
+                for parameter in stock.parameters():  # the reference computes with the rounded weights
+                    parameter.set_value(parameter.astype("bfloat16").astype("float32"))
+                model.to(dtype="bfloat16")
+            accelerate(model, parallel=parallel)
+            x = draw(9, 0) if automatic else draw(9, 0).astype("bfloat16").detach()
+            x.stop_gradient = False
+            x_alone = x.detach().astype("float32")
+            x_alone.stop_gradient = False
+            with paddle.amp.auto_cast(enable=automatic, dtype="bfloat16"):
+                out = model(x)
+            assert out.dtype == x.dtype
+            out.astype("float32").square().sum().backward()
+            expected = stock(x_alone)
+            expected.square().sum().backward()
+            assert_close(out, expected.numpy(), 1.5e-2, "out")
+            assert_close(x.grad, x_alone.grad.numpy(), 3e-2, "x")
+            assert_gradients(model, gradients_of(stock), 5e-2)
+
+
+@check
+def all_to_all():
+    """Tokens of each EP rank's own; gradients of experts are those of all tokens, others those of its own."""
+    for options in (
+        dict(num_experts=5, intermediate=6),
+        dict(num_experts=4, intermediate=6, shared=5, bias=True),
+        dict(num_experts=1, intermediate=3, shared=1),
+        dict(num_experts=4, intermediate=6, shared=3, stacked=True),
+    ):
+        for counts in ((5, 3), (0, 7), (0, 0)):
+            for automatic in (False, True):
+                tolerance = 3e-2 if automatic else 1e-5
+                model, stock = Block(**options), Block(**options)
+                whole = {name: one.numpy() for name, one in model.named_parameters()}
+                accelerate(model, parallel=parallel, dispatch="alltoall")
+                parts = [draw(count, 10 + rank) for rank, count in enumerate(counts)]
+                x = draw(counts[parallel.ep_rank], 10 + parallel.ep_rank)
+                with paddle.amp.auto_cast(enable=automatic, dtype="bfloat16"):
+                    out = model(x)
+                assert out.shape == x.shape and out.dtype == x.dtype
+                out.square().sum().backward()
+                everyone = paddle.concat(parts)
+                if everyone.shape[0]:
+                    stock(everyone).square().sum().backward()
+                    assert_gradients(model, gradients_of(stock), 2 * tolerance, only=lambda n: "experts" in n)
+                own = parts[parallel.ep_rank]
+                if own.shape[0]:
+                    stock.clear_gradients()
+                    expected = stock(own.detach())
+                    assert_close(out, expected.numpy(), tolerance, "out")
+                    own_alone = own.detach()
+                    own_alone.stop_gradient = False
+                    stock.clear_gradients()
+                    stock(own_alone).square().sum().backward()
+                    assert_close(x.grad, own_alone.grad.numpy(), 2 * tolerance, "x")
+                    assert_gradients(
+                        model, gradients_of(stock), 2 * tolerance, only=lambda n: "experts" not in n
+                    )
+                restore(model)
+                for name, one in model.named_parameters():
+                    np.testing.assert_array_equal(one.numpy(), whole[name], err_msg=name)
+                    assert not getattr(one, "is_distributed", False), name
+
+
+@check
+def steps_of_an_optimizer():
+    """Clipped by the norm over all ranks, tokens replicated or not: as in one process with all tokens."""
+    for dispatch in ("replicated", "alltoall"):
+        model, stock = Block(5, 6, shared=4), Block(5, 6, shared=4)
+        accelerate(model, parallel=parallel, dispatch=dispatch)
+        clip = ClipGradByGlobalNorm(0.1, parallel)
+        optimizer = paddle.optimizer.SGD(1.0, model.parameters(), grad_clip=clip)
+        clip_alone = paddle.nn.ClipGradByGlobalNorm(0.1)
+        alone = paddle.optimizer.SGD(1.0, stock.parameters(), grad_clip=clip_alone)
+        for step in range(2):
+            everyone = draw(8, step)
+            first, end = shard_range(8, parallel.ep_rank, parallel.ep_size)
+            x = everyone if dispatch == "replicated" else everyone[first:end]
+            model(x).square().sum().scale(1 if dispatch == "replicated" else parallel.ep_size).backward()
+            if dispatch == "alltoall":
+                average_gradients(model.parameters(), parallel, replicas=("dp", "ep"))
+            optimizer.step()
+            optimizer.clear_grad()
+            stock(everyone).square().sum().backward()
+            alone.step()
+            alone.clear_grad()
+        expected, slices = {name: one.numpy() for name, one in stock.named_parameters()}, slices_of(model)
+        for name, one in model.named_parameters():
+            if one.size:
+                assert_close(one, part_of(expected[name], slices.get(id(one))), 1e-5, (dispatch, name))
+
+
+@check
+def divided_by_fleet():
+    """Experts that are on this rank only since the block was built, as PaddleNLP does under fleet."""
+    here = range(*shard_range(6, parallel.ep_rank, parallel.ep_size))
+    model, stock = Block(6, 6, shared=4, here=here), Block(6, 6, shared=4)
+    names = [name for name, _ in model.named_parameters()]
+    for options in (dict(parallel=parallel), dict(dispatch="alltoall")):
+        try:
+            accelerate(model, **options)
+        except ValueError as error:
+            assert "pass dispatch='alltoall' and parallel=ParallelContext.from_groups(group)" in str(error)
+        else:
+            raise AssertionError(f"{options} was accepted")
+    accelerate(model, parallel=parallel, dispatch="alltoall")
+    assert [name for name, _ in model.named_parameters()] == names
+    parts = [draw(count, 20 + count) for count in (4, 7)]
+    x = parts[parallel.ep_rank]
+    out = model(x)
+    assert_close(out, stock(x.detach()).numpy(), 1e-5, "out")
+    out.square().sum().backward()
+    stock(paddle.concat([part.detach() for part in parts])).square().sum().backward()
+    assert_gradients(model, gradients_of(stock), 1e-5, only=lambda name: "experts" in name)
+    restore(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert not any(getattr(one, "is_distributed", False) for one in model.parameters())
+
+
+for name in sys.argv[3:]:
+    CHECKS[name]()
+    print(f"{name} passed", flush=True)
+parallel.shutdown()
