@@ -137,7 +137,7 @@ class Slice:
 
     @classmethod
     def of(cls, parameter: Tensor, dense: str, pattern: str, **ranges: tuple[int, int]) -> Slice:
-        """A tensor that is still whole; `ranges` are those of dimensions that do not follow from its shape."""
+        """A tensor that is still whole. `ranges`: of the dimensions that do not follow from its shape."""
         part = Part(pattern, ranges)
         for group, size in zip(part.groups, parameter.shape):
             for name in group:
@@ -318,7 +318,7 @@ class MoEBlock:
     def shard(self, parallel: ParallelContext, dispatch: str) -> None:
         """Keeps this rank's part of the experts, and of the shared expert.
 
-        With replicated tokens all ranks share the latter, with tokens of its own each EP rank needs the whole.
+        With replicated tokens all ranks share the latter, with tokens of its own each EP rank needs it whole.
         """
         first, end = shard_range(self.total_experts(), parallel.ep_rank, parallel.ep_size)
         slices, away = self.expert_slices(), {}

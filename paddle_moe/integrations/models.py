@@ -202,7 +202,7 @@ class Integration:
             }
             if len(set(fit.values())) == 1 and any(fit.values()):
                 raise ValueError(
-                    "layout must be 'huggingface' or 'paddle' where the files fit both equally well, got 'auto'"
+                    "layout must be 'huggingface' or 'paddle' where the files fit both alike, got 'auto'"
                 )
             layout = max(fit, key=fit.get)
         holdings, sources = candidates[layout]

@@ -1,6 +1,6 @@
 """One rank with blocks of another package on paddle_moe: accelerated_blocks.py EP_SIZE TP_SIZE CHECK...
 
-With EP_SIZE fleet the EP group is fleet's data-parallel group of all ranks. Every rank also computes everything
+With EP_SIZE fleet the EP group is fleet's data-parallel group of all ranks. Every rank also computes all
 by itself in plain Paddle and compares. Prints "CHECK passed" after each check.
 """
 

@@ -1,8 +1,8 @@
 """One rank of EP x TP that runs the models of a package: models_on_grid.py PACKAGE EP_SIZE TP_SIZE OUTPUT.
 
-PACKAGE is paddlenlp or paddleformers. Loads OUTPUT/files/FAMILY, and writes them again to OUTPUT/saved/FAMILY;
-writes logits and generated tokens to OUTPUT/rank_R.npz. Gradients and loaded weights are checked here, against
-an unsharded model on the same rank.
+PACKAGE is paddlenlp or paddleformers. Loads OUTPUT/files/FAMILY, writes them again to OUTPUT/saved/FAMILY,
+and logits and generated tokens to OUTPUT/rank_R.npz. Gradients and loaded weights are checked here,
+against an unsharded model on the same rank.
 """
 
 import sys
@@ -24,7 +24,6 @@ from families import (
 )
 
 from paddle_moe.distributed import init_distributed
-
 
 package, ep_size, tp_size, output = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
 models = import_module(f"{package}_models")
