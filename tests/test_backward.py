@@ -1,116 +1,34 @@
-"""Gradients of mixture_of_experts, gate and route, and how Paddle's autograd uses them.
+"""Gradients of mixture_of_experts, gate and route by paddle_moe.core.
 
 They are compared with the reference, which is itself checked against finite differences.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 
 import hypothesis
 import numpy as np
-import paddle
 import pytest
-from checks import (
-    ACTIVATIONS,
-    DTYPES,
-    LAYOUTS,
-    assert_close,
-    assert_same_bits,
-    dtype_of,
-    random_case,
-    relative_l2,
+from checks import ACTIVATIONS, DTYPES, LAYOUTS, assert_close, assert_same_bits, random_case
+from gradient_cases import (
+    assert_gradients_close,
+    assert_same_gradients,
+    expected_gradients,
+    flat,
+    forward_and_backward,
+    grad_out_of,
+    poisoned,
 )
 from hypothesis import strategies as st
 
-import paddle_moe
 from paddle_moe import core, reference
 from paddle_moe.core import Gradients
 from paddle_moe.reference import to_float64, to_storage
 
 per_dtype = pytest.mark.parametrize("dtype", DTYPES)
 per_layout = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-def local_rows(case: dict) -> int:
-    first = case.get("experts_min", 0)
-    count = len(case["down_weights"])
-    return int(np.count_nonzero((case["routing_table"] >= first) & (case["routing_table"] < first + count)))
-
-
-def grad_out_of(case: dict, seed: int = 1) -> np.ndarray:
-    x = case["hidden_states"]
-    return to_storage(np.random.default_rng(seed).standard_normal(x.shape), dtype_of(x))
-
-
-def poisoned(like) -> np.ndarray | list:
-    if isinstance(like, list):
-        return [poisoned(array) for array in like]
-    return np.full(like.nbytes, 0xFF, np.uint8).view(like.dtype).reshape(like.shape)
-
-
-def forward_and_backward(case: dict, grad_out: np.ndarray, *, save: bool = True, **options) -> Gradients:
-    """Gradients by paddle_moe.core; every result, the workspaces and the pre-activations start as NaN."""
-    pre_activations = None
-    if save:
-        inter = case["down_weights"][0].shape[1 if case.get("permuted_weights") else 0]
-        shape = (core.pre_activation_rows(**case), 2 * inter)
-        pre_activations = poisoned(np.empty(shape, case["hidden_states"].dtype))
-        core.mixture_of_experts(**case, pre_activations=pre_activations)
-    size = core.backward_workspace_size(grad_out, **case, pre_activations=pre_activations, **options)
-    out = Gradients(*(None if case.get(n) is None else poisoned(case[n]) for n in Gradients._fields))
-    return core.mixture_of_experts_backward(
-        grad_out,
-        **case,
-        pre_activations=pre_activations,
-        out=out,
-        workspace=np.full(size, 0xFF, np.uint8),
-        **options,
-    )
-
-
-def expected_gradients(case: dict, grad_out: np.ndarray) -> dict:
-    case = {name: value for name, value in case.items() if name != "chunk_size"}
-    return reference.mixture_of_experts_backward(
-        grad_out, **case, round_intermediate=dtype_of(case["hidden_states"])
-    )
-
-
-def flat(gradients) -> dict[str, np.ndarray]:
-    """Every array of Gradients, or of a dict like it, by a name of its own."""
-    items = gradients._asdict() if isinstance(gradients, Gradients) else gradients
-    arrays = {}
-    for name, value in items.items():
-        if value is not None:
-            parts = value if isinstance(value, list) else [value]
-            arrays.update({f"{name}[{i}]": part for i, part in enumerate(parts)})
-    return arrays
-
-
-def assert_gradients_close(actual, expected, dtype: str) -> None:
-    """By all arrays of an argument together, each held to what its own dtype and that of the rows allow."""
-    actual, expected = flat(actual), flat(expected)
-    assert actual.keys() == expected.keys()
-    for name, array in actual.items():
-        exact = expected[name]
-        assert array.shape == exact.shape
-        if dtype_of(array) == dtype:
-            matrix = (
-                exact.reshape(len(exact), -1) if exact.size else exact
-            )  # an expert of a stacked array is a row
-            assert_close(array.reshape(matrix.shape), matrix, slack=4)
-        else:  # float32 gradients of half-precision rows: a row that rounded the other way shows
-            tolerance = {"bfloat16": 2e-3, "float16": 2e-4}[dtype]
-            assert relative_l2(to_float64(array), exact) <= tolerance, name
-
-
-def assert_same_gradients(actual, expected) -> None:
-    actual, expected = flat(actual), flat(expected)
-    assert actual.keys() == expected.keys()
-    for name, array in actual.items():
-        assert_same_bits(array, expected[name])
 
 
 # ---------------------------------------------------------------- the reference against finite differences
@@ -299,7 +217,7 @@ def test_every_instruction_set_is_right(isa):
 
     run_python(
         "-c",
-        "import checks, test_backward as t\n"
+        "import checks, gradient_cases as t\n"
         "for dtype in checks.DTYPES:\n"
         "    case = checks.random_case(65, 70, 45, 6, 3, dtype, layout='separate', bias=True)\n"
         "    grad_out = t.grad_out_of(case)\n"
@@ -477,282 +395,3 @@ def test_misuse_is_named():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(message)):
             call(**bad)
-
-
-# ---------------------------------------------------------------- Paddle's autograd
-
-
-def to_paddle(case: dict, trained=Gradients._fields) -> dict:
-    def tensor(array, name):
-        result = paddle.to_tensor(array)
-        result.stop_gradient = name not in trained
-        return result
-
-    return {
-        name: [tensor(part, name) for part in value] if isinstance(value, list)
-        else tensor(value, name) if isinstance(value, np.ndarray) else value
-        for name, value in case.items()
-    }  # fmt: skip
-
-
-def grads_of(tensors: dict) -> dict:
-    return {
-        name: None if tensors[name] is None
-        else [t.grad if t.grad is None else t.grad.numpy() for t in tensors[name]]
-        if isinstance(tensors[name], list)
-        else tensors[name].grad if tensors[name].grad is None else tensors[name].grad.numpy()
-        for name in Gradients._fields if name in tensors
-    }  # fmt: skip
-
-
-@per_dtype
-@per_layout
-@pytest.mark.parametrize("recompute", [False, True])
-def test_paddle_gives_the_bits_of_core(dtype, layout, recompute):
-    case = random_case(33, 70, 45, 5, 2, dtype, layout=layout, bias=True, permuted=layout == "stacked")
-    grad_out = grad_out_of(case)
-    tensors = to_paddle(case)
-    paddle_moe.mixture_of_experts(**tensors, recompute=recompute).backward(paddle.to_tensor(grad_out))
-    assert_same_gradients(grads_of(tensors), forward_and_backward(case, grad_out))
-
-
-def eager_moe(
-    hidden_states, routing_table, router_weights, gate_up_weights, down_weights, gate_up_bias, down_bias
-):
-    """What a user would write: Paddle's own operators and their gradients, one expert after the other."""
-    out = paddle.zeros_like(hidden_states)
-    for e, (gate_up, down) in enumerate(zip(gate_up_weights, down_weights)):
-        weight = paddle.sum(router_weights * (routing_table == e).astype("float32"), axis=1, keepdim=True)
-        gate, up = paddle.chunk(hidden_states @ gate_up + gate_up_bias[e], 2, axis=1)
-        out = out + weight * ((paddle.nn.functional.silu(gate) * up) @ down + down_bias[e])
-    return out
-
-
-def test_gradients_agree_with_an_eager_implementation():
-    case = random_case(50, 40, 32, 4, 2, bias=True)
-    ours, theirs = to_paddle(case), to_paddle(case)
-    theirs.pop("permuted_weights")
-    grad_out = paddle.to_tensor(grad_out_of(case))
-    paddle_moe.mixture_of_experts(**ours).backward(grad_out)
-    eager_moe(**theirs).backward(grad_out)
-    for name, array in flat(grads_of(ours)).items():
-        assert relative_l2(array, flat(grads_of(theirs))[name]) < 1e-5, name
-
-
-@pytest.mark.parametrize("trained", Gradients._fields)
-def test_stop_gradient_on_all_but_one_argument(trained):
-    case = random_case(20, 24, 16, 4, 2, bias=True)
-    grad_out = grad_out_of(case)
-    tensors = to_paddle(case, trained=[trained])
-    paddle_moe.mixture_of_experts(**tensors).backward(paddle.to_tensor(grad_out))
-    gradients = flat(grads_of(tensors))
-    expected = flat(forward_and_backward(case, grad_out))
-    for name in expected:
-        if name.startswith(trained):
-            assert_same_bits(gradients[name], expected[name])
-        else:
-            assert gradients.get(name) is None
-
-
-def test_stop_gradient_on_some_experts():
-    case = random_case(20, 24, 16, 4, 2)
-    grad_out = grad_out_of(case)
-    tensors = to_paddle(case)
-    tensors["down_weights"][1].stop_gradient = tensors["gate_up_weights"][2].stop_gradient = True
-    paddle_moe.mixture_of_experts(**tensors).backward(paddle.to_tensor(grad_out))
-    gradients, expected = flat(grads_of(tensors)), flat(forward_and_backward(case, grad_out))
-    for name, array in gradients.items():
-        if name in ("down_weights[1]", "gate_up_weights[2]"):
-            assert array is None
-        else:
-            assert_same_bits(array, expected[name])
-
-
-def test_gradients_accumulate_over_calls_and_uses_of_one_weight():
-    case = random_case(20, 24, 16, 4, 2)
-    grad_out = grad_out_of(case)
-    once = forward_and_backward(case, grad_out)
-    tensors = to_paddle(case)
-    for _ in range(2):
-        paddle_moe.mixture_of_experts(**tensors).backward(paddle.to_tensor(grad_out))
-    for name, array in flat(grads_of(tensors)).items():
-        assert_same_bits(array, 2 * flat(once)[name])
-    both = to_paddle(case)
-    (paddle_moe.mixture_of_experts(**both) + paddle_moe.mixture_of_experts(**both)).backward(
-        paddle.to_tensor(grad_out)
-    )
-    assert_same_gradients(grads_of(both), grads_of(tensors))
-    both["hidden_states"].clear_grad()
-    paddle_moe.mixture_of_experts(**both).backward(paddle.to_tensor(grad_out))
-    assert_same_bits(both["hidden_states"].grad.numpy(), once.hidden_states)
-
-
-def test_paddle_grad_transposed_gradients_and_no_grad():
-    case = random_case(20, 20, 16, 4, 2)
-    tensors = to_paddle(case)
-    out = paddle_moe.mixture_of_experts(**tensors)
-    grad_out = paddle.to_tensor(np.ascontiguousarray(grad_out_of(case).T))
-    (gradient,) = paddle.grad(out, [tensors["hidden_states"]], grad_outputs=[grad_out.T])
-    expected = forward_and_backward(case, np.ascontiguousarray(grad_out.numpy().T))
-    assert_same_bits(gradient.numpy(), expected.hidden_states)
-    with paddle.no_grad():
-        assert paddle_moe.mixture_of_experts(**tensors).stop_gradient
-
-
-class Block(paddle.nn.Layer):
-    def __init__(self, num_experts=4, hidden=16, inter=12):
-        super().__init__()
-        self.gate_weight = self.create_parameter([hidden, num_experts])
-        self.gate_up = self.create_parameter([num_experts, hidden, 2 * inter])
-        self.down = self.create_parameter([num_experts, inter, hidden])
-
-    def forward(self, hidden_states):
-        return paddle_moe.fused_gate_moe(hidden_states, self.gate_weight, self.gate_up, self.down, 2)
-
-
-def block_gradients(call, block, x):
-    block.clear_gradients()
-    x.clear_grad()
-    call(x).square().mean().backward()
-    return [tensor.grad.numpy() for tensor in (x, *block.parameters())]
-
-
-def test_fleet_recompute_gives_the_same_bits():
-    from paddle.distributed.fleet.utils import recompute
-
-    block, x = Block(), paddle.randn([9, 16])
-    x.stop_gradient = False
-    expected = block_gradients(block, block, x)
-    for actual, array in zip(block_gradients(functools.partial(recompute, block), block, x), expected):
-        assert_same_bits(actual, array)
-
-
-@contextlib.contextmanager
-def auto_cast(level, dtype):
-    """The state that paddle.amp.auto_cast would set; itself, it has no effect where the device is the CPU."""
-    from paddle.base import core as paddle_core
-    from paddle.base.framework import _dygraph_tracer
-
-    tracer = _dygraph_tracer()
-    before = tracer._amp_level, tracer._amp_dtype
-    tracer._amp_level, tracer._amp_dtype = getattr(paddle_core.AmpLevel, level), dtype
-    try:
-        yield
-    finally:
-        tracer._amp_level, tracer._amp_dtype = before
-
-
-@pytest.mark.parametrize("level", ["O1", "O2"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_auto_cast_computes_experts_in_half_precision_and_the_router_in_float32(level, dtype):
-    case = random_case(20, 24, 16, 4, 2, bias=True)
-    halves = {
-        name: value
-        if name in ("routing_table", "router_weights", "permuted_weights")
-        else [to_storage(part, dtype) for part in value]
-        if isinstance(value, list)
-        else to_storage(value, dtype)
-        for name, value in case.items()
-    }
-    grad_out = grad_out_of(halves)
-    expected = flat(forward_and_backward(halves, grad_out))
-    tensors = to_paddle(case)
-    with auto_cast(level, dtype):
-        out = paddle_moe.mixture_of_experts(**tensors)
-        logits = paddle_moe.gate(tensors["hidden_states"], paddle.ones([24, 4], dtype))
-    assert out.dtype == getattr(paddle, dtype)
-    assert logits.dtype == paddle.float32
-    out.backward(paddle.to_tensor(grad_out))
-    for name, array in flat(grads_of(tensors)).items():
-        assert array.dtype == np.float32
-        np.testing.assert_array_equal(array, to_float64(expected[name]))
-
-
-def kept_bytes(call):
-    """Memory that the result of a call and its graph hold."""
-    from paddle.base import core as paddle_core
-
-    before = paddle_core.host_memory_stat_current_value("Allocated", 0)
-    out = call()
-    kept = paddle_core.host_memory_stat_current_value("Allocated", 0) - before
-    del out
-    return kept
-
-
-def test_fused_gate_moe_passes_recompute_on():
-    x, gate_weight = paddle.randn([256, 128]), paddle.randn([128, 4])
-    gate_up, down = paddle.randn([4, 128, 384]), paddle.randn([4, 192, 128])
-    for tensor in (x, gate_weight, gate_up, down):
-        tensor.stop_gradient = False
-    kept, recomputed = (
-        kept_bytes(
-            lambda: paddle_moe.fused_gate_moe(x, gate_weight, gate_up, down, top_k=2, recompute=recompute)
-        )
-        for recompute in (False, True)
-    )
-    pre_activations = 4 * 256 * 2 * 384
-    assert abs(kept - recomputed - pre_activations) < 4096
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_memory_between_forward_and_backward_and_in_the_backward(recompute):
-    from paddle.base import core as paddle_core
-
-    case = random_case(256, 128, 192, 4, 2, chunk_size=16)
-    tensors = to_paddle(case)
-    grad_out = paddle.to_tensor(grad_out_of(case))
-    current = functools.partial(paddle_core.host_memory_stat_current_value, "Allocated", 0)
-    before = current()
-    out = paddle_moe.mixture_of_experts(**tensors, recompute=recompute)
-    pre_activations = 0 if recompute else 4 * local_rows(case) * 2 * 192
-    slack = 4096  # each allocation is rounded up
-    assert current() - before <= 4 * 256 * 128 + pre_activations + slack
-    before = current()
-    paddle_core.host_memory_stat_reset_peak_value("Allocated", 0)
-    out.backward(grad_out)
-    gradients = sum(array.nbytes for array in flat(grads_of(tensors)).values())
-    kept = None if recompute else np.zeros((local_rows(case), 2 * 192), np.float32)
-    workspace = core.backward_workspace_size(grad_out.numpy(), **case, pre_activations=kept)
-    peak = paddle_core.host_memory_stat_peak_value("Allocated", 0) - before
-    engine = 2 * grad_out.numpy().nbytes  # Paddle's own copies of the gradient it was given
-    assert peak <= gradients + workspace + engine + 16 * slack
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: paddle_moe.mixture_of_experts(
-            x,
-            paddle.zeros([3, 1], "int32"),
-            paddle.ones([3, 1]),
-            paddle.ones([1, 4, 4]),
-            paddle.ones([1, 2, 4]),
-        ),
-        lambda x: paddle_moe.gate(x, paddle.ones([4, 4])),
-        lambda x: paddle_moe.route(x, 2)[1],
-    ],
-    ids=["mixture_of_experts", "gate", "route"],
-)
-def test_second_derivatives_are_refused(function):
-    x = paddle.randn([3, 4])
-    x.stop_gradient = False
-    (gradient,) = paddle.grad(function(x).square().sum(), [x], create_graph=True)
-    with pytest.raises(NotImplementedError, match="paddle_moe has no second derivatives"):
-        gradient.sum().backward()
-
-
-def test_a_block_learns():
-    paddle.seed(3)
-    block, target = Block(), Block()
-    optimizer = paddle.optimizer.Adam(3e-3, parameters=block.parameters())
-    x = paddle.randn([64, 16])
-    with paddle.no_grad():
-        wanted = target(x)
-    losses = []
-    for _ in range(60):
-        loss = (block(x) - wanted).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.clear_grad()
-        losses.append(float(loss))
-    assert losses[-1] < 0.5 * losses[0]

@@ -12,10 +12,6 @@ import checks
 import pytest
 from test_sanitizers import ROOT, cmake_tool, run
 
-FILES = [
-    f"{ROOT}/tests/{name}"
-    for name in ("test_mixture_of_experts.py", "test_route.py", "test_fused_gate_moe.py")
-]
 # Not about the back end, or about threads and instruction sets that it does not have.
 LEFT_OUT = "paddle or thread or instruction_set or forked"
 
@@ -76,7 +72,7 @@ def run_on(module: str, files: list[str], *options: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_tests_of_the_cpu_back_end_pass(emulated_core):
-    run_on(emulated_core, FILES, "-m", "not slow", "-k", f"not ({LEFT_OUT})")
+    run_on(emulated_core, checks.OPERATOR_TESTS, "-m", "not slow", "-k", f"not ({LEFT_OUT})")
 
 
 @pytest.mark.timeout(900)
