@@ -23,8 +23,8 @@ constexpr int64_t kBlockUnits = 256;
 // Rows of a GemmTask: 192 x 1 KiB of activations stay in L2 beside 128 KiB of packed weights. A multiple of
 // all tile heights.
 constexpr int64_t kBlockRows = 192;
-// Up to this many rows, weights that are stored row by row are multiplied as they stream by; above, or when
-// they are stored column by column, a block of them is packed first and then reused by every tile of rows.
+// Up to this many rows, weights that are stored row by row or column by column are multiplied as they stream
+// by; above, a block of them is packed first and then reused by every tile of rows.
 constexpr int64_t kStreamedRows = 32;
 // Columns of each of the two blocks of a GemmTask: two cache lines of bf16, four of fp32, where weights are
 // packed; as many as leave 64 KiB of results in L2 where they are streamed, because memory is fastest in long
@@ -39,12 +39,12 @@ constexpr int64_t kTransposedBytes =
     kBlockUnits * kBlockRows * kUnitBytes;  // more, where rows are transposed
 
 inline bool is_streamed(const Matrix& weight, int64_t rows) {
-  return weight.out_stride == 1 && rows <= kStreamedRows;
+  return (weight.out_stride == 1 || weight.in_stride == 1) && rows <= kStreamedRows;
 }
 
 // Columns of each block of a GemmTask, a multiple of kPackedColumns; streamed blocks may be narrower.
 inline int64_t block_columns(const Matrix& weight, int64_t rows) {
-  if (!is_streamed(weight, rows)) return kPackedColumns;
+  if (weight.out_stride != 1 || rows > kStreamedRows) return kPackedColumns;
   const int64_t fitting = kStreamedResults / 2 / rows / kPackedColumns * kPackedColumns;
   return fitting > kMaxStreamedColumns ? kMaxStreamedColumns : fitting;
 }
