@@ -110,6 +110,25 @@ __device__ void scan_ranges(const Sort& s, int first_expert, int ranges, int32_t
   __syncthreads();
 }
 
+// The same for up to kWarps ranges, an expert per thread: all counts of an expert are on their way at once.
+__device__ void scan_few_ranges(const Sort& s, int ranges) {
+  for (int e = threadIdx.x; e < s.num_experts; e += kThreads) {
+    int32_t rows[kWarps];
+#pragma unroll
+    for (int r = 0; r < kWarps; ++r) {
+      rows[r] = r < ranges ? s.counts[static_cast<int64_t>(r) * s.num_experts + e] : 0;
+    }
+    int32_t before = 0;
+#pragma unroll
+    for (int r = 0; r < kWarps; ++r) {
+      if (r < ranges) s.counts[static_cast<int64_t>(r) * s.num_experts + e] = before;
+      before += rows[r];
+    }
+    s.expert_rows[e] = before;
+  }
+  __syncthreads();
+}
+
 // The sum of `value` over the threads before this one; *total over all of them.
 __device__ int32_t sum_before(int32_t value, int32_t* sums, int32_t* total) {
   int32_t inclusive = value;
@@ -207,16 +226,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   store(batch, s.experts);
   if (warp_index() < ranges) count(s, warp_index(), range_size);
   __syncthreads();
-  for (int e = 0; e < s.num_experts; e += kWarpSize) {
-    scan_ranges(s, e, ranges, reinterpret_cast<int32_t (*)[kWarpSize]>(shared_memory()));
-  }
+  scan_few_ranges(s, ranges);
   scan_experts(s, s.expert_rows, begins);
   write_tiles(s, begins);
   if (warp_index() < ranges) place(s, warp_index(), range_size, begins);
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    count_slots(const __grid_constant__ Sort s, int ranges, int range_size) {
+    count_slots(const __grid_constant__ Sort s, const __grid_constant__ ExpertBatch<kManyExperts> batch,
+                int ranges, int range_size) {
+  if (blockIdx.x == 0) store(batch, s.experts);
   const int range = blockIdx.x * kWarps + warp_index();
   if (range < ranges) count(s, range, range_size);
 }
@@ -234,8 +253,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (range < ranges) place(s, range, range_size, begins);
 }
 
-constexpr size_t kScanBytes = kWarps * kWarpSize * sizeof(int32_t);
-
 template <int kCapacity>
 ExpertBatch<kCapacity> batch_of(const std::vector<Expert>& experts, size_t first) {
   ExpertBatch<kCapacity> batch;
@@ -247,9 +264,8 @@ ExpertBatch<kCapacity> batch_of(const std::vector<Expert>& experts, size_t first
 
 template <int kCapacity>
 void sort_few(const Sort& s, const std::vector<Expert>& experts, int ranges, int range_size, Stream stream) {
-  launch("sort_in_one_block", sort_in_one_block<kCapacity>, 1, kThreads,
-         std::max(kScanBytes, Begins::bytes(s.num_experts)), stream, s, batch_of<kCapacity>(experts, 0),
-         ranges, range_size);
+  launch("sort_in_one_block", sort_in_one_block<kCapacity>, 1, kThreads, Begins::bytes(s.num_experts), stream,
+         s, batch_of<kCapacity>(experts, 0), ranges, range_size);
 }
 
 void store_experts_from(size_t first, const std::vector<Expert>& experts, Expert* table, Stream stream) {
@@ -272,17 +288,17 @@ int64_t sort_scratch(int64_t num_slots, int64_t num_experts) {
 void sort_slots(const Sort& s, const std::vector<Expert>& experts, Stream stream) {
   const int size = static_cast<int>(range_size(s.num_slots));
   const int ranges = static_cast<int>(num_ranges(s.num_slots));
-  const bool one_block = s.num_slots <= kSlotsOfOneBlock;
-  store_experts_from(one_block ? kManyExperts : 0, experts, s.experts, stream);
-  if (one_block) {
+  store_experts_from(kManyExperts, experts, s.experts, stream);
+  if (s.num_slots <= kSlotsOfOneBlock) {
     const bool few = experts.size() <= kFewExperts;
     (few ? sort_few<kFewExperts> : sort_few<kManyExperts>)(s, experts, ranges, size, stream);
     return;
   }
   const int64_t blocks = divide_up(ranges, kWarps);
-  launch("count_slots", count_slots, blocks, kThreads, 0, stream, s, ranges, size);
-  launch("scan_counts", scan_counts, divide_up(s.num_experts, kWarpSize), kThreads, kScanBytes, stream, s,
-         ranges);
+  launch("count_slots", count_slots, blocks, kThreads, 0, stream, s, batch_of<kManyExperts>(experts, 0),
+         ranges, size);
+  launch("scan_counts", scan_counts, divide_up(s.num_experts, kWarpSize), kThreads,
+         kWarps * kWarpSize * sizeof(int32_t), stream, s, ranges);
   launch("place_slots", place_slots, blocks, kThreads, Begins::bytes(s.num_experts), stream, s, ranges, size);
 }
 

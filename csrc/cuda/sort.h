@@ -38,7 +38,7 @@ constexpr int64_t max_tiles(int64_t num_slots, int64_t num_experts, int64_t bloc
 // Enough for num_slots slots or fewer.
 int64_t sort_scratch(int64_t num_slots, int64_t num_experts);
 
-// Stable: slots of one expert keep their order. One launch for up to kSlotsOfOneBlock slots, else four.
+// Stable: slots of one expert keep their order. One launch for up to kSlotsOfOneBlock slots, else three.
 // `experts`, on the host, is copied into the table `sort.experts` through kernel parameters.
 constexpr int64_t kSlotsOfOneBlock = 8192;
 void sort_slots(const Sort& sort, const std::vector<Expert>& experts, Stream stream);

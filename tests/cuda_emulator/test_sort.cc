@@ -46,9 +46,10 @@ void check(Random& random, int num_slots, int num_experts, int block_m) {
   sort.counts = counts.get();
   emulator::num_launches = 0;
   cuda::sort_slots(sort, experts, nullptr);
-  if (num_slots <= cuda::kSlotsOfOneBlock && num_experts <= 320) {
-    CHECK(emulator::num_launches == 1, "%d launches for %d slots", emulator::num_launches, num_slots);
-  }
+  const int launches =
+      (num_slots <= cuda::kSlotsOfOneBlock ? 1 : 3) + (num_experts > 320 ? (num_experts - 1) / 320 : 0);
+  CHECK(emulator::num_launches == launches, "%d launches instead of %d for %d slots, %d experts",
+        emulator::num_launches, launches, num_slots, num_experts);
 
   int wrong = 0, row = 0, tile = 0;
   for (int e = 0; e < num_experts; ++e) {
