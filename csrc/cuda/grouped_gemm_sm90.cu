@@ -52,6 +52,8 @@ struct Config {
 // Registers are shared out again after the start: the loads need few, the sums many. Together they are what
 // __launch_bounds__ grants, 168 x 3.
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / (3 * kWarpgroup) / 8 * 8),
+              "a consumer would wait for registers that nobody gives back");
 
 // Where expert e's weights lie: at coordinate (data - base) / granularity of the tensor map's last dimension.
 struct WeightMap {
@@ -150,6 +152,7 @@ __device__ void produce(const GroupedGemm& gemm, const TensorMap* gate_map, cons
       ring.advance();
     }
   }
+  cp_async_wait_all();  // no thread leaves copies behind that still have to arrive for it
 }
 
 // ---------------------------------------------------------------- sums
@@ -227,6 +230,9 @@ __device__ void write_intermediate(const GroupedGemm& gemm, const Tile& tile, in
   const int64_t first_row = tile.first_row + warp * 16;
   const int rows = tile.num_rows - warp * 16;
   const Expert& expert = gemm.experts[tile.expert];
+  const auto column_of = [&](int i) {
+    return first_column + i / kHalf * kBlockColumns + sum_column(i % kHalf) + 2 * (lane % 4);
+  };
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const void* bias = half == 0 ? expert.gate_bias : expert.up_bias;
@@ -234,8 +240,7 @@ __device__ void write_intermediate(const GroupedGemm& gemm, const Tile& tile, in
 #pragma unroll
     for (int i = 0; i < C::kSums / 2; ++i) {
       if (sum_row(i) > 0) continue;
-      const int32_t column =
-          first_column + i / kHalf * kBlockColumns + sum_column(i % kHalf) + 2 * (lane % 4);
+      const int32_t column = column_of(i);
       // Columns that are not there stay zero.
       const float value = column < gemm.columns ? load_as_float(bias, column, gemm.bias_dtype) : 0.0f;
       const int at = (2 * (i / kHalf) + half) * kHalf + i % kHalf;
@@ -257,7 +262,8 @@ __device__ void write_intermediate(const GroupedGemm& gemm, const Tile& tile, in
 #pragma unroll
     for (int i = 0; i < C::kSums / 2; ++i) {
       const uint32_t magnitude = __float_as_uint(value[i]) & 0x7fffffffu;
-      if (lane / 4 + sum_row(i) < rows) largest = max(largest, magnitude);
+      // Columns that are not there may be NaN: an infinite element of the row times their zeros.
+      if (lane / 4 + sum_row(i) < rows && column_of(i) < gemm.columns) largest = max(largest, magnitude);
     }
 #pragma unroll
     for (int step = kWarpSize / 2; step > 0; step /= 2) {
@@ -410,7 +416,10 @@ bool encode(const Weights& weights, int64_t in, int64_t out, TensorMap* map) {
   const bool in_out = weights.order == WeightOrder::kInOut;
   const uint64_t sizes[3] = {static_cast<uint64_t>(in_out ? out : in),
                              static_cast<uint64_t>(in_out ? in : out), weights.places};
-  const uint64_t strides[2] = {weights.row_bytes, static_cast<uint64_t>(weights.map.granularity)};
+  // Without a second place its distance means nothing, but has to be one that the driver takes.
+  const uint64_t strides[2] = {weights.row_bytes, weights.places == 1
+                                                      ? weights.row_bytes * sizes[1]
+                                                      : static_cast<uint64_t>(weights.map.granularity)};
   static_assert(kDepth == kBlockColumns, "a box is as wide as high, whichever index is contiguous");
   return encode_tensor_map(map, weights.map.base, sizes, strides, kDepth, kBlockColumns);
 }

@@ -128,6 +128,7 @@ struct Fiber {
 // emulator_sm90.h: what happens when a thread waits for this barrier.
 struct LateArrival {
   const void* barrier;
+  const Fiber* thread;  // whose cp.async it is; null: a tensor copy
   std::function<void()> happen;
 };
 
@@ -151,6 +152,7 @@ struct Block {
   std::unique_ptr<void, void (*)(void*)> shared{nullptr, std::free};
   size_t shared_bytes = 0;
   std::vector<LateArrival> late;
+  std::vector<const void*> unfenced_barriers;  // initialised, and the copy engine does not know
   // When cp.async wrote each 16 bytes of shared memory; 0: it did not.
   std::vector<uint64_t> written;
   uint64_t clock = 0;
@@ -200,11 +202,19 @@ void wait_until(Condition condition) {
   leave();
 }
 
+inline bool has_late_copies(const Fiber* fiber) {
+  return std::any_of(block->late.begin(), block->late.end(),
+                     [fiber](const LateArrival& late) { return late.thread == fiber; });
+}
+
 inline void start_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_stack_size);
 #endif
   block->body(block->body_arguments);
+  const Fiber* fiber = block->running;
+  expect(fiber->copy_groups.empty() && fiber->open_group.empty() && !has_late_copies(fiber),
+         "a thread ends before its asynchronous copies");
   block->running->done = true;
   --block->alive;
   leave(true);
@@ -317,6 +327,7 @@ cudaError_t launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_byt
     state.shared_bytes = shared_bytes;
     state.written.assign(shared_bytes / 16 + 1, 0);
     state.clock = 0;
+    state.unfenced_barriers.clear();
     state.alive = threads;
     for (Fiber& fiber : state.fibers) {
       fiber.context.start.uc_stack.ss_sp = fiber.stack;
@@ -538,6 +549,16 @@ void cp_async_wait() {
   while (groups.size() > kPending) {
     for (const emulator::Copy& copy : groups.front()) emulator::perform(copy);
     groups.erase(groups.begin());
+  }
+}
+
+// Late copies stay late: they land when somebody waits for their barrier.
+inline void cp_async_wait_all() {
+  cp_async_commit();
+  cp_async_wait<0>();
+  const emulator::Fiber* fiber = emulator::block->running;
+  if (emulator::has_late_copies(fiber)) {
+    emulator::wait_until([fiber] { return !emulator::has_late_copies(fiber); });
   }
 }
 

@@ -26,6 +26,9 @@ static_assert(sizeof(Mbarrier) == 8, "as large as the real one");
 
 inline void check(const Mbarrier* barrier) {
   emulator::expect(barrier->expected > 0 && barrier->expected <= 1024, "a barrier is used before its init");
+  const auto& unfenced = emulator::block->unfenced_barriers;
+  emulator::expect(std::find(unfenced.begin(), unfenced.end(), barrier) == unfenced.end(),
+                   "a barrier is used before the fence behind its init");
 }
 
 inline void end_phase_if_complete(Mbarrier* barrier) {
@@ -37,8 +40,9 @@ inline void end_phase_if_complete(Mbarrier* barrier) {
 inline void mbarrier_init(Mbarrier* barrier, uint32_t arrivals) {
   emulator::expect(arrivals > 0 && arrivals <= 1024, "a barrier expects no or too many arrivals");
   *barrier = {static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0, 0};
+  emulator::block->unfenced_barriers.push_back(barrier);
 }
-inline void mbarrier_init_fence() {}
+inline void mbarrier_init_fence() { emulator::block->unfenced_barriers.clear(); }
 
 inline void mbarrier_arrive_expect(Mbarrier* barrier, uint32_t bytes) {
   check(barrier);
@@ -49,10 +53,10 @@ inline void mbarrier_arrive_expect(Mbarrier* barrier, uint32_t bytes) {
 }
 inline void mbarrier_arrive(Mbarrier* barrier) { mbarrier_arrive_expect(barrier, 0); }
 
-inline void start_copy(Mbarrier* barrier, std::function<void()> land) {
+inline void start_copy(Mbarrier* barrier, const emulator::Fiber* thread, std::function<void()> land) {
   check(barrier);
   if (emulator::copies == emulator::Copies::kEager) return land();
-  emulator::block->late.push_back({barrier, std::move(land)});
+  emulator::block->late.push_back({barrier, thread, std::move(land)});
 }
 
 inline void land_copies_of(const Mbarrier* barrier) {
@@ -81,7 +85,7 @@ inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
 inline void mbarrier_arrive_after_copies(Mbarrier* barrier) {
   emulator::Fiber& fiber = *emulator::block->running;
   emulator::expect(fiber.copy_groups.empty(), "copies of a committed group and of a barrier are mixed");
-  start_copy(barrier, [barrier, copies = std::move(fiber.open_group)] {
+  start_copy(barrier, &fiber, [barrier, copies = std::move(fiber.open_group)] {
     for (const emulator::Copy& copy : copies) emulator::perform(copy);
     mbarrier_arrive(barrier);
   });
@@ -123,7 +127,7 @@ inline void tensor_copy(void* destination, const TensorMap* map, int32_t i0, int
                    "a tensor copy to a misaligned atom");
   char* to = static_cast<char*>(destination);
   // A copy of the map: kernel parameters live on the stack of a thread, which may be done by then.
-  start_copy(barrier, [=, map = *map] {
+  start_copy(barrier, nullptr, [=, map = *map] {
     for (uint32_t r = 0; r < map.box[1]; ++r) {
       for (uint32_t c = 0; c < map.box[0]; ++c) {
         const int64_t x = int64_t{i0} + c, y = int64_t{i1} + r, z = i2;
@@ -242,9 +246,13 @@ inline void stmatrix(void* row, const uint32_t (&matrix)[4]) {
 }
 
 template <int kRegisters>
-void give_registers() {}
+void give_registers() {
+  static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "what setmaxnreg takes");
+}
 template <int kRegisters>
-void take_registers() {}
+void take_registers() {
+  give_registers<kRegisters>();
+}
 
 }  // namespace cuda
 }  // namespace paddle_moe

@@ -1,6 +1,7 @@
 // The Hopper path: in which order tiles are taken, which weights it accepts, and layers of integers, which
 // must be exact, through barriers, tensor copies and wgmma.
 #include <cmath>
+#include <limits>
 #include <set>
 
 #include "cuda/grouped_gemm.h"
@@ -87,6 +88,22 @@ void check_isolation(Random& random) {
   CHECK(std::isnan(got.amax[2]) && got.amax[1] == 0, "amax is %g and %g", got.amax[2], got.amax[1]);
 }
 
+// A largest intermediate of infinity is one, though infinity times the zeros of columns that are not there is
+// NaN.
+void check_infinity(Random& random) {
+  Layer layer(random, 3, 8, 72, 1, 1, DType::kBFloat16, ::Layout::kList, false);
+  std::fill(layer.ids.begin(), layer.ids.end(), int64_t{0});
+  auto fill = [](const Tensor& tensor, int64_t count, float value) {
+    auto* bytes = static_cast<unsigned char*>(const_cast<void*>(tensor.data));
+    const uint16_t bits = cpu::float_to_bf16(value);
+    for (int64_t i = 0; i < count; ++i) std::memcpy(bytes + 2 * i, &bits, sizeof bits);
+  };
+  fill(layer.arguments.gate_up_weights[0], 8 * 2 * 72, 1.0f);
+  fill(layer.arguments.hidden_states, 1, std::numeric_limits<float>::infinity());
+  const Result got = run_emulated(resolve(layer.arguments));
+  CHECK(std::isinf(got.amax[0]), "amax is %g, expected infinity", got.amax[0]);
+}
+
 // A layer that tensor copies cannot read takes another path, to the same result.
 void check_refused(const Layer& layer, const char* what) {
   const Problem problem = resolve(layer.arguments);
@@ -157,6 +174,7 @@ int main() {
                    pick(random, 0, 1) ? DType::kFloat32 : DType::kBFloat16);
   }
   check_isolation(random);
+  check_infinity(random);
   check_refusals(random);
   check_layer(random, 9, 8, 8, 1500, 2, DType::kFloat16, ::Layout::kList, false);
   return finish();
