@@ -10,8 +10,10 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree
 from pathlib import Path
@@ -24,7 +26,11 @@ OPERATOR_TESTS += ["test_route.py", "test_fused_gate_moe.py"]
 
 
 class Failed(Exception):
-    pass
+    """A part that went wrong, with what it has found out by then."""
+
+    def __init__(self, reason: str, **found: object):
+        super().__init__(reason)
+        self.found = found
 
 
 def output_of(*command: str) -> str:
@@ -46,21 +52,42 @@ class Check:
         self.build_directory = options.build_dir.resolve()
         self.package = self.build_directory / "package"
 
-    def run(self, part: str, command: list[str], deadline: float, **environment: str) -> int:
-        """Runs a command with its output shown; the exit status. Raises Failed at the deadline."""
+    def run(self, command: list[str], deadline: float, log: str, **environment: str) -> int:
+        """Runs a command, its output shown and in a file of the build directory; the exit status.
+
+        At the deadline it and all that it started are killed: a test that hangs would keep the GPU busy.
+        Raises Failed then.
+        """
         print("+", " ".join(map(str, command)), flush=True)
+        seconds = max(deadline - time.monotonic(), 1)
+        self.build_directory.mkdir(parents=True, exist_ok=True)
+        (self.build_directory / log).write_text("")
         try:
-            return subprocess.run(
+            process = subprocess.Popen(
                 command,
                 cwd=REPOSITORY / "tests",  # Python would find the clone's own package in the clone
                 env={**os.environ, "PYTHONPATH": str(self.package), "PYTHONUNBUFFERED": "1", **environment},
                 stdin=subprocess.DEVNULL,
-                timeout=max(deadline - time.monotonic(), 1),
-            ).returncode
-        except subprocess.TimeoutExpired:
-            raise Failed(f"took longer than the {LIMITS[part]} s that it has") from None
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         except OSError as error:
             raise Failed(f"{command[0]} cannot be started: {error}") from None
+        late = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+        late.start()
+        try:
+            with open(self.build_directory / log, "wb") as file:
+                for line in process.stdout:  # ends when the last of the group has closed it
+                    file.write(line)
+                    sys.stdout.buffer.write(line)
+                    sys.stdout.buffer.flush()
+            status = process.wait()
+        finally:
+            late.cancel()
+        if status == -signal.SIGKILL and time.monotonic() > deadline:
+            raise Failed(f"killed after {seconds:.0f} s")
+        return status
 
     # ------------------------------------------------------------ the parts
 
@@ -73,28 +100,35 @@ class Check:
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
         shutil.rmtree(self.package, ignore_errors=True)
         jobs = str(len(os.sched_getaffinity(0)))
-        for command in (
-            configure,
-            ["cmake", "--build", str(self.build_directory), "--target", "_core", "--parallel", jobs],
-            ["cmake", "--install", str(self.build_directory), "--prefix", str(self.package)],
-        ):
-            if self.run("build", command, deadline) != 0:
-                raise Failed("the build failed; its output is above")
+        for name, command in {
+            "configure": configure,
+            "build": ["cmake", "--build", str(self.build_directory), "--target", "_core", "--parallel", jobs],
+            "install": ["cmake", "--install", str(self.build_directory), "--prefix", str(self.package)],
+        }.items():
+            if self.run(command, deadline, f"{name}.log") != 0:
+                raise Failed(f"{name} failed; its output is above")
         return {"architectures": architectures, "nvcc": output_of(nvcc or "nvcc", "--version")[-60:]}
 
-    def pytest(self, part: str, deadline: float, paths: list[str], prefix=(), **environment: str) -> dict:
-        report = self.build_directory / f"{part}.xml"
+    def pytest(self, name: str, deadline: float, paths: list[str], prefix=(), **environment: str) -> dict:
+        needs_gpu()
+        report, log = (self.build_directory / f"{name}.{ending}" for ending in ("xml", "log"))
         report.unlink(missing_ok=True)
-        command = [*prefix, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda"]
+        command = [*prefix, sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "cuda"]
         command += [f"--junitxml={report}", "--maxfail=20", *paths]
-        status = self.run(part, command, deadline, **environment)
-        if not report.exists():
-            raise Failed(f"pytest ended with {status} and wrote no report")
-        counts, failures = read_report(report)
-        result = {**counts, "failures": failures, "exit_status": status}
-        if status != 0 or not counts["passed"]:
-            raise Failed(f"pytest ended with {status}: {counts}; failed: {failures}")
-        return result
+        # A test that waits for a GPU that hangs can only be ended with its process; the last line of the log
+        # names it then. A run that is merely long stops between two tests, and reports.
+        seconds = int(deadline - time.monotonic())
+        command += ["--timeout=60", "--timeout-method=thread", f"--session-timeout={max(seconds - 10, 1)}"]
+        found: dict = {}
+        try:
+            status: int | str = self.run(command, deadline, log.name, **environment)
+            found = read_report(report) if report.exists() else {}
+        except Failed as error:
+            status = str(error)
+        if status != 0 or not found["passed"]:
+            last_lines = log.read_text(errors="replace").splitlines()[-40:]
+            raise Failed(f"pytest ended with {status}", **found, last_lines=last_lines)
+        return found
 
     def test(self, deadline: float) -> dict:
         return self.pytest("test", deadline, OPERATOR_TESTS)
@@ -103,49 +137,69 @@ class Check:
         tool = find_tool("compute-sanitizer")
         if tool is None:
             return {"skipped": "compute-sanitizer was not found"}
-        results = {}
-        for name in ("memcheck", "racecheck"):
+        results: dict[str, dict] = {}
+        wrong = []
+        for left, name in ((2, "memcheck"), (1, "racecheck")):
             prefix = (tool, "--tool", name, "--error-exitcode", "9", "--launch-timeout", "120")
-            # Without PyTorch's cache every array is an allocation of its own, whose ends are seen.
-            results[name] = self.pytest(
-                "sanitize", deadline, ["cuda/test_sanitized.py"], prefix, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
-            )
+            prefix += ("--kernel-regex", "kns=paddle_moe")
+            end = time.monotonic() + (deadline - time.monotonic()) / left
+            try:
+                # Without PyTorch's cache every array is an allocation of its own, whose ends are seen.
+                results[name] = self.pytest(
+                    name, end, ["cuda/test_sanitized.py"], prefix, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+                )
+            except Failed as error:
+                wrong.append(f"{name}: {error}")
+                results[name] = error.found
+        if wrong:
+            raise Failed("; ".join(wrong), **results)
         return results
 
     def bench(self, deadline: float) -> dict:
+        needs_gpu()
         report = self.build_directory / "bench.json"
         report.unlink(missing_ok=True)
         command = [sys.executable, str(REPOSITORY / "benchmarks" / "gpu_moe.py"), "--out", str(report)]
         # The benchmark stops in time by itself, so that what it has measured by then is not lost.
         command += ["--seconds", str(max(int(deadline - time.monotonic()) - 10, 10))]
-        status = self.run("bench", command, deadline)
-        if not report.exists():
-            raise Failed(f"the benchmark ended with {status} and wrote nothing")
-        result = json.loads(report.read_text())
+        try:
+            status: int | str = self.run(command, deadline, "bench.log")
+        except Failed as error:
+            status = str(error)
+        try:
+            found = json.loads(report.read_text())
+        except (OSError, ValueError):  # killed before it wrote, or while it did
+            found = {}
         if status != 0:
-            raise Failed(f"the benchmark ended with {status}: {result.get('wrong')}")
-        return result
+            raise Failed(f"the benchmark ended with {status}", **found)
+        return found
+
+
+def compute_capability() -> str:
+    return output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").partition("\n")[0]
+
+
+def needs_gpu() -> None:
+    if not compute_capability():
+        raise Failed("nvidia-smi shows no GPU")
 
 
 def own_architecture() -> str:
     """The architecture of the first GPU: the build for one takes half the time of the default's two."""
-    capability = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").splitlines()
-    if not capability:
-        raise Failed("nvidia-smi shows no GPU")
-    number = capability[0].strip().replace(".", "")
+    needs_gpu()
+    number = compute_capability().strip().replace(".", "")
     return "90a" if number == "90" else number
 
 
-def read_report(report: Path) -> tuple[dict[str, int], list[str]]:
-    counts = {"passed": 0, "failed": 0, "skipped": 0}
-    failures = []
+def read_report(report: Path) -> dict:
+    found: dict = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
     for case in xml.etree.ElementTree.parse(report).iter("testcase"):
         tags = {child.tag for child in case}
         outcome = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
-        counts[outcome] += 1
+        found[outcome] += 1
         if outcome == "failed":
-            failures.append(f"{case.get('classname')}::{case.get('name')}")
-    return counts, failures
+            found["failures"].append(f"{case.get('classname')}::{case.get('name')}")
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -192,7 +246,7 @@ def main() -> int:
         try:
             outcome = {"ok": True, **getattr(check, part)(start + LIMITS[part])}
         except Failed as error:
-            outcome = {"ok": False, "reason": str(error)}
+            outcome = {"ok": False, "reason": str(error), **error.found}
             print(f"error: {part}: {error}", file=sys.stderr)
         result["parts"][part] = {**outcome, "seconds": round(time.monotonic() - start, 1)}
         options.out.write_text(json.dumps(result, indent=1) + "\n")  # kept if a later part hangs

@@ -70,6 +70,25 @@ def test_gradients_match_the_reference(dtype, hidden, inter, permuted):
 
 
 @half
+@pytest.mark.parametrize("layout", ["list", "separate", "stacked"])
+@pytest.mark.parametrize("hidden, inter, by_wgmma", [(256, 192, True), (104, 176, True), (33, 21, False)])
+def test_hopper_multiplies_by_wgmma_where_it_can(dtype, layout, hidden, inter, by_wgmma):
+    """Both paths are right, so a driver that refuses the tensor maps would only be slow."""
+    import torch
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only devices of compute capability 9.0 have wgmma")
+    case = to_gpu(random_case(40, hidden, inter, 8, 3, dtype, layout=layout))
+    core.mixture_of_experts(**case)  # loads the kernels
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        core.mixture_of_experts(**case)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    for kernel, expected in (("grouped_gemm_kernel", by_wgmma), ("multiply_tiles", not by_wgmma)):
+        assert sum(kernel in name for name in names) == (2 if expected else 0), names
+
+
+@half
 @sizes
 def test_many_runs_give_the_same_bits(dtype, hidden, inter):
     case = to_gpu(random_case(1500, hidden, inter, 16, 4, dtype, layout="stacked", measurement_mode=True))
