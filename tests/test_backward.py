@@ -172,6 +172,17 @@ def test_gradients_of_any_size(
     assert_same_gradients(forward_and_backward({**case, "chunk_size": 0}, grad_out), gradients)
 
 
+@per_dtype
+def test_gradients_that_go_past_the_caches(dtype):
+    experts = 2 if dtype == "float32" else 4
+    case = random_case(12, 1100, 1300, experts, 1, dtype, layout="stacked")  # rows in and out of alignment
+    assert case["gate_up_weights"].nbytes + case["down_weights"].nbytes > 32 << 20
+    grad_out = grad_out_of(case)
+    gradients = forward_and_backward(case, grad_out)
+    assert_gradients_close(gradients, expected_gradients(case, grad_out), dtype)
+    assert_same_gradients(forward_and_backward({**case, "chunk_size": 5}, grad_out), gradients)
+
+
 def test_gradients_of_weights_with_any_strides():
     case = random_case(40, 32, 24, 3, 2, layout="stacked", bias=True)
     grad_out = grad_out_of(case)

@@ -50,15 +50,15 @@ void gate_block(const GateProblem& p, const GateLayout& layout, const GateScratc
   }
 }
 
-// Backward, a task is a block of tokens for hidden_states, or a block of the weight's gradient.
+// Backward, a task is a block of tokens for hidden_states, or a block of the weight's gradient, for which the
+// activations are widened kBlockUnits tokens at a time.
 struct GateBackwardLayout {
   GateBackwardLayout(const GateBackwardProblem& b, void* workspace, int threads)
       : row_stride(operand_stride(b.forward.num_experts, Operand::kFloat32)) {
     Arena arena(workspace);
-    for (int i = 0; i < threads; ++i) {
-      scratch.push_back({arena.take<char>(kBlockRows * row_stride * kUnitBytes),
-                         {arena.take<float>(kResultFloats * sizeof(float)),
-                          arena.take<void>(kPackedBytes + kTransposedBytes)}});
+    for (const ThreadScratch& thread : take_thread_scratch(&arena, threads)) {
+      const int64_t units = kBlockRows * std::max(row_stride, kBlockUnits);
+      scratch.push_back({arena.take<char>(units * kUnitBytes), thread});
     }
     bytes = arena.used();
   }
@@ -97,14 +97,18 @@ void gate_weight_block(const GateBackwardProblem& b, const GateScratch& scratch,
   const int64_t rows = std::min(kBlockRows, p.hidden_size - row);
   const int64_t columns = std::min(2 * kPackedColumns, p.num_experts - column);
   const int64_t first = std::min(kPackedColumns, columns);
-  if (p.num_tokens == 0) {
-    std::fill_n(scratch.thread.result, rows * 2 * kPackedColumns, 0.0f);
-  } else {
-    const Matrix right{b.grad_logits + column, p.num_experts, 1};
-    GemmTask task{advance(p.hidden_states, row, p.dtype),
-                  p.hidden_states_stride,
+  std::fill_n(scratch.thread.result, rows * 2 * kPackedColumns, 0.0f);
+  for (int64_t token = 0; token < p.num_tokens; token += kBlockUnits) {
+    const int64_t tokens = std::min(kBlockUnits, p.num_tokens - token);
+    for (int64_t i = 0; i < tokens; ++i) {
+      kernels().copy_row(advance(p.hidden_states, (token + i) * p.hidden_states_stride + row, p.dtype),
+                         p.dtype, rows, Operand::kFloat32, scratch.rows + i * kBlockRows * kUnitBytes);
+    }
+    const Matrix right{b.grad_logits + token * p.num_experts + column, p.num_experts, 1};
+    GemmTask task{scratch.rows,
+                  1,
                   rows,
-                  p.num_tokens,
+                  tokens,
                   Operand::kFloat32,
                   DType::kFloat32,
                   {right, from_column(right, first, DType::kFloat32)},
@@ -113,8 +117,8 @@ void gate_weight_block(const GateBackwardProblem& b, const GateScratch& scratch,
                   scratch.thread.result,
                   2 * kPackedColumns,
                   scratch.thread.gemm};
-    task.transposed = true;
-    task.rows_dtype = p.dtype;
+    task.unit_stride = kBlockRows;
+    task.accumulate = task.chained = true;
     kernels().gemm(task);
   }
   Matrix gradient = from_column(b.weight, column, p.weight_dtype);

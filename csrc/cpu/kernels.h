@@ -35,8 +35,6 @@ constexpr int64_t kMaxStreamedColumns = 2048;
 // Floats of a GemmTask's result when it is scratch, and bytes of its other scratch.
 constexpr int64_t kResultFloats = kBlockRows * 2 * kPackedColumns;
 constexpr int64_t kPackedBytes = kBlockUnits * 2 * kPackedColumns * kUnitBytes;
-constexpr int64_t kTransposedBytes =
-    kBlockUnits * kBlockRows * kUnitBytes;  // more, where rows are transposed
 
 inline bool is_streamed(const Matrix& weight, int64_t rows) {
   return (weight.out_stride == 1 || weight.in_stride == 1) && rows <= kStreamedRows;
@@ -67,12 +65,14 @@ struct GemmTask {
   int64_t result_stride;
   void* scratch;            // kPackedBytes
   bool accumulate = false;  // adds to what result holds
-  // The left operand is the transpose of `rows`: `depth` rows with num_rows elements of rows_dtype each,
-  // row_stride elements apart. Needs kTransposedBytes more scratch and weights with out_stride 1. Every
-  // result is then one chain of multiply-adds in the order of the rows, which accumulate continues: cutting
-  // the rows into several tasks changes no bit.
-  bool transposed = false;
-  DType rows_dtype = DType::kUnknown;
+  int64_t unit_stride = 1;  // units, from one of a row to the next: the left operand may be a transpose
+  // Every result is one chain of multiply-adds in the order of the depth, which accumulate continues: cutting
+  // the depth into several tasks changes no bit. Needs weights with out_stride 1. A pair is then the elements
+  // 2 u + 1 and 2 u, in this order, because VDPBF16PS adds the product of the high half first.
+  bool chained = false;
+  // scratch still holds the same weights as the call before packed them. Only where depth is at most
+  // kBlockUnits units and both calls have at least kBlockRows / 2 rows, so that their tiles are alike.
+  bool packed = false;
 };
 
 // out[r, c] = activation(gate) * up, rounded to dtype and stored as an operand of the second GEMM.
@@ -111,8 +111,10 @@ struct ActivateBackwardTask {
   ActivationSpec activation;
   DType dtype;
   Operand operand;
-  // Each null where it is not wanted. Operand rows of router weight x gradient of gate and up, and of router
-  // weight x intermediate; router_sums[r, j]: the sum of grad x intermediate over kRouterSumColumns columns.
+  // Each null where it is not wanted. Operand rows of router weight x gradient of gate and up; router weight
+  // x intermediate as the transposed left operand of a chained GEMM, that is as rows of fp32 or, in bf16,
+  // rows of units of two rows each; router_sums[r, j]: the sum of grad x intermediate over kRouterSumColumns
+  // columns.
   void* gate_grad;
   void* up_grad;
   int64_t gate_up_grad_stride;  // units
@@ -129,6 +131,7 @@ struct BlockTask {
   int64_t num_rows, columns;
   Matrix matrix;  // at the block's first element
   DType dtype;
+  bool past_caches = false;  // store_block writes straight to memory where it can
 };
 
 // sums[c] += weight[r] * rows[r, c], in the order of r. A null weight is 1.
@@ -162,6 +165,9 @@ struct Kernels {
   bool bf16_dot;  // Operand::kBf16Pairs is available
   // Stores n elements as an operand row; a last half-filled unit is completed with zero.
   void (*copy_row)(const void* source, DType dtype, int64_t n, Operand operand, void* row);
+  // n pairs of two bf16 rows as a unit row of a chained GEMM's transposed left operand; a null second is
+  // zero.
+  void (*pair_rows)(const void* first, const void* second, int64_t n, void* row);
   void (*gemm)(const GemmTask& task);
   void (*activate)(ActivateTask* task);
   void (*combine)(const CombineTask& task);

@@ -1,7 +1,7 @@
 // Schedules the backward of mixture_of_experts over the threads. Per chunk of tokens, with the rows sorted by
 // expert as in moe.cc:
 //
-//   copy           activation rows and rows of grad_out
+//   copy           activation rows, in pairs of rows where bf16 pairs are multiplied; rows of grad_out
 //   recompute      the pre-activations, where they were not kept: the first GEMM again
 //   intermediate   grad_out x down^T, then the activation backwards while the result is in cache: rows of the
 //                  gradients of gate and up, of the weighted intermediate, and parts of the router's gradient
@@ -26,6 +26,11 @@ namespace paddle_moe {
 namespace cpu {
 namespace {
 
+// Tasks of an expert's gate and up gradients, or of its down gradient, for each thread.
+constexpr int64_t kWeightTasksPerThread = 4;
+// Gradients of weights above this size would not stay in a cache until they are read.
+constexpr int64_t kCachedGradientBytes = int64_t{32} << 20;
+
 // What the caller wants, and so what has to be computed.
 struct Wanted {
   explicit Wanted(const BackwardProblem& b) {
@@ -48,31 +53,41 @@ struct Layout {
       : wanted(b),
         operand(operand_of(b.forward.dtype)),
         row_dtype(operand == Operand::kBf16Pairs ? DType::kBFloat16 : DType::kFloat32),
+        rows_per_unit(operand == Operand::kBf16Pairs ? 2 : 1),
         recompute(b.pre_activations == nullptr),
         hidden_stride(operand_stride(b.forward.hidden_size, operand)),
         inter_stride(operand_stride(b.forward.intermediate_size, operand)),
+        hidden_unit_stride(operand_stride(b.forward.hidden_size, Operand::kFloat32)),
+        inter_unit_stride(operand_stride(b.forward.intermediate_size, Operand::kFloat32)),
         hidden_grad_stride(round_up(b.forward.hidden_size, 2 * kPackedColumns)),
         router_sums(divide_up(b.forward.intermediate_size, kRouterSumColumns)) {
     const Problem& p = b.forward;
     const int64_t inter = p.intermediate_size, size = static_cast<int64_t>(dtype_size(p.dtype));
-    const int64_t hidden_bytes = recompute || wanted.gate_up ? hidden_stride * kUnitBytes : 0;
+    const bool hidden_row = recompute && rows_per_unit > 1;  // units of one row serve as rows too
+    const int64_t hidden_bytes = hidden_row ? hidden_stride * kUnitBytes : 0;
+    const int64_t hidden_unit_bytes =
+        wanted.gate_up || (recompute && !hidden_row) ? hidden_unit_stride * kUnitBytes : 0;
     const int64_t pre_bytes = recompute ? 2 * inter * size : 0;
     const int64_t gate_up_bytes = wanted.gate_up_rows ? 2 * inter_stride * kUnitBytes : 0;
-    const int64_t inter_bytes = wanted.down ? inter_stride * kUnitBytes : 0;
+    const int64_t inter_unit_bytes = wanted.down ? inter_unit_stride * kUnitBytes : 0;
     const int64_t hidden_grad_bytes = wanted.hidden ? hidden_grad_stride * 4 : 0;
     const int64_t sums_bytes = wanted.router ? router_sums * 4 : 0;
     tokens = chunk_tokens(p, p.top_k * (hidden_bytes + hidden_stride * kUnitBytes + pre_bytes +
-                                        gate_up_bytes + inter_bytes + hidden_grad_bytes + sums_bytes));
+                                        gate_up_bytes + hidden_grad_bytes + sums_bytes +
+                                        (hidden_unit_bytes + inter_unit_bytes) / rows_per_unit));
     Arena arena(workspace);
     const int64_t n = tokens * p.top_k;
+    // Each expert may have a unit that is not full.
+    const int64_t units = rows_per_unit == 1 ? n : n / 2 + std::min(n, p.num_experts());
     slots = Slots(&arena, n);
     row_weight = arena.take<float>(n * sizeof(float));
     ones = arena.take<float>(n * sizeof(float));
-    hidden_rows = arena.take<char>(n * hidden_bytes);
+    hidden_units = arena.take<char>(units * hidden_unit_bytes);
+    hidden_rows = hidden_row ? arena.take<char>(n * hidden_bytes) : hidden_units;
     grad_rows = arena.take<char>(n * hidden_stride * kUnitBytes);
     pre_activations = arena.take<char>(n * pre_bytes);
     gate_up_rows = arena.take<char>(n * gate_up_bytes);
-    inter_rows = arena.take<char>(n * inter_bytes);
+    inter_units = arena.take<char>(units * inter_unit_bytes);
     hidden_grad_rows = arena.take<float>(n * hidden_grad_bytes);
     sums = arena.take<float>(n * sums_bytes);
     bias_stride = 2 * inter + p.hidden_size;
@@ -85,24 +100,26 @@ struct Layout {
         arena.take<float>(separate && wanted.gate_up ? p.num_experts() * 2 * p.hidden_size * inter * 4 : 0);
     down_sums = arena.take<float>(separate && wanted.down ? p.num_experts() * p.hidden_size * inter * 4 : 0);
     separate_sums = separate;
+    large_gradients = p.num_experts() * 3 * p.hidden_size * inter * size > kCachedGradientBytes;
     for (int i = 0; i < threads; ++i) {
-      scratch.push_back({arena.take<float>(kResultFloats * sizeof(float)),
-                         arena.take<void>(kPackedBytes + kTransposedBytes)});
+      scratch.push_back({arena.take<float>(kResultFloats * sizeof(float)), arena.take<void>(kPackedBytes)});
     }
     bytes = arena.used();
   }
 
   Wanted wanted;
   Operand operand;
-  DType row_dtype;  // how operand rows are stored
+  DType row_dtype;        // how operand rows are stored
+  int64_t rows_per_unit;  // of the left operands of the gradients of weights
   bool recompute;
-  int64_t hidden_stride, inter_stride, hidden_grad_stride, router_sums, bias_stride;  // units and floats
+  int64_t hidden_stride, inter_stride, hidden_unit_stride, inter_unit_stride;  // units
+  int64_t hidden_grad_stride, router_sums, bias_stride;                        // floats
   int64_t tokens;
   Slots slots;
   float *row_weight, *ones;
-  char *hidden_rows, *grad_rows, *pre_activations, *gate_up_rows, *inter_rows;
+  char *hidden_rows, *hidden_units, *grad_rows, *pre_activations, *gate_up_rows, *inter_units;
   float *hidden_grad_rows, *sums, *bias_sums, *gate_up_sums, *down_sums;
-  bool separate_sums;
+  bool separate_sums, large_gradients;
   std::vector<ThreadScratch> scratch;
   size_t bytes;
 };
@@ -144,6 +161,8 @@ class Chunk {
       if (w_.slots.position[i] >= 0) w_.row_weight[w_.slots.position[i]] = w_.slots.weight[i];
       w_.ones[i] = 1.0f;
     }
+    for (int64_t e = 0; e < p_.num_experts(); ++e)
+      first_unit_.push_back(first_unit_.back() + divide_up(rows_of(e), w_.rows_per_unit));
     plan();
   }
 
@@ -167,8 +186,11 @@ class Chunk {
 
   void plan() {
     const int64_t num_experts = p_.num_experts();
-    for (int64_t r = 0; r < begin_[num_experts]; r += kRowsPerCopyTask)
-      add(Stage::kCopy, {0, r, std::min(kRowsPerCopyTask, begin_[num_experts] - r), 0, 0, 0});
+    for (int64_t e = 0; e < num_experts; ++e) {
+      for (int64_t r = begin_[e]; r < begin_[e + 1]; r += kRowsPerCopyTask)
+        add(Stage::kCopy,
+            {static_cast<int32_t>(e), r, std::min(kRowsPerCopyTask, begin_[e + 1] - r), 0, 0, 0});
+    }
     recompute_left_.reset(new std::atomic<int32_t>[num_experts]);
     intermediate_left_.reset(new std::atomic<int32_t>[num_experts]);
     for (int64_t e = 0; e < num_experts; ++e) {
@@ -215,12 +237,17 @@ class Chunk {
     add_weight_tasks(e);
   }
 
-  // Blocks of the gradients of weights: rows are input features, columns output features.
+  // Parts of the gradients of weights: rows are input features, columns output features. A task has as many
+  // rows as leave each thread some tasks, because it packs its columns once.
   void add_weight_tasks(int64_t e) {
     auto cut_weight = [&](Stage stage, int64_t rows, int64_t columns, int64_t step) {
+      const int64_t column_blocks = divide_up(columns, step);
+      const int64_t parts = std::clamp(divide_up(kWeightTasksPerThread * threads_, column_blocks), int64_t{1},
+                                       divide_up(rows, kBlockRows));
       for (int64_t c = 0; c < columns; c += step) {
-        for (int64_t r = 0; r < rows; r += kBlockRows) {
-          add(stage, {static_cast<int32_t>(e), r, std::min(kBlockRows, rows - r), c,
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t first = rows * part / parts;
+          add(stage, {static_cast<int32_t>(e), first, rows * (part + 1) / parts - first, c,
                       std::min(step, columns - c), kPackedColumns});
         }
       }
@@ -291,16 +318,28 @@ class Chunk {
   }
 
   void copy(const GemmBlock& block) {
-    for (int64_t row = block.first_row; row < block.first_row + block.num_rows; ++row) {
+    const int64_t end = block.first_row + block.num_rows;
+    auto activations = [&](int64_t row) {
+      const int64_t token = first_token_ + w_.slots.row_token[row];
+      return advance(p_.hidden_states, token * p_.hidden_states_stride, p_.dtype);
+    };
+    const bool pairs = w_.rows_per_unit == 2;
+    for (int64_t row = block.first_row; row < end; ++row) {
       const int64_t token = first_token_ + w_.slots.row_token[row];
       const int64_t at = row * w_.hidden_stride * kUnitBytes;
-      if (w_.recompute || w_.wanted.gate_up) {
-        kernels().copy_row(advance(p_.hidden_states, token * p_.hidden_states_stride, p_.dtype), p_.dtype,
-                           p_.hidden_size, w_.operand, w_.hidden_rows + at);
-      }
+      if (w_.recompute || (w_.wanted.gate_up && !pairs))
+        kernels().copy_row(activations(row), p_.dtype, p_.hidden_size, w_.operand, w_.hidden_rows + at);
       kernels().copy_row(advance(b_.grad_out, token * b_.grad_out_stride, p_.dtype), p_.dtype, p_.hidden_size,
                          w_.operand, w_.grad_rows + at);
     }
+    for (int64_t row = block.first_row; w_.wanted.gate_up && pairs && row < end; row += 2) {
+      kernels().pair_rows(activations(row), row + 1 < end ? activations(row + 1) : nullptr, p_.hidden_size,
+                          w_.hidden_units + unit_of(block.expert, row) * w_.hidden_unit_stride * kUnitBytes);
+    }
+  }
+
+  int64_t unit_of(int64_t expert, int64_t row) const {
+    return first_unit_[expert] + (row - begin_[expert]) / w_.rows_per_unit;
   }
 
   // The pre-activations of a row of this chunk, from `column` on: gate; up is intermediate_size further.
@@ -362,8 +401,10 @@ class Chunk {
       task.gate_up_grad_stride = 2 * w_.inter_stride;
     }
     if (w_.wanted.down) {
-      task.inter = w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes + column_bytes;
-      task.inter_stride = w_.inter_stride;
+      task.inter =
+          w_.inter_units +
+          (unit_of(block.expert, block.first_row) * w_.inter_unit_stride + block.first_column) * kUnitBytes;
+      task.inter_stride = w_.inter_unit_stride;
     }
     if (w_.wanted.router) {
       task.router_sums = w_.sums + block.first_row * w_.router_sums + block.first_column / kRouterSumColumns;
@@ -390,36 +431,59 @@ class Chunk {
 
   // ---- gradients of weights
 
-  // A block of left^T x right over the rows of an expert, for the columns of one gradient or of two.
-  // gradient[i] and sums[i]: at the block's first element; sums lie as [in, out].
-  void weight_block(const GemmBlock& block, const ThreadScratch& scratch, const char* left,
-                    int64_t left_stride, const Matrix (&right)[2], const int64_t (&columns)[2],
-                    const Matrix (&gradient)[2], const Matrix (&sums)[2]) {
+  // Of left^T x right over the rows of an expert the rows of `block`, for the columns of one gradient or of
+  // two. left: the expert's units at the block's first row; gradient[i] and sums[i]: at its first element;
+  // sums lie as [in, out].
+  void weight_rows(const GemmBlock& block, const ThreadScratch& scratch, const char* left,
+                   int64_t unit_stride, const Matrix (&right)[2], const int64_t (&columns)[2],
+                   const Matrix (&gradient)[2], const Matrix (&sums)[2]) {
     const bool started = progress_->started[block.expert], any = rows_of(block.expert) > 0;
     if (started && !any && !w_.separate_sums) return;
-    BlockTask parts[2];
-    for (int i = 0; i < 2; ++i) {
-      parts[i] = {scratch.result + i * kPackedColumns,      2 * kPackedColumns, block.num_rows, columns[i],
-                  w_.separate_sums ? sums[i] : gradient[i], DType::kFloat32};
-      if (started && parts[i].matrix.data) kernels().load_block(parts[i]);
-    }
-    if (any) {
-      GemmTask task{left,           left_stride,    block.num_rows,       rows_of(block.expert),
-                    w_.operand,     w_.row_dtype,   {right[0], right[1]}, {columns[0], columns[1]},
-                    kPackedColumns, scratch.result, 2 * kPackedColumns,   scratch.gemm};
-      task.accumulate = started;
-      task.transposed = true;
-      task.rows_dtype = w_.row_dtype;
-      kernels().gemm(task);
-    } else if (!started) {
-      std::fill_n(scratch.result, block.num_rows * 2 * kPackedColumns, 0.0f);
-    }
-    for (int i = 0; i < 2; ++i) {
-      if (!gradient[i].data) continue;
-      if (last_)
-        parts[i] = {parts[i].block, parts[i].block_stride, parts[i].num_rows,
-                    columns[i],     gradient[i],           p_.dtype};
-      kernels().store_block(parts[i]);
+    const int64_t parts = divide_up(block.num_rows, kBlockRows);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t row = block.num_rows * part / parts;
+      const int64_t num_rows = block.num_rows * (part + 1) / parts - row;
+      BlockTask result[2];
+      for (int i = 0; i < 2; ++i) {
+        if (!gradient[i].data) continue;
+        result[i] = {scratch.result + i * kPackedColumns,
+                     2 * kPackedColumns,
+                     num_rows,
+                     columns[i],
+                     from_row(w_.separate_sums ? sums[i] : gradient[i], row, DType::kFloat32),
+                     DType::kFloat32};
+        if (started) kernels().load_block(result[i]);
+      }
+      if (any) {
+        GemmTask task{left + row * kUnitBytes,
+                      1,
+                      num_rows,
+                      rows_of(block.expert),
+                      w_.operand,
+                      w_.row_dtype,
+                      {right[0], right[1]},
+                      {columns[0], columns[1]},
+                      kPackedColumns,
+                      scratch.result,
+                      2 * kPackedColumns,
+                      scratch.gemm};
+        task.unit_stride = unit_stride;
+        task.accumulate = started;
+        task.chained = true;
+        task.packed = part > 0 && rows_of(block.expert) <= kBlockUnits * w_.rows_per_unit;
+        kernels().gemm(task);
+      } else if (!started) {
+        std::fill_n(scratch.result, num_rows * 2 * kPackedColumns, 0.0f);
+      }
+      for (int i = 0; i < 2; ++i) {
+        if (!gradient[i].data) continue;
+        if (last_) {
+          result[i].matrix = from_row(gradient[i], row, p_.dtype);
+          result[i].dtype = p_.dtype;
+          result[i].past_caches = w_.large_gradients;
+        }
+        kernels().store_block(result[i]);
+      }
     }
   }
 
@@ -429,8 +493,7 @@ class Chunk {
   }
 
   void gate_up_weight(const GemmBlock& block, const ThreadScratch& scratch) {
-    const int64_t first = begin_[block.expert], size = static_cast<int64_t>(dtype_size(w_.row_dtype));
-    const int64_t inter = p_.intermediate_size;
+    const int64_t first = begin_[block.expert], inter = p_.intermediate_size;
     const Expert& expert = b_.experts[block.expert];
     Matrix gradient[2], sums[2];
     for (int i = 0; i < 2; ++i) {
@@ -441,16 +504,15 @@ class Chunk {
                      block.first_column,
                  inter, 1};
     }
-    weight_block(block, scratch,
-                 w_.hidden_rows + first * w_.hidden_stride * kUnitBytes + block.first_row * size,
-                 w_.hidden_stride * kUnitBytes / size,
-                 {row_matrix(gate_rows(first), 2 * w_.inter_stride, block.first_column),
-                  row_matrix(up_rows(first), 2 * w_.inter_stride, block.first_column)},
-                 {block.num_columns, block.num_columns}, gradient, sums);
+    const int64_t left = first_unit_[block.expert] * w_.hidden_unit_stride + block.first_row;
+    weight_rows(block, scratch, w_.hidden_units + left * kUnitBytes, w_.hidden_unit_stride,
+                {row_matrix(gate_rows(first), 2 * w_.inter_stride, block.first_column),
+                 row_matrix(up_rows(first), 2 * w_.inter_stride, block.first_column)},
+                {block.num_columns, block.num_columns}, gradient, sums);
   }
 
   void down_weight(const GemmBlock& block, const ThreadScratch& scratch) {
-    const int64_t first = begin_[block.expert], size = static_cast<int64_t>(dtype_size(w_.row_dtype));
+    const int64_t first = begin_[block.expert];
     const int64_t first_columns = std::min(kPackedColumns, block.num_columns);
     const Matrix gradient = from_row(from_column(b_.experts[block.expert].down, block.first_column, p_.dtype),
                                      block.first_row, p_.dtype);
@@ -460,12 +522,12 @@ class Chunk {
                       p_.hidden_size, 1};
     const Matrix right = row_matrix(w_.grad_rows + first * w_.hidden_stride * kUnitBytes, w_.hidden_stride,
                                     block.first_column);
-    weight_block(
-        block, scratch, w_.inter_rows + first * w_.inter_stride * kUnitBytes + block.first_row * size,
-        w_.inter_stride * kUnitBytes / size, {right, from_column(right, first_columns, w_.row_dtype)},
-        {first_columns, block.num_columns - first_columns},
-        {gradient, from_column(gradient, first_columns, p_.dtype)},
-        {sums, from_column(sums, first_columns, DType::kFloat32)});
+    const int64_t left = first_unit_[block.expert] * w_.inter_unit_stride + block.first_row;
+    weight_rows(block, scratch, w_.inter_units + left * kUnitBytes, w_.inter_unit_stride,
+                {right, from_column(right, first_columns, w_.row_dtype)},
+                {first_columns, block.num_columns - first_columns},
+                {gradient, from_column(gradient, first_columns, p_.dtype)},
+                {sums, from_column(sums, first_columns, DType::kFloat32)});
   }
 
   void biases(int32_t e) {
@@ -525,7 +587,8 @@ class Chunk {
   const bool last_;
   Progress* const progress_;
 
-  const std::vector<int64_t> begin_;  // the rows of expert e: begin_[e] .. begin_[e + 1] - 1
+  const std::vector<int64_t> begin_;       // the rows of expert e: begin_[e] .. begin_[e + 1] - 1
+  std::vector<int64_t> first_unit_ = {0};  // of each expert
   std::vector<Task> tasks_;
   int64_t copy_tasks_ = 0, row_tasks_ = 0;
 

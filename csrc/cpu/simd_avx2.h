@@ -11,6 +11,10 @@ struct Simd {
 
   static V load(const void* p) { return (V)_mm256_loadu_ps(static_cast<const float*>(p)); }
   static void store(void* p, V v) { _mm256_storeu_ps(static_cast<float*>(p), (__m256)v); }
+  // Past the caches, at aligned addresses; other threads may read once the stream has ended.
+  static void stream(void* p, V v) { _mm256_stream_ps(static_cast<float*>(p), (__m256)v); }
+  static void stream_low_halves(void* p, VI v) { _mm_stream_si128(static_cast<__m128i*>(p), low_halves(v)); }
+  static void end_stream() { _mm_sfence(); }
   static V broadcast(float x) { return (V)_mm256_set1_ps(x); }
   static V multiply_add(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
@@ -21,10 +25,12 @@ struct Simd {
   static V load_f16(const uint16_t* p) {
     return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static void store_low_halves(uint16_t* p, VI v) {
+  static __m128i low_halves(VI v) {
     const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  }
+  static void store_low_halves(uint16_t* p, VI v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_halves(v));
   }
   static void store_f16(uint16_t* p, V v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));

@@ -10,6 +10,12 @@ struct Simd {
 
   static V load(const void* p) { return (V)_mm512_loadu_ps(p); }
   static void store(void* p, V v) { _mm512_storeu_ps(p, (__m512)v); }
+  // Past the caches, at aligned addresses; other threads may read once the stream has ended.
+  static void stream(void* p, V v) { _mm512_stream_ps(static_cast<float*>(p), (__m512)v); }
+  static void stream_low_halves(void* p, VI v) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)v));
+  }
+  static void end_stream() { _mm_sfence(); }
   static V broadcast(float x) { return (V)_mm512_set1_ps(x); }
   static V multiply_add(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 

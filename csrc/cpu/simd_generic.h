@@ -15,6 +15,10 @@ struct Simd {
     return v;
   }
   static void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+  // There is no portable way past the caches.
+  static void stream(void* p, V v) { store(p, v); }
+  static void stream_low_halves(void* p, VI v) { store_low_halves(static_cast<uint16_t*>(p), v); }
+  static void end_stream() {}
   static V broadcast(float x) { return V{x, x, x, x}; }
   static V multiply_add(V a, V b, V c) { return a * b + c; }
 
