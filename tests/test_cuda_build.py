@@ -95,10 +95,9 @@ def machine_code(file: Path, architecture: str) -> str:
 
 @pytest.mark.skipif(not core._core.has_cuda(), reason="paddle_moe was built without CUDA")
 @pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump found (pip install nvidia-cuda-cuobjdump)")
-@pytest.mark.parametrize("module", ["_core", "_ops"])
-def test_the_modules_hold_the_instructions_they_are_fast_by(module):
-    """HGMMA: wgmma. UTMALDG: tensor copies. LDGSTS: cp.async. HMMA: mma.sync."""
-    [file] = Path(core.__file__).parent.glob(f"{module}.*.so")
+def test_the_operators_hold_the_instructions_they_are_fast_by():
+    """HGMMA: wgmma. UTMALDG: tensor copies. LDGSTS: cp.async. HMMA: mma.sync. _core has the same objects."""
+    [file] = Path(core.__file__).parent.glob("_ops.*.so")
     for architecture, kernel, instructions in (
         ("sm_80", "grouped_gemm", ("HMMA", "LDGSTS")),
         ("sm_90a", "grouped_gemm", ("HGMMA", "UTMALDG", "LDGSTS", "HMMA")),
@@ -118,8 +117,9 @@ def test_cmake_builds_the_core_with_cuda(tmp_path):
     if cmake is None:
         pytest.skip("no cmake found (pip install cmake)")
     build, package = str(tmp_path / "build"), tmp_path / "package"
+    options = ["-DPADDLE_MOE_CUDA=ON", "-DPADDLE_MOE_CUDA_ARCHS=90a"]  # one of them, in half the time
     for command in (
-        ["-S", str(REPOSITORY), "-B", build, "-DPADDLE_MOE_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"],
+        ["-S", str(REPOSITORY), "-B", build, f"-DPython_EXECUTABLE={sys.executable}", *options],
         ["--build", build, "--target", "_core", "--parallel", "2"],
         ["--install", build, "--prefix", str(package)],
     ):
