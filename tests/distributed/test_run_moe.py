@@ -10,10 +10,10 @@ import pytest
 from launcher import RUN_MOE, WORKERS, environment, launch
 
 CASES = {
-    "uneven": "--ep 2 --tp 2 --experts 7 --ffn 101 --hidden 67 --top-k 3 --measurement-mode",
+    "uneven": "--ep 2 --tp 2 --experts 7 --ffn 101 --hidden 67 --top-k 3 --measurement-mode --dtype bfloat16 "
+    "--fp32-reduce --permuted",
     "idle rank": "--ep 4 --tp 1 --experts 3 --ffn 40 --dtype float16 --reduce one --activation swigluoai",
-    "narrow": "--ep 1 --tp 4 --experts 5 --ffn 6 --top-k 5 --separate --permuted --chunk-size 3 --tokens 17",
-    "bfloat16": "--ep 2 --tp 2 --dtype bfloat16 --fp32-reduce --measurement-mode --permuted",
+    "narrow": "--ep 1 --tp 4 --experts 5 --ffn 6 --top-k 5 --separate --chunk-size 3 --tokens 17",
     "one token": "--ep 2 --tp 2 --tokens 1 --experts 300 --ffn 16 --hidden 33 --top-k 8 --reduce one",
 }
 MISTAKES = {

@@ -11,10 +11,14 @@ from launcher import WORKERS, launch
 JOBS = {
     "ep2_tp2": (
         (2, 2, 1),
-        "gradients losses faults stop_gradient shared_weights dropped_all_reduces recompute jitter amax",
+        "gradients losses faults stop_gradient shared_weights dropped_all_reduces recompute jitter amax "
+        "mixed_precision clipping flags all_to_all_output all_to_all_steps",
     ),
-    "ep2_tp2_mixed_precision": ((2, 2, 1), "mixed_precision clipping flags"),
-    "ep4": ((4, 1, 1), "gradients faults branches stop_gradient dropped_all_reduces amax clipping flags"),
+    "ep4": (
+        (4, 1, 1),
+        "gradients faults branches stop_gradient dropped_all_reduces amax clipping flags "
+        "all_to_all_output all_to_all_stop_gradient all_to_all_steps",
+    ),
     "tp4": ((1, 4, 1), "gradients branches dropped_all_reduces flags"),
     "dp2": ((1, 1, 2), "sharded_optimizer data_parallel flags"),
     "ep2_fleet": ((2, 1, 1), "sharded_optimizer"),
@@ -23,8 +27,6 @@ JOBS = {
         (2, 1, 2),
         "accumulation data_parallel averages replica_without_tokens global_balance pipeline",
     ),
-    "ep4_all_to_all": ((4, 1, 1), "all_to_all_output all_to_all_stop_gradient all_to_all_steps"),
-    "ep2_tp2_all_to_all": ((2, 2, 1), "all_to_all_output all_to_all_steps"),
     "ep2_tp2_dp2": ((2, 2, 2), "groups optimizer_steps"),
 }
 
