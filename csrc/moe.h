@@ -277,8 +277,7 @@ size_t workspace_size(const Problem& problem);
 void mixture_of_experts(const Problem& problem, Stream stream, void* workspace, void* out, float* amax,
                         void* pre_activations = nullptr);
 
-// problem.saved_rows is T * K. All tokens are one chunk. Throws std::invalid_argument for more than 2^30
-// slots.
+// problem.saved_rows is T * K. Throws std::invalid_argument for more than 2^30 slots.
 size_t backward_workspace_size(const BackwardProblem& problem);
 void mixture_of_experts_backward(const BackwardProblem& problem, Stream stream, void* workspace);
 

@@ -96,11 +96,14 @@ def machine_code(file: Path, architecture: str) -> str:
 @pytest.mark.skipif(not core._core.has_cuda(), reason="paddle_moe was built without CUDA")
 @pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump found (pip install nvidia-cuda-cuobjdump)")
 def test_the_operators_hold_the_instructions_they_are_fast_by():
-    """HGMMA: wgmma. UTMALDG: tensor copies. LDGSTS: cp.async. HMMA: mma.sync. _core has the same objects."""
+    """HGMMA: wgmma, tnspA: its left operand transposed. UTMALDG: tensor copies. LDGSTS: cp.async. HMMA: mma.sync.
+
+    _core has the same objects.
+    """
     [file] = Path(core.__file__).parent.glob("_ops.*.so")
     for architecture, kernel, instructions in (
         ("sm_80", "grouped_gemm", ("HMMA", "LDGSTS")),
-        ("sm_90a", "grouped_gemm", ("HGMMA", "UTMALDG", "LDGSTS", "HMMA")),
+        ("sm_90a", "grouped_gemm", ("HGMMA", "tnspA", "UTMALDG", "LDGSTS", "HMMA")),
     ):
         code = machine_code(file, architecture)
         assert kernel in code

@@ -57,7 +57,7 @@ def emulated_core(emulated) -> str:
     return module
 
 
-def run_on(module: str, files: list[str], *options: str) -> None:
+def run_on(module: str, files: list[str], *options: str, capability: int = 80) -> None:
     checks.run_python(
         f"{ROOT}/tests/cuda_emulator/run_tests.py",
         module,
@@ -66,6 +66,7 @@ def run_on(module: str, files: list[str], *options: str) -> None:
         *files,
         timeout=800,
         PADDLE_MOE_ISA="generic",
+        PADDLE_MOE_EMULATED_CAPABILITY=str(capability),
     )
 
 
@@ -88,3 +89,16 @@ def test_the_tests_of_the_cpu_back_end_pass(emulated_core):
 )
 def test_the_tests_of_gradients_pass(emulated_core, selected):
     run_on(emulated_core, [f"{ROOT}/tests/test_backward.py"], "-k", selected)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "selected",
+    [
+        "(nobody_chose or silu) and not float32",
+        pytest.param("every_activation or bits_do_not", marks=pytest.mark.slow),
+    ],
+    ids=["some", "sweeps"],
+)
+def test_the_tests_of_gradients_pass_on_hopper(emulated_core, selected):
+    run_on(emulated_core, [f"{ROOT}/tests/test_backward.py"], "-k", selected, capability=90)

@@ -23,9 +23,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     const T* ups = gates + p.intermediate_size;
     const float* grads =
         p.intermediate_grad == nullptr ? nullptr : p.intermediate_grad + row * p.intermediate_grad_stride;
-    T* gate_grads = static_cast<T*>(p.gate_up_grad) + row * p.gate_up_grad_stride;
-    T* up_grads = gate_grads + p.gate_up_grad_stride / 2;
-    T* intermediate = static_cast<T*>(p.weighted_intermediate) + row * p.weighted_intermediate_stride;
+    T* gate_grads = static_cast<T*>(p.gate_up_grad) + slot * 2 * p.intermediate_size;
+    T* up_grads = gate_grads + p.intermediate_size;
+    T* intermediate = static_cast<T*>(p.weighted_intermediate) + slot * p.weighted_intermediate_stride;
     for (int64_t c = lane; c < p.intermediate_size; c += kWarpSize) {
       const float gate = to_float(gates[c]), up = to_float(ups[c]);
       // What the forward multiplied with: rounded to the dtype.

@@ -1,7 +1,9 @@
 // The grouped GEMM as the stages see it: what moe.cu hands to the implementation that the device gets.
 //
 //   gate_up  intermediate[r, i] = act(x[r] . gate_e[:, i] + gate_bias, x[r] . up_e[:, i] + up_bias)
-//   down     rows[r, h] = intermediate[r] . down_e[:, h], in fp32; also the GEMMs of the backward by rows
+//   down     rows[r, h] = intermediate[r] . down_e[:, h], in fp32; also the GEMMs of the backward by rows,
+//   where
+//            `down` and `up` stand for other matrices of the expert
 //
 // Row r belongs to the r-th slot (token, k) in expert order.
 #pragma once
@@ -22,8 +24,10 @@ struct Tile {
 
 // Everything points to device memory. Passed to kernels by value.
 struct GroupedGemm {
-  int64_t depth = 0;    // terms of each sum: H for gate_up, I for down
+  int64_t depth = 0;    // terms of each sum, or of each of its parts: H for gate_up, I for down
   int64_t columns = 0;  // of the result: I for gate_up, H for down
+  // down: with 2 parts a row of `a` has 2 * depth terms, and the second half multiplies `up`.
+  int32_t parts = 1;
 
   const void* a = nullptr;  // hidden_states, or the intermediate
   int64_t a_stride = 0;     // elements
@@ -37,17 +41,16 @@ struct GroupedGemm {
   int64_t max_tiles = 0;  // known on the host: *num_tiles is at most this
   int32_t block_m = 0;    // of the tiles
 
-  // gate_up: the intermediate in the dtype of `a`; columns past `columns` up to out_stride are never read.
-  // down: fp32 rows.
+  // gate_up: the intermediate in the dtype of `a`, or null for pre_activations alone; columns past `columns`
+  // up to out_stride are never read. down: fp32 rows.
   void* out = nullptr;
-  int64_t out_stride = 0;   // elements; rows begin at multiples of 16 bytes
-  bool accumulate = false;  // down, not on sm_90: adds to what `out` holds
+  int64_t out_stride = 0;  // elements; rows begin at multiples of 16 bytes
 
   ActivationSpec activation;           // gate_up
   DType bias_dtype = DType::kUnknown;  // gate_up; fp32 or the dtype of `a`
   uint32_t* amax = nullptr;  // gate_up; bits of |fp32| per local expert, raised by atomicMax, or null
-  // gate_up, not on sm_90: gate and up with their biases for the backward, in the dtype of `a`; row
-  // row_slot[r] of [slots, 2 * columns]. Or null.
+  // gate_up: gate and up with their biases for the backward, in the dtype of `a`; row row_slot[r] of
+  // [slots, 2 * columns]. Or null. On sm_90 aligned to 16 bytes.
   void* pre_activations = nullptr;
 };
 

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(Fp32Tile::kThreads)
 
   Fp32Tile sums;
   sums.multiply(
-      *static_cast<Fp32Tile::Shared*>(shared_memory()), g.depth, weight[0].in_stride == 1,
+      *static_cast<Fp32Tile::Shared*>(shared_memory()), g.depth * g.parts, weight[0].in_stride == 1,
       [&](int row, int64_t k) {
         if (row >= tile.num_rows) return 0.0f;
         int64_t index = tile.first_row + row;
@@ -32,7 +32,9 @@ __global__ void __launch_bounds__(Fp32Tile::kThreads)
       [&](int half, int64_t k, int column) {
         const int64_t n = first_column + half * kSecondHalf + column;
         if (n >= g.columns) return 0.0f;
-        const Matrix& m = weight[half];
+        const bool second_part = kStage == Stage::kDown && k >= g.depth;
+        const Matrix& m = second_part ? expert.up : weight[half];
+        if (second_part) k -= g.depth;
         return static_cast<const float*>(m.data)[k * m.in_stride + n * m.out_stride];
       });
 
@@ -41,8 +43,7 @@ __global__ void __launch_bounds__(Fp32Tile::kThreads)
     sums.for_each([&](int half, int row, int column, float sum) {
       const int64_t n = first_column + half * kSecondHalf + column;
       if (row >= tile.num_rows || n >= g.columns) return;
-      float& element = out[(tile.first_row + row) * g.out_stride + n];
-      element = g.accumulate ? element + sum : sum;
+      out[(tile.first_row + row) * g.out_stride + n] = sum;
     });
     return;
   }
@@ -63,6 +64,7 @@ __global__ void __launch_bounds__(Fp32Tile::kThreads)
         saved[0] = gate;
         saved[g.columns] = up;
       }
+      if (out == nullptr) continue;
       const float value = activate<float>(g.activation, gate, up);
       largest = max(largest, __float_as_uint(fabsf(value)));
       out[(tile.first_row + row) * g.out_stride + n] = value;

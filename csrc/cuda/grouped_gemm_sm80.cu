@@ -75,7 +75,7 @@ class TileMultiplier {
   }
 
   __device__ void multiply(T* stages) {
-    const int steps = static_cast<int>(divide_up(g_.depth, C::kBlockDepth));
+    const int steps = g_.parts * steps_per_part();
     for (int s = 0; s < C::kStages - 1; ++s) load(stages, s, steps);
     for (int s = 0; s < steps; ++s) {
       cp_async_wait<C::kStages - 2>();
@@ -110,6 +110,7 @@ class TileMultiplier {
         if (expert_.up_bias != nullptr) up[i] += load_as_float(expert_.up_bias, c, g_.bias_dtype);
       }
       if (g_.pre_activations != nullptr) save(row, column, count, gate, up);
+      if (g_.out == nullptr) continue;
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         gate[i] = activate<T>(g_.activation, gate[i], up[i]);
@@ -134,11 +135,6 @@ class TileMultiplier {
       const int64_t c = first_column_ + half * C::kHalfN + column;
       if (row >= tile_.num_rows || c >= g_.columns) return;
       float* out = static_cast<float*>(g_.out) + (tile_.first_row + row) * g_.out_stride + c;
-      if (g_.accumulate) {
-        const float2 before = *reinterpret_cast<float2*>(out);
-        first += before.x;
-        second += before.y;
-      }
       *reinterpret_cast<float2*>(out) = {first, second};
     });
   }
@@ -177,29 +173,34 @@ class TileMultiplier {
   __device__ static int row_of_a(int i) { return (threadIdx.x + i * C::kThreads) / kVectorsPerDepth; }
   __device__ static int vector_of_a(int i) { return (threadIdx.x + i * C::kThreads) % kVectorsPerDepth; }
 
+  __device__ int steps_per_part() const { return static_cast<int>(divide_up(g_.depth, C::kBlockDepth)); }
+
   __device__ void load(T* stages, int step, int steps) {
     if (step < steps) {
       T* a = stages + step % C::kStages * C::kStageElements;
-      const int64_t first = static_cast<int64_t>(step) * C::kBlockDepth;
-      load_a(a, first);
+      const bool second_part = kStage == Stage::kDown && step >= steps_per_part();
+      const int64_t first = int64_t{second_part ? step - steps_per_part() : step} * C::kBlockDepth;
+      load_a(a, first, second_part ? g_.depth : 0);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) load_b(a + C::kElementsA + half * C::kElementsB, half, first);
+      for (int half = 0; half < 2; ++half) {
+        load_b(a + C::kElementsA + half * C::kElementsB, half, first,
+               second_part ? expert_.up : weights_[half]);
+      }
     }
     cp_async_commit();  // also without a load: the number of groups is what the wait counts
   }
 
-  __device__ void load_a(T* tile, int64_t first) {
+  __device__ void load_a(T* tile, int64_t first, int64_t first_of_part) {
 #pragma unroll
     for (int i = 0; i < kVectorsA; ++i) {
       const int64_t k = first + vector_of_a(i) * kVector;
       const int count = rows_[i] == nullptr ? 0 : valid_elements(g_.depth, k);
       T* destination = tile + swizzled<kVectorsPerDepth>(row_of_a(i), vector_of_a(i)) * kVector;
-      copy(destination, count ? rows_[i] + k : static_cast<const T*>(g_.a), 1, count);
+      copy(destination, count ? rows_[i] + first_of_part + k : static_cast<const T*>(g_.a), 1, count);
     }
   }
 
-  __device__ void load_b(T* tile, int half, int64_t first) {
-    const Matrix& weight = weights_[half];
+  __device__ void load_b(T* tile, int half, int64_t first, const Matrix& weight) {
 #pragma unroll
     for (int i = 0; i < kVectorsB; ++i) {
       const int index = threadIdx.x + i * C::kThreads;
@@ -315,19 +316,21 @@ __global__ void __launch_bounds__(C::kThreads, kBlocksPerMultiprocessor)
 }
 
 template <class Matches>
-bool all_weights(Stage stage, const Problem& problem, Matches matches) {
+bool all_weights(Stage stage, const Problem& problem, const GroupedGemm& gemm, Matches matches) {
+  const bool gated = stage == Stage::kGateUp, has_up = gated || gemm.parts == 2;
   return std::all_of(problem.experts.begin(), problem.experts.end(), [&](const Expert& e) {
-    return stage == Stage::kGateUp ? matches(e.gate) && matches(e.up) : matches(e.down);
+    return matches(gated ? e.gate : e.down) && (!has_up || matches(e.up));
   });
 }
 
 Load choose_load(Stage stage, const Problem& problem, const GroupedGemm& gemm) {
   if (!is_aligned(gemm.a, gemm.a_stride)) return Load::kElements;
-  if (all_weights(stage, problem,
+  if (gemm.parts == 2 && gemm.depth % kVector != 0) return Load::kElements;
+  if (all_weights(stage, problem, gemm,
                   [](const Matrix& m) { return m.out_stride == 1 && is_aligned(m.data, m.in_stride); })) {
     return Load::kRows;
   }
-  if (all_weights(stage, problem,
+  if (all_weights(stage, problem, gemm,
                   [](const Matrix& m) { return m.in_stride == 1 && is_aligned(m.data, m.out_stride); })) {
     return Load::kColumns;
   }

@@ -11,21 +11,12 @@
 
 #include "cuda/activation.cuh"
 #include "cuda/grouped_gemm.h"
-#include "cuda/ptx_sm90.cuh"
+#include "cuda/ring_sm90.cuh"
 #include "cuda/tile_schedule.h"
 
 namespace paddle_moe {
 namespace cuda {
 namespace {
-
-constexpr int kWarpgroup = 128;  // threads
-constexpr int kDepth = 64;       // terms per stage: 128 bytes, the width of the swizzle
-constexpr int kRowBytes = kDepth * 2;
-constexpr int kAtomBytes = 8 * kRowBytes;  // 8 rows: what the swizzle permutes
-constexpr int kBlockColumns = 64;          // columns of weights that one tensor copy brings
-constexpr int kBlockBytes = kBlockColumns * kRowBytes;
-constexpr int kTermsPerWgmma = 16;
-constexpr int kChunk = 8;  // elements in 16 bytes
 
 enum class WeightOrder { kInOut, kOutIn };  // which index is contiguous is the second
 
@@ -44,16 +35,7 @@ struct Config {
   static constexpr int kStages = kBlockM == 128 ? 4 : 8;
   // 16 rows x kBlockColumns per warp, on their way from registers to global memory.
   static constexpr int kStagingBytes = kGated ? kConsumers * 4 * 16 * kRowBytes : 0;
-  static constexpr int kSharedBytes = kStages * (kABytes + kBBytes) + kStagingBytes + 2 * kStages * 8;
-  static_assert(kSharedBytes <= 227 * 1024, "more shared memory than a block may have");
-  static_assert(kStagingBytes % 8 == 0, "the barriers behind it are 8-byte aligned");
 };
-
-// Registers are shared out again after the start: the loads need few, the sums many. Together they are what
-// __launch_bounds__ grants, 168 x 3.
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
-static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / (3 * kWarpgroup) / 8 * 8),
-              "a consumer would wait for registers that nobody gives back");
 
 // Where expert e's weights lie: at coordinate (data - base) / granularity of the tensor map's last dimension.
 struct WeightMap {
@@ -61,41 +43,15 @@ struct WeightMap {
   int64_t granularity;  // bytes
 };
 
-struct Stages {
-  unsigned char* a;
-  unsigned char* b;
-  unsigned char* staging;
-  Mbarrier* full;
-  Mbarrier* empty;
-};
-
-// A position in the ring.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
 __device__ inline TileSchedule schedule(const GroupedGemm& gemm, int columns) {
   return {*gemm.num_tiles, static_cast<int32_t>(divide_up(gemm.columns, columns))};
-}
-
-// Byte `offset` of a swizzled array, whose row is `row` modulo 8: the 16-byte chunks of a row change places.
-__device__ inline int swizzled_chunk(int row, int chunk) {
-  return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
 }
 
 // ---------------------------------------------------------------- loads
 
 template <class T, int kBlockM, Stage kStage, WeightOrder kOrder>
-__device__ void produce(const GroupedGemm& gemm, const TensorMap* gate_map, const TensorMap* up_map,
-                        const WeightMap& gate, const WeightMap& up, const Stages& stages) {
+__device__ void produce(const GroupedGemm& gemm, const TensorMap* first_map, const TensorMap* up_map,
+                        const WeightMap& first, const WeightMap& up, const Stages& stages) {
   using C = Config<T, kBlockM, kStage, kOrder>;
   constexpr int kRowsAtOnce = kWarpgroup / (kDepth / kChunk);
   constexpr int kRows = kBlockM / kRowsAtOnce;  // per thread
@@ -116,82 +72,50 @@ __device__ void produce(const GroupedGemm& gemm, const TensorMap* gate_map, cons
       const int r = row + i * kRowsAtOnce;
       present[i] = r < tile.num_rows;
       int64_t source_row = present[i] ? tile.first_row + r : 0;
-      if (C::kGated) source_row = present[i] ? gemm.row_slot[source_row] / gemm.top_k : 0;
+      if (present[i] && (C::kGated || gemm.row_slot)) source_row = gemm.row_slot[source_row] / gemm.top_k;
       source[i] = static_cast<const T*>(gemm.a) + source_row * gemm.a_stride + chunk * kChunk;
     }
     const Expert& expert = gemm.experts[tile.expert];
     const int32_t column = position.column_tile * C::kColumns;
-    int32_t gate_place = 0, up_place = 0;
+    int32_t first_place = 0, up_place = 0;
     if (thread == 0) {
-      const Matrix& first = C::kGated ? expert.gate : expert.down;
-      gate_place = (static_cast<const char*>(first.data) - gate.base) / gate.granularity;
-      if (C::kGated) up_place = (static_cast<const char*>(expert.up.data) - up.base) / up.granularity;
+      const Matrix& matrix = C::kGated ? expert.gate : expert.down;
+      first_place = (static_cast<const char*>(matrix.data) - first.base) / first.granularity;
+      if (C::kGated || gemm.parts == 2) {
+        up_place = (static_cast<const char*>(expert.up.data) - up.base) / up.granularity;
+      }
     }
-    for (int32_t k = 0; k < gemm.depth; k += kDepth) {
+    const int32_t steps = divide_up(gemm.depth, kDepth);
+    for (int32_t step = 0; step < (C::kGated ? steps : steps * gemm.parts); ++step) {
+      const bool second_part = !C::kGated && step >= steps;
+      const int32_t k = (second_part ? step - steps : step) * kDepth;
       mbarrier_wait(&stages.empty[ring.stage], ring.phase ^ 1);
       Mbarrier* full = &stages.full[ring.stage];
       if (thread == 0) {
         mbarrier_arrive_expect(full, C::kBBytes);
 #pragma unroll
         for (int b = 0; b < C::kBlocks; ++b) {
-          const bool is_up = C::kGated && b % 2;
+          const bool is_up = C::kGated ? b % 2 : second_part;
           const int32_t n = column + (C::kGated ? b / 2 : b) * kBlockColumns;
           const bool in_out = kOrder == WeightOrder::kInOut;
-          tensor_copy(stages.b + ring.stage * C::kBBytes + b * kBlockBytes, is_up ? up_map : gate_map,
-                      in_out ? n : k, in_out ? k : n, is_up ? up_place : gate_place, full);
+          tensor_copy(stages.b + ring.stage * C::kBBytes + b * kBlockBytes, is_up ? up_map : first_map,
+                      in_out ? n : k, in_out ? k : n, is_up ? up_place : first_place, full);
         }
       }
       const bool inside = k + chunk * kChunk < gemm.depth;
+      const int64_t column_of_a = k + (second_part ? gemm.depth : 0);
       unsigned char* a = stages.a + ring.stage * C::kABytes + destination;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const bool copied = present[i] && inside;
-        cp_async_16(a + i * kRowsAtOnce * kRowBytes, copied ? source[i] + k : gemm.a, copied ? 16 : 0);
+        cp_async_16(a + i * kRowsAtOnce * kRowBytes, copied ? source[i] + column_of_a : gemm.a,
+                    copied ? 16 : 0);
       }
       mbarrier_arrive_after_copies(full);
       ring.advance();
     }
   }
   cp_async_wait_all();  // no thread leaves copies behind that still have to arrive for it
-}
-
-// ---------------------------------------------------------------- sums
-
-// Where sum i of a thread lies among the 16 rows of its warp and the columns of its tile's weights.
-__device__ constexpr int sum_row(int i) { return i % 4 / 2 * 8; }         // + lane / 4
-__device__ constexpr int sum_column(int i) { return i / 4 * 8 + i % 2; }  // + 2 (lane % 4)
-
-template <class C, class T, WeightOrder kOrder>
-__device__ void multiply(const GroupedGemm& gemm, const Stages& stages, int consumer, Ring<C::kStages>* ring,
-                         float (&sum)[C::kSums]) {
-  constexpr bool kMnMajor = kOrder == WeightOrder::kInOut;
-  const bool signals = threadIdx.x % kWarpSize == 0;
-  int previous = 0;
-  for (int32_t k = 0; k < gemm.depth; k += kDepth) {
-    mbarrier_wait(&stages.full[ring->stage], ring->phase);
-    // Rows of `a` come by cp.async, which writes as ordinary stores do; the barrier has made them visible to
-    // this thread, the fence makes them visible to its wgmma.
-    fence_shared_for_wgmma();
-    const uint64_t a =
-        wgmma_matrix(stages.a + ring->stage * C::kABytes + consumer * 64 * kRowBytes, kAtomBytes, kAtomBytes);
-    const uint64_t b = wgmma_matrix(stages.b + ring->stage * C::kBBytes, kBlockBytes, kAtomBytes);
-    wgmma_begin();
-#pragma unroll
-    for (int i = 0; i < kDepth / kTermsPerWgmma; ++i) {
-      constexpr int kStepA = kTermsPerWgmma * 2, kStepB = kMnMajor ? kTermsPerWgmma * kRowBytes : kStepA;
-      wgmma<T, kMnMajor>(sum, wgmma_advance(a, i * kStepA), wgmma_advance(b, i * kStepB), k > 0 || i > 0);
-    }
-    wgmma_commit();
-    if (k > 0) {
-      wgmma_wait<1>();
-      if (signals) mbarrier_arrive(&stages.empty[previous]);
-    }
-    previous = ring->stage;
-    ring->advance();
-  }
-  wgmma_wait<0>();
-  pin(sum);
-  if (signals) mbarrier_arrive(&stages.empty[previous]);
 }
 
 // ---------------------------------------------------------------- results
@@ -216,12 +140,7 @@ __device__ __forceinline__ void with_activation(ActivationSpec spec, Body body) 
   }
 }
 
-template <class T>
-__device__ uint32_t pack(float first, float second) {
-  return from_float<T>(first).bits | static_cast<uint32_t>(from_float<T>(second).bits) << 16;
-}
-
-// Bias, activation and amax; then through shared memory, so that whole lines are written.
+// Bias, what the backward keeps, activation and amax.
 template <class C, class T>
 __device__ void write_intermediate(const GroupedGemm& gemm, const Tile& tile, int32_t first_column, int warp,
                                    unsigned char* staging, float (&sum)[C::kSums]) {
@@ -248,6 +167,18 @@ __device__ void write_intermediate(const GroupedGemm& gemm, const Tile& tile, in
       sum[at + 2] += value;
     }
   }
+  if (gemm.pre_activations) {
+#pragma unroll
+    for (int b = 0; b < C::kBlocks; ++b) {
+      const int32_t column = first_column + b / 2 * kBlockColumns;
+      store_block<T>(staging, sum, b * kHalf, gemm.columns - column, [&](int row) -> T* {
+        if (row >= rows) return nullptr;
+        const int64_t slot = gemm.row_slot[first_row + row];
+        return static_cast<T*>(gemm.pre_activations) + (2 * slot + b % 2) * gemm.columns + column;
+      });
+    }
+  }
+  if (!gemm.out) return;
   float value[C::kSums / 2];
   with_activation(gemm.activation, [&](const ActivationSpec& activation) {
 #pragma unroll
@@ -273,26 +204,11 @@ __device__ void write_intermediate(const GroupedGemm& gemm, const Tile& tile, in
   }
 #pragma unroll
   for (int block = 0; block < C::kBlocks / 2; ++block) {
-#pragma unroll
-    for (int i = 0; i < kHalf; i += 8) {
-      const float* v = value + block * kHalf + i;
-      const uint32_t matrix[4] = {pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]),
-                                  pack<T>(v[6], v[7])};
-      stmatrix(staging + swizzled_chunk(lane % 16, i / 4 + lane / 16), matrix);
-    }
-    __syncwarp();
-    constexpr int kChunks = kBlockColumns / kChunk;  // per row
-#pragma unroll
-    for (int i = 0; i < 16 * kChunks / kWarpSize; ++i) {
-      const int row = (i * kWarpSize + lane) / kChunks, chunk = lane % kChunks;
-      const int32_t column = first_column + block * kBlockColumns + chunk * kChunk;
-      if (row < rows && column < gemm.columns) {
-        T* out = static_cast<T*>(gemm.out) + (first_row + row) * gemm.out_stride + column;
-        *reinterpret_cast<uint4*>(out) =
-            *reinterpret_cast<const uint4*>(staging + swizzled_chunk(row, chunk));
-      }
-    }
-    __syncwarp();
+    const int32_t column = first_column + block * kBlockColumns;
+    store_block<T>(staging, value, block * kHalf, gemm.columns - column, [&](int row) -> T* {
+      if (row >= rows) return nullptr;
+      return static_cast<T*>(gemm.out) + (first_row + row) * gemm.out_stride + column;
+    });
   }
 }
 
@@ -321,13 +237,14 @@ __device__ void consume(const GroupedGemm& gemm, const Stages& stages) {
   const int consumer = threadIdx.x / kWarpgroup - 1;
   const int warp = threadIdx.x / kWarpSize - 4;  // 16 rows each
   const TileSchedule tiles = schedule(gemm, C::kColumns);
+  const int32_t steps = divide_up(gemm.depth, kDepth) * gemm.parts;
   Ring<C::kStages> ring;
   for (int32_t t = blockIdx.x; t < tiles.size(); t += gridDim.x) {
     const TilePosition position = tiles[t];
     const Tile tile = gemm.tiles[position.row_tile];
     const int32_t column = position.column_tile * C::kColumns;
     float sum[C::kSums];
-    multiply<C, T, kOrder>(gemm, stages, consumer, &ring, sum);
+    multiply<C, T, false, kOrder == WeightOrder::kInOut>(stages, consumer, steps, &ring, sum);
     if constexpr (C::kGated) {
       write_intermediate<C, T>(gemm, tile, column, warp, stages.staging + warp * 16 * kRowBytes, sum);
     } else {
@@ -338,30 +255,18 @@ __device__ void consume(const GroupedGemm& gemm, const Stages& stages) {
 
 template <class T, int kBlockM, Stage kStage, WeightOrder kOrder>
 __global__ void __launch_bounds__(Config<T, kBlockM, kStage, kOrder>::kThreads, 1)
-    grouped_gemm_kernel(const __grid_constant__ GroupedGemm gemm, const __grid_constant__ TensorMap gate_map,
-                        const __grid_constant__ TensorMap up_map, const WeightMap gate, const WeightMap up) {
+    grouped_gemm_kernel(const __grid_constant__ GroupedGemm gemm, const __grid_constant__ TensorMap first_map,
+                        const __grid_constant__ TensorMap up_map, const WeightMap first, const WeightMap up) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(PADDLE_MOE_CUDA_EMULATOR)
   using C = Config<T, kBlockM, kStage, kOrder>;
-  unsigned char* shared = static_cast<unsigned char*>(shared_memory());
-  Stages stages;
-  stages.a = shared;
-  stages.b = stages.a + C::kStages * C::kABytes;
-  stages.staging = stages.b + C::kStages * C::kBBytes;
-  stages.full = reinterpret_cast<Mbarrier*>(stages.staging + C::kStagingBytes);
-  stages.empty = stages.full + C::kStages;
   if (threadIdx.x == 0) {
-    prefetch_tensor_map(&gate_map);
-    if (C::kGated) prefetch_tensor_map(&up_map);
-    for (int i = 0; i < C::kStages; ++i) {
-      mbarrier_init(&stages.full[i], kWarpgroup + 1);      // each thread's rows, and the start of the copies
-      mbarrier_init(&stages.empty[i], 4 * C::kConsumers);  // each warp of the consumers
-    }
-    mbarrier_init_fence();
+    prefetch_tensor_map(&first_map);
+    prefetch_tensor_map(&up_map);
   }
-  __syncthreads();
+  const Stages stages = make_ring<C>(1);  // the start of the tensor copies
   if (threadIdx.x < kWarpgroup) {
     if constexpr (C::kConsumers == 2) give_registers<kProducerRegisters>();
-    produce<T, kBlockM, kStage, kOrder>(gemm, &gate_map, &up_map, gate, up, stages);
+    produce<T, kBlockM, kStage, kOrder>(gemm, &first_map, &up_map, first, up, stages);
   } else {
     if constexpr (C::kConsumers == 2) take_registers<kConsumerRegisters>();
     consume<T, kBlockM, kStage, kOrder>(gemm, stages);
@@ -425,33 +330,16 @@ bool encode(const Weights& weights, int64_t in, int64_t out, TensorMap* map) {
 }
 
 struct GemmWeights {
-  Weights first, second;  // gate and up, or down twice
-  TensorMap first_map, second_map;
+  Weights first, up;  // gate and up; or down, and in the second part up, where there is none down again
+  TensorMap first_map, up_map;
 };
 
-bool prepare(Stage stage, const Problem& p, GemmWeights* w) {
-  if (stage == Stage::kDown) {
-    if (!describe(p.experts, &Expert::down, &w->first)) return false;
-    if (!encode(w->first, p.intermediate_size, p.hidden_size, &w->first_map)) return false;
-    w->second = w->first;
-    w->second_map = w->first_map;
-    return true;
-  }
-  return describe(p.experts, &Expert::gate, &w->first) && describe(p.experts, &Expert::up, &w->second) &&
-         w->first.order == w->second.order &&
-         encode(w->first, p.hidden_size, p.intermediate_size, &w->first_map) &&
-         encode(w->second, p.hidden_size, p.intermediate_size, &w->second_map);
-}
-
-int num_multiprocessors() {
-  int device = 0, count = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("CUDA: the number of multiprocessors is not known: ") +
-                             cudaGetErrorString(error));
-  }
-  return count;
+bool prepare(Stage stage, const Problem& p, const GroupedGemm& gemm, GemmWeights* w) {
+  const bool gated = stage == Stage::kGateUp, has_up = gated || gemm.parts == 2;
+  return describe(p.experts, gated ? &Expert::gate : &Expert::down, &w->first) &&
+         describe(p.experts, has_up ? &Expert::up : &Expert::down, &w->up) && w->first.order == w->up.order &&
+         encode(w->first, gemm.depth, gemm.columns, &w->first_map) &&
+         encode(w->up, gemm.depth, gemm.columns, &w->up_map);
 }
 
 template <class T, int kBlockM, Stage kStage, WeightOrder kOrder>
@@ -460,8 +348,8 @@ void run(const GroupedGemm& gemm, const GemmWeights& weights, Stream stream) {
   // Fits 32 bits: the results of a tile are at least 8 KiB, so more tiles would not fit into any memory.
   const int64_t tiles = gemm.max_tiles * divide_up(gemm.columns, C::kColumns);
   launch("grouped_gemm_sm90", grouped_gemm_kernel<T, kBlockM, kStage, kOrder>,
-         std::min<int64_t>(num_multiprocessors(), tiles), C::kThreads, C::kSharedBytes, stream, gemm,
-         weights.first_map, weights.second_map, weights.first.map, weights.second.map);
+         std::min<int64_t>(num_multiprocessors(), tiles), C::kThreads, ring_bytes<C>(), stream, gemm,
+         weights.first_map, weights.up_map, weights.first.map, weights.up.map);
 }
 
 template <class T, int kBlockM, Stage kStage>
@@ -499,7 +387,10 @@ bool accepts_sm90(const Problem& p) {
   if (p.hidden_states_stride % kChunk != 0 || reinterpret_cast<uintptr_t>(p.hidden_states) % 16 != 0)
     return false;
   GemmWeights weights;
-  return prepare(Stage::kGateUp, p, &weights) && prepare(Stage::kDown, p, &weights);
+  GroupedGemm gate_up, down;
+  gate_up.depth = down.columns = p.hidden_size;
+  gate_up.columns = down.depth = p.intermediate_size;
+  return prepare(Stage::kGateUp, p, gate_up, &weights) && prepare(Stage::kDown, p, down, &weights);
 }
 
 // With fewer rows per expert than this the weights' way through memory takes longer than the products of 64
@@ -510,7 +401,7 @@ int block_m_sm90(const Problem& p, int64_t num_tokens) {
 
 void grouped_gemm_sm90(Stage stage, const Problem& p, const GroupedGemm& gemm, Stream stream) {
   GemmWeights weights;
-  if (!prepare(stage, p, &weights)) {
+  if (!prepare(stage, p, gemm, &weights)) {
     throw std::runtime_error("grouped_gemm_sm90: the weights cannot be read by tensor copies");
   }
   if (p.dtype == DType::kBFloat16) {

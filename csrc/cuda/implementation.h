@@ -2,6 +2,8 @@
 // on the host.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/common.cuh"
 #include "cuda/grouped_gemm.h"
 
@@ -31,9 +33,8 @@ struct Implementation {
   void (*run)(Stage, const Problem&, const GroupedGemm&, Stream);
 };
 
-// trains: for the backward, or a forward that keeps pre-activations for it. sm_90 offers neither, and what is
-// computed again must have the bits of what was kept.
-inline Implementation choose_implementation(const Problem& p, bool trains) {
+// rows: the address of other rows that it reads or writes, which begin at multiples of `stride` elements.
+inline Implementation choose_implementation(const Problem& p, const void* rows, int64_t stride) {
   if (p.dtype == DType::kFloat32) return {block_m_fp32, grouped_gemm_fp32};
   const int capability = compute_capability();
   if (capability < 80) {
@@ -42,9 +43,22 @@ inline Implementation choose_implementation(const Problem& p, bool trains) {
                              std::to_string(capability / 10) + "." + std::to_string(capability % 10));
   }
 #ifndef PADDLE_MOE_NO_SM90A  // not compiled for it
-  if (capability == 90 && !trains && accepts_sm90(p)) return {block_m_sm90, grouped_gemm_sm90};
+  const bool aligned = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && stride % 8 == 0;
+  if (capability == 90 && aligned && accepts_sm90(p)) return {block_m_sm90, grouped_gemm_sm90};
 #endif
   return {block_m_sm80, grouped_gemm_sm80};
+}
+
+// Where chunk_size is left to us, chunks are as large as this many bytes of rows allow: every chunk reads the
+// weights anew, so fewer are better.
+constexpr int64_t kChunkBytes = int64_t{4} << 30;
+constexpr int64_t kMinChunkTokens = 64;
+
+inline int64_t chunk_tokens(const Problem& p, int64_t bytes_per_token) {
+  const int64_t wanted =
+      p.chunk_size > 0 ? p.chunk_size : std::max(kMinChunkTokens, kChunkBytes / bytes_per_token);
+  return std::min(
+      {wanted, std::max<int64_t>(1, p.num_tokens), std::max<int64_t>(1, kMaxChunkSlots / p.top_k)});
 }
 
 inline const void* advance(const void* data, int64_t elements, DType dtype) {

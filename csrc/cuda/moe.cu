@@ -17,21 +17,14 @@ namespace paddle_moe {
 namespace cuda {
 namespace {
 
-// Where chunk_size is left to us, chunks are as large as this many bytes of rows allow: every chunk reads the
-// weights anew, so fewer are better.
-constexpr int64_t kChunkBytes = int64_t{4} << 30;
-constexpr int64_t kMinChunkTokens = 64;
-
 struct Layout {
-  Layout(const Problem& p, void* workspace, bool saves)
-      : implementation(choose_implementation(p, saves)),
+  Layout(const Problem& p, void* workspace, const void* pre_activations)
+      : implementation(choose_implementation(p, pre_activations, 2 * p.intermediate_size)),
         inter_stride(round_up(p.intermediate_size, 8)),
         rows_stride(round_up(p.hidden_size, 8)) {
     const int64_t element = static_cast<int64_t>(dtype_size(p.dtype)), k = p.top_k;
     const int64_t bytes_per_token = k * (inter_stride * element + rows_stride * int64_t{sizeof(float)});
-    const int64_t wanted =
-        p.chunk_size > 0 ? p.chunk_size : std::max(kMinChunkTokens, kChunkBytes / bytes_per_token);
-    tokens = std::min({wanted, std::max<int64_t>(1, p.num_tokens), std::max<int64_t>(1, kMaxChunkSlots / k)});
+    tokens = chunk_tokens(p, bytes_per_token);
     // One tile size for all chunks. The last one may be smaller; the sums do not depend on it.
     block_m = implementation.block_m(p, tokens);
     const int64_t slots = tokens * k, experts_count = p.num_experts();
@@ -134,11 +127,11 @@ void run_chunk(const Problem& p, const Layout& w, int64_t first_token, int64_t n
 
 }  // namespace
 
-size_t workspace_size(const Problem& problem) { return Layout(problem, nullptr, false).bytes; }
+size_t workspace_size(const Problem& problem) { return Layout(problem, nullptr, nullptr).bytes; }
 
 void mixture_of_experts(const Problem& problem, Stream stream, void* workspace, void* out, float* amax,
                         void* pre_activations) {
-  const Layout layout(problem, workspace, pre_activations != nullptr);
+  const Layout layout(problem, workspace, pre_activations);
   if (amax != nullptr) {
     expect(cudaMemsetAsync(amax, 0, problem.num_experts() * sizeof(float), stream), "cudaMemsetAsync");
   }

@@ -1,16 +1,20 @@
-// The backward of mixture_of_experts on a stream:
+// The backward of mixture_of_experts on a stream. First chunk by chunk:
 //
 //   sort          as in moe.cu
 //   gate_up       where the pre-activations were not kept: the first GEMM again
 //   intermediate  gathered rows of grad_out x down^T; fp32 rows
-//   activation    backwards: rows of the gradients of gate and up, of the weighted intermediate; the router's
-//                 gradient                                                  (activation_backward.cu)
-//   hidden        gate gradient x gate^T, then + up gradient x up^T; fp32 rows
-//   weights       per expert, activations^T x gate and up gradient, intermediate^T x grad_out; biases
-//                                                                           (weight_gradient.cu)
+//   activation    backwards: the gradients of gate and up, the weighted intermediate, the router's gradient
+//                                                                           (activation_backward.cu)
+//   hidden        gate gradient x gate^T + up gradient x up^T; fp32 rows
 //   combine       each token's rows of `hidden`, in the order of k
 //
-// All tokens are one chunk: a weight's gradient is one sum over them, which then needs no fp32 copy.
+// Then for all tokens, sorted once more if they were several chunks:
+//
+//   weights       per expert, activations^T x gate and up gradient, intermediate^T x grad_out; biases
+//                                                                           (weight_gradient*.cu)
+//
+// So a weight's gradient is one sum over all its rows, without an fp32 copy, and no bit depends on the
+// chunks.
 #include <algorithm>
 
 #include "cuda/backward.h"
@@ -35,16 +39,17 @@ struct Wanted {
     }
     gate_up_rows = hidden || gate || up || gate_bias || up_bias;
     intermediate_grad = gate_up_rows || router;
+    weights = gate || up || down || gate_bias || up_bias || down_bias;
   }
   bool hidden, router;
   bool gate = false, up = false, down = false, gate_bias = false, up_bias = false, down_bias = false;
-  bool gate_up_rows, intermediate_grad;
+  bool gate_up_rows, intermediate_grad, weights;
 };
 
 struct Layout {
   Layout(const BackwardProblem& b, void* workspace)
       : wanted(b),
-        implementation(choose_implementation(b.forward, true)),
+        implementation(choose_implementation(b.forward, b.grad_out, b.grad_out_stride)),
         recompute(b.pre_activations == nullptr),
         inter_stride(round_up(b.forward.intermediate_size, 8)),
         hidden_stride(round_up(b.forward.hidden_size, 8)) {
@@ -57,7 +62,12 @@ struct Layout {
                                   "]; split the tokens among several calls");
     }
     const int64_t slots = p.num_tokens * p.top_k;
-    block_m = implementation.block_m(p, p.num_tokens);
+    // First the gradients of the intermediate, then, when nobody needs them any more, of the hidden states.
+    const int64_t row_elements =
+        std::max(wanted.intermediate_grad ? inter_stride : 0, wanted.hidden ? hidden_stride : 0);
+    tokens = chunk_tokens(p, p.top_k * std::max<int64_t>(1, row_elements) * int64_t{sizeof(float)});
+    block_m = implementation.block_m(p, tokens);
+    const int64_t kept_slots = wanted.weights ? slots : std::min(slots, tokens * p.top_k);
     Arena arena(workspace);
     for (Expert*& table : tables) table = arena.take<Expert>(experts);
     expert_rows = arena.take<int32_t>(experts);
@@ -68,12 +78,11 @@ struct Layout {
     local_expert = arena.take<int32_t>(slots);
     position = arena.take<int32_t>(slots);
     row_slot = arena.take<int32_t>(slots);
-    pre_activations = arena.take<char>(recompute ? slots * 2 * p.intermediate_size * element : 0);
-    intermediate = arena.take<char>(recompute || wanted.down ? slots * inter_stride * element : 0);
-    gate_up_grad = arena.take<char>(wanted.gate_up_rows ? slots * 2 * inter_stride * element : 0);
-    // First the gradients of the intermediate, then, when nobody needs them any more, of the hidden states.
-    rows = arena.take<float>(
-        slots * std::max(wanted.intermediate_grad ? inter_stride : 0, wanted.hidden ? hidden_stride : 0));
+    if (recompute || wanted.gate_up_rows) {
+      gate_up = arena.take<char>(kept_slots * 2 * p.intermediate_size * element);
+    }
+    if (wanted.down) intermediate = arena.take<char>(kept_slots * inter_stride * element);
+    rows = arena.take<float>(std::min(slots, tokens * p.top_k) * row_elements);
     bytes = arena.used();
   }
 
@@ -81,13 +90,17 @@ struct Layout {
   Implementation implementation;
   bool recompute;
   int64_t inter_stride, hidden_stride;  // elements; whole 16-byte vectors
+  int64_t tokens;                       // of a chunk
   int block_m;
-  // Each GEMM by rows takes the `down` of its table: the forward's weights; down, gate and up transposed.
-  enum Table { kForward, kDownTransposed, kGateTransposed, kUpTransposed, kGradients, kNumTables };
+  // The forward's weights; as `down` and `up` what the GEMMs by rows multiply with: down transposed, and gate
+  // and up transposed; gradients.
+  enum Table { kForward, kDownTransposed, kGateUpTransposed, kGradients, kNumTables };
   Expert* tables[kNumTables];
   Tile* tiles;
   int32_t *expert_rows, *first_row, *counts, *num_tiles, *local_expert, *position, *row_slot;
-  char *pre_activations, *intermediate, *gate_up_grad;
+  // In the order of the slots; of all where weights have a gradient, else of a chunk.
+  char* gate_up = nullptr;       // pre-activations that are computed again, then their gradients; [slots, 2I]
+  char* intermediate = nullptr;  // weighted
   float* rows;
   size_t bytes;
 };
@@ -95,53 +108,94 @@ struct Layout {
 class Backward {
  public:
   Backward(const BackwardProblem& problem, void* workspace, Stream stream)
-      : b_(problem),
-        p_(problem.forward),
-        w_(problem, workspace),
-        stream_(stream),
-        slots_(p_.num_tokens * p_.top_k) {}
+      : b_(problem), p_(problem.forward), w_(problem, workspace), stream_(stream) {}
 
   void run() {
+    store_transposed();
+    for (int64_t t = 0; t < p_.num_tokens; t += w_.tokens) {
+      run_chunk(t, std::min(w_.tokens, p_.num_tokens - t));
+    }
+    if (!w_.wanted.weights) return;
+    if (w_.tokens != p_.num_tokens) sort(0, p_.num_tokens);
+    sum_over_tokens();
+  }
+
+ private:
+  void store_transposed() {
+    auto transposed = [](const Matrix& m) { return Matrix{m.data, m.out_stride, m.in_stride}; };
+    by_down_ = by_gate_up_ = p_;
+    for (size_t e = 0; e < p_.experts.size(); ++e) {
+      by_down_.experts[e].down = transposed(p_.experts[e].down);
+      by_gate_up_.experts[e].down = transposed(p_.experts[e].gate);
+      by_gate_up_.experts[e].up = transposed(p_.experts[e].up);
+    }
+    if (p_.num_tokens == 0) return;
+    if (w_.wanted.intermediate_grad) {
+      store_experts(by_down_.experts, w_.tables[Layout::kDownTransposed], stream_);
+    }
+    if (w_.wanted.hidden) {
+      store_experts(by_gate_up_.experts, w_.tables[Layout::kGateUpTransposed], stream_);
+    }
+  }
+
+  void run_chunk(int64_t first_token, int64_t num_tokens) const {
     const Wanted& wanted = w_.wanted;
-    sort();
-    if (w_.recompute) recompute();
+    const int64_t first_slot = first_token * p_.top_k, num_slots = num_tokens * p_.top_k;
+    const int64_t kept_slot = wanted.weights ? first_slot : 0;
+    void* gate_up =
+        w_.gate_up ? advance(w_.gate_up, kept_slot * 2 * p_.intermediate_size, p_.dtype) : nullptr;
+    sort(first_token, num_tokens);
+    if (w_.recompute) recompute(first_token, num_slots, gate_up);
     if (wanted.intermediate_grad) {
-      multiply_rows(Layout::kDownTransposed, b_.grad_out, b_.grad_out_stride, w_.row_slot, p_.hidden_size,
-                    p_.intermediate_size, w_.inter_stride, false);
+      GroupedGemm g = gemm(Layout::kDownTransposed, num_slots);
+      g.depth = p_.hidden_size;
+      g.columns = p_.intermediate_size;
+      g.a = advance(b_.grad_out, first_token * b_.grad_out_stride, p_.dtype);
+      g.a_stride = b_.grad_out_stride;
+      g.top_k = static_cast<int32_t>(p_.top_k);
+      g.out = w_.rows;
+      g.out_stride = w_.inter_stride;
+      w_.implementation.run(Stage::kDown, by_down_, g, stream_);
     }
-    backward_through_activation();
+    backward_through_activation(first_slot, num_slots, kept_slot, gate_up);
     if (wanted.hidden) {
-      multiply_rows(Layout::kGateTransposed, gate_grad(), 2 * w_.inter_stride, nullptr, p_.intermediate_size,
-                    p_.hidden_size, w_.hidden_stride, false);
-      multiply_rows(Layout::kUpTransposed, up_grad(), 2 * w_.inter_stride, nullptr, p_.intermediate_size,
-                    p_.hidden_size, w_.hidden_stride, true);
-      combine_tokens();
+      GroupedGemm g = gemm(Layout::kGateUpTransposed, num_slots);
+      g.depth = p_.intermediate_size;
+      g.parts = 2;
+      g.columns = p_.hidden_size;
+      g.a = gate_up;
+      g.a_stride = 2 * p_.intermediate_size;
+      g.out = w_.rows;
+      g.out_stride = w_.hidden_stride;
+      w_.implementation.run(Stage::kDown, by_gate_up_, g, stream_);
+      combine_tokens(first_token, num_tokens);
     }
+  }
+
+  void sum_over_tokens() const {
+    const Wanted& wanted = w_.wanted;
     store_experts(b_.experts, w_.tables[Layout::kGradients], stream_);
-    const OperandRows hidden{p_.hidden_states, p_.hidden_states_stride, w_.row_slot};
-    const OperandRows grad_out{b_.grad_out, b_.grad_out_stride, w_.row_slot};
-    const OperandRows gate{gate_grad(), 2 * w_.inter_stride, nullptr};
-    const OperandRows up{up_grad(), 2 * w_.inter_stride, nullptr};
     const int64_t h = p_.hidden_size, i = p_.intermediate_size;
+    const int32_t top_k = static_cast<int32_t>(p_.top_k);
+    const OperandRows hidden{p_.hidden_states, p_.hidden_states_stride, top_k};
+    const OperandRows grad_out{b_.grad_out, b_.grad_out_stride, top_k};
+    const OperandRows gate{w_.gate_up, 2 * i, 1};
+    const OperandRows up{w_.gate_up ? advance(w_.gate_up, i, p_.dtype) : nullptr, 2 * i, 1};
     if (wanted.gate) weight(Weight::kGate, hidden, h, gate, i);
     if (wanted.up) weight(Weight::kUp, hidden, h, up, i);
-    if (wanted.down) weight(Weight::kDown, {w_.intermediate, w_.inter_stride, nullptr}, i, grad_out, h);
+    if (wanted.down) weight(Weight::kDown, {w_.intermediate, w_.inter_stride, 1}, i, grad_out, h);
     if (wanted.gate_bias) bias(Weight::kGate, gate, i, nullptr);
     if (wanted.up_bias) bias(Weight::kUp, up, i, nullptr);
     if (wanted.down_bias) bias(Weight::kDown, grad_out, h, p_.router_weights);
   }
 
- private:
-  const void* gate_grad() const { return w_.gate_up_grad; }
-  const void* up_grad() const { return advance(gate_grad(), w_.inter_stride, p_.dtype); }
-
-  void sort() {
+  void sort(int64_t first_token, int64_t num_tokens) const {
     Sort sort;
-    sort.routing_table = p_.routing_table;
+    sort.routing_table = advance(p_.routing_table, first_token * p_.top_k, p_.routing_table_dtype);
     sort.routing_table_dtype = p_.routing_table_dtype;
     sort.first_expert = p_.first_expert;
     sort.num_experts = static_cast<int32_t>(p_.num_experts());
-    sort.num_slots = static_cast<int32_t>(slots_);
+    sort.num_slots = static_cast<int32_t>(num_tokens * p_.top_k);
     sort.block_m = w_.block_m;
     sort.local_expert = w_.local_expert;
     sort.position = w_.position;
@@ -155,93 +209,72 @@ class Backward {
     sort_slots(sort, p_.experts, stream_);
   }
 
-  GroupedGemm gemm(Layout::Table table) const {
+  GroupedGemm gemm(Layout::Table table, int64_t num_slots) const {
     GroupedGemm gemm;
-    gemm.top_k = static_cast<int32_t>(p_.top_k);
+    gemm.row_slot = w_.row_slot;
     gemm.experts = w_.tables[table];
     gemm.tiles = w_.tiles;
     gemm.num_tiles = w_.num_tiles;
-    gemm.max_tiles = max_tiles(slots_, p_.num_experts(), w_.block_m);
+    gemm.max_tiles = max_tiles(num_slots, p_.num_experts(), w_.block_m);
     gemm.block_m = w_.block_m;
     return gemm;
   }
 
-  void recompute() const {
-    GroupedGemm g = gemm(Layout::kForward);
+  void recompute(int64_t first_token, int64_t num_slots, void* pre_activations) const {
+    GroupedGemm g = gemm(Layout::kForward, num_slots);
     g.depth = p_.hidden_size;
     g.columns = p_.intermediate_size;
-    g.a = p_.hidden_states;
+    g.a = advance(p_.hidden_states, first_token * p_.hidden_states_stride, p_.dtype);
     g.a_stride = p_.hidden_states_stride;
-    g.row_slot = w_.row_slot;
-    g.out = w_.intermediate;  // only what is saved counts
-    g.out_stride = w_.inter_stride;
-    g.activation.kind = Activation::kIdentity;
+    g.top_k = static_cast<int32_t>(p_.top_k);
     g.bias_dtype = p_.bias_dtype;
-    g.pre_activations = w_.pre_activations;
+    g.pre_activations = pre_activations;
     w_.implementation.run(Stage::kGateUp, p_, g, stream_);
   }
 
-  // rows = a x the transposed weights of the table.
-  void multiply_rows(Layout::Table table, const void* a, int64_t a_stride, const int32_t* row_slot,
-                     int64_t depth, int64_t columns, int64_t out_stride, bool accumulate) const {
-    Problem transposed = p_;
-    for (Expert& e : transposed.experts) {
-      const Matrix& m = table == Layout::kDownTransposed   ? e.down
-                        : table == Layout::kGateTransposed ? e.gate
-                                                           : e.up;
-      e.down = Matrix{m.data, m.out_stride, m.in_stride};
-    }
-    store_experts(transposed.experts, w_.tables[table], stream_);
-    GroupedGemm g = gemm(table);
-    g.depth = depth;
-    g.columns = columns;
-    g.a = a;
-    g.a_stride = a_stride;
-    g.row_slot = row_slot;
-    g.out = w_.rows;
-    g.out_stride = out_stride;
-    g.accumulate = accumulate;
-    w_.implementation.run(Stage::kDown, transposed, g, stream_);
-  }
-
-  void backward_through_activation() const {
+  void backward_through_activation(int64_t first_slot, int64_t num_slots, int64_t kept_slot,
+                                   void* gate_up) const {
     const Wanted& wanted = w_.wanted;
     if (!wanted.intermediate_grad && !wanted.down) return;
     ActivationBackward a;
-    a.num_slots = static_cast<int32_t>(slots_);
+    a.num_slots = static_cast<int32_t>(num_slots);
     a.top_k = static_cast<int32_t>(p_.top_k);
     a.intermediate_size = p_.intermediate_size;
     a.hidden_size = p_.hidden_size;
     a.position = w_.position;
     a.local_expert = w_.local_expert;
-    a.pre_activations = w_.recompute ? w_.pre_activations : b_.pre_activations;
+    a.pre_activations =
+        w_.recompute ? gate_up : advance(b_.pre_activations, first_slot * 2 * p_.intermediate_size, p_.dtype);
     a.intermediate_grad = wanted.intermediate_grad ? w_.rows : nullptr;
     a.intermediate_grad_stride = w_.inter_stride;
-    a.router_weights = p_.router_weights;
+    a.router_weights = advance(p_.router_weights, first_slot, p_.router_weights_dtype);
     a.router_weights_dtype = p_.router_weights_dtype;
     a.activation = p_.activation;
-    a.grad_out = b_.grad_out;
+    a.grad_out = advance(b_.grad_out, first_slot / p_.top_k * b_.grad_out_stride, p_.dtype);
     a.grad_out_stride = b_.grad_out_stride;
     a.experts = p_.experts[0].down_bias != nullptr ? w_.tables[Layout::kForward] : nullptr;
     a.bias_dtype = p_.bias_dtype;
-    a.gate_up_grad = wanted.gate_up_rows ? w_.gate_up_grad : nullptr;
-    a.gate_up_grad_stride = 2 * w_.inter_stride;
-    a.weighted_intermediate = wanted.down ? w_.intermediate : nullptr;
+    a.gate_up_grad = wanted.gate_up_rows ? gate_up : nullptr;
+    if (wanted.down) {
+      a.weighted_intermediate = advance(w_.intermediate, kept_slot * w_.inter_stride, p_.dtype);
+    }
     a.weighted_intermediate_stride = w_.inter_stride;
-    a.router_weights_grad = b_.router_weights;
+    if (wanted.router) {
+      a.router_weights_grad = advance(b_.router_weights, first_slot, p_.router_weights_dtype);
+    }
     activation_backward(a, p_.dtype, stream_);
   }
 
-  void combine_tokens() const {
+  void combine_tokens(int64_t first_token, int64_t num_tokens) const {
     Combine sum;
-    sum.num_tokens = p_.num_tokens;
+    sum.num_tokens = num_tokens;
     sum.hidden_size = p_.hidden_size;
     sum.top_k = static_cast<int32_t>(p_.top_k);
     sum.rows = w_.rows;
     sum.rows_stride = w_.hidden_stride;
     sum.position = w_.position;
     sum.local_expert = w_.local_expert;
-    sum.out = b_.hidden_states;
+    sum.out = advance(b_.hidden_states, first_token * p_.hidden_size, p_.dtype);
     combine(sum, p_.dtype, stream_);
   }
 
@@ -253,11 +286,15 @@ class Backward {
     g.right = right;
     g.in_features = in_features;
     g.out_features = out_features;
-    g.top_k = static_cast<int32_t>(p_.top_k);
     g.num_experts = static_cast<int32_t>(p_.num_experts());
+    g.row_slot = w_.row_slot;
     g.first_row = w_.first_row;
     g.expert_rows = w_.expert_rows;
     g.gradients = w_.tables[Layout::kGradients];
+#ifndef PADDLE_MOE_NO_SM90A  // not compiled for it
+    const bool half = p_.dtype != DType::kFloat32;
+    if (half && compute_capability() == 90 && weight_gradient_sm90(g, b_.experts, p_.dtype, stream_)) return;
+#endif
     weight_gradient(g, p_.dtype, stream_);
   }
 
@@ -268,8 +305,8 @@ class Backward {
     g.columns = columns;
     g.row_weights = row_weights;
     g.row_weights_dtype = p_.router_weights_dtype;
-    g.top_k = static_cast<int32_t>(p_.top_k);
     g.num_experts = static_cast<int32_t>(p_.num_experts());
+    g.row_slot = w_.row_slot;
     g.first_row = w_.first_row;
     g.expert_rows = w_.expert_rows;
     g.gradients = w_.tables[Layout::kGradients];
@@ -281,7 +318,7 @@ class Backward {
   const Problem& p_;
   const Layout w_;
   const Stream stream_;
-  const int64_t slots_;
+  Problem by_down_, by_gate_up_;  // with the matrices of the tables of the same names
 };
 
 }  // namespace

@@ -124,6 +124,7 @@ __device__ __forceinline__ void pin(float (&value)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(value[i])::"memory");
 }
+__device__ __forceinline__ void pin(int& value) { asm volatile("" : "+r"(value)); }
 
 // A matrix of 16-bit elements in shared memory with the 128-byte swizzle, as wgmma reads it. Rows of 64
 // elements (128 bytes) lie one behind the other; 8 of them are an atom of 1024 bytes, to which it is aligned.
@@ -161,22 +162,22 @@ __device__ __forceinline__ uint64_t wgmma_advance(uint64_t matrix, uint32_t byte
   asm volatile(                                                                                 \
       "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %66, 0;\n"                            \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" PADDLE_MOE_REGISTERS_64 \
-      "}, %64, %65, accumulate, 1, 1, 0, %67;\n}"                                               \
+      "}, %64, %65, accumulate, 1, 1, %67, %68;\n}"                                             \
       : PADDLE_MOE_SUMS_64(0)                                                                   \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajorB ? 1 : 0))
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajorA ? 1 : 0), "n"(kMnMajorB ? 1 : 0))
 #define PADDLE_MOE_WGMMA_256(type)                                                               \
   asm volatile(                                                                                  \
       "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %130, 0;\n"                            \
       "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" PADDLE_MOE_REGISTERS_128 \
-      "}, %128, %129, accumulate, 1, 1, 0, %131;\n}"                                             \
+      "}, %128, %129, accumulate, 1, 1, %131, %132;\n}"                                          \
       : PADDLE_MOE_SUMS_64(0), PADDLE_MOE_SUMS_64(64)                                            \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajorB ? 1 : 0))
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajorA ? 1 : 0), "n"(kMnMajorB ? 1 : 0))
 
 // By one warpgroup: sum[64 x n] = a[64 x 16] b[16 x n], plus the old sum if `accumulate`, where n is twice
-// the sums of a thread, 128 or 256. a is K-major. Asynchronous: between wgmma_begin() and wgmma_commit().
+// the sums of a thread, 128 or 256. Asynchronous: between wgmma_begin() and wgmma_commit().
 // Thread t of the warpgroup holds rows 16 (t / 32) + t % 32 / 4 and + 8: sum[4 j ...] are columns 8 j + 2 (t
 // % 4) and the next one of the first row, then of the second.
-template <class T, bool kMnMajorB, int kSums>
+template <class T, bool kMnMajorA, bool kMnMajorB, int kSums>
 __device__ __forceinline__ void wgmma(float (&sum)[kSums], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(kSums == 64 || kSums == 128, "n is 128 or 256");
   constexpr bool kIsBf16 = std::is_same<T, Bf16>::value;

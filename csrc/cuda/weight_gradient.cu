@@ -12,10 +12,6 @@ namespace paddle_moe {
 namespace cuda {
 namespace {
 
-__device__ const Matrix& matrix_of(const Expert& expert, Weight weight) {
-  return weight == Weight::kGate ? expert.gate : weight == Weight::kUp ? expert.up : expert.down;
-}
-
 __device__ const void* bias_of(const Expert& expert, Weight weight) {
   return weight == Weight::kGate ? expert.gate_bias
          : weight == Weight::kUp ? expert.up_bias
@@ -23,9 +19,8 @@ __device__ const void* bias_of(const Expert& expert, Weight weight) {
 }
 
 template <class T>
-__device__ const T* row_of(const OperandRows& operand, int64_t row, int32_t top_k) {
-  const int64_t index = operand.row_slot == nullptr ? row : operand.row_slot[row] / top_k;
-  return static_cast<const T*>(operand.data) + index * operand.stride;
+__device__ const T* row_of(const OperandRows& operand, int32_t slot) {
+  return static_cast<const T*>(operand.data) + slot / operand.slots_per_row * operand.stride;
 }
 
 // The tile of one block: which expert, and where in its matrix.
@@ -122,7 +117,7 @@ class GradientMultiplier {
     const int64_t column = first_column + vector * kVector;
     const int count = r < rows_ ? valid_elements(columns, column) : 0;
     const T* source = static_cast<const T*>(operand.data);
-    if (count > 0) source = row_of<T>(operand, first_row_ + r, p_.top_k) + column;
+    if (count > 0) source = row_of<T>(operand, p_.row_slot[first_row_ + r]) + column;
     T* destination = tile + position_of(row, vector) * kVector;
     if (kAligned) {
       cp_async_16(destination, source, count * static_cast<int>(sizeof(T)));
@@ -167,7 +162,7 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 2)
     weight_gradient_tiles(const __grid_constant__ WeightGradient p, int tiles_in, int tiles_out) {
   const GradientTile tile = tile_of_block(tiles_in, tiles_out, kTile);
-  const Matrix& gradient = matrix_of(p.gradients[tile.expert], p.weight);
+  const Matrix& gradient = gradient_of(p.gradients[tile.expert], p.weight);
   if (gradient.data == nullptr) return;
   GradientMultiplier<T, kAligned> multiplier(p, tile);
   multiplier.multiply(static_cast<T*>(shared_memory()));
@@ -187,7 +182,7 @@ __global__ void __launch_bounds__(Fp32Tile::kThreads)
     weight_gradient_tiles_fp32(const __grid_constant__ WeightGradient p, int tiles_in, int tiles_out) {
   static_assert(Fp32Tile::kBlockM == 2 * Fp32Tile::kHalfN, "square tiles");
   const GradientTile tile = tile_of_block(tiles_in, tiles_out, Fp32Tile::kBlockM);
-  const Matrix& gradient = matrix_of(p.gradients[tile.expert], p.weight);
+  const Matrix& gradient = gradient_of(p.gradients[tile.expert], p.weight);
   if (gradient.data == nullptr) return;
   const int64_t first_row = p.first_row[tile.expert];
   Fp32Tile sums;
@@ -195,12 +190,12 @@ __global__ void __launch_bounds__(Fp32Tile::kThreads)
       *static_cast<Fp32Tile::Shared*>(shared_memory()), p.expert_rows[tile.expert], false,
       [&](int in, int64_t k) {
         if (tile.first_in + in >= p.in_features) return 0.0f;
-        return row_of<float>(p.left, first_row + k, p.top_k)[tile.first_in + in];
+        return row_of<float>(p.left, p.row_slot[first_row + k])[tile.first_in + in];
       },
       [&](int half, int64_t k, int column) {
         const int64_t out = tile.first_out + half * Fp32Tile::kHalfN + column;
         if (out >= p.out_features) return 0.0f;
-        return row_of<float>(p.right, first_row + k, p.top_k)[out];
+        return row_of<float>(p.right, p.row_slot[first_row + k])[out];
       });
   sums.for_each([&](int half, int row, int column, float sum) {
     const int64_t in = tile.first_in + row, out = tile.first_out + half * Fp32Tile::kHalfN + column;
@@ -237,10 +232,10 @@ __global__ void __launch_bounds__(kBiasWarps* kWarpSize)
   float sum = 0.0f;
   if (column < p.columns) {
     for (int64_t r = first + warp; r < end; r += kBiasWarps) {
-      const float weight = p.row_weights == nullptr
-                               ? 1.0f
-                               : load_as_float(p.row_weights, p.rows.row_slot[r], p.row_weights_dtype);
-      sum = fmaf(weight, to_float(row_of<T>(p.rows, r, p.top_k)[column]), sum);
+      const int32_t slot = p.row_slot[r];
+      const float weight =
+          p.row_weights == nullptr ? 1.0f : load_as_float(p.row_weights, slot, p.row_weights_dtype);
+      sum = fmaf(weight, to_float(row_of<T>(p.rows, slot)[column]), sum);
     }
   }
   sums[warp][lane] = sum;

@@ -7,6 +7,8 @@
 // program, and so do a barrier with too many arrivals and copies that nobody waits for.
 #pragma once
 
+#include <array>
+
 #include "emulator.h"
 
 namespace paddle_moe {
@@ -156,16 +158,16 @@ inline uint64_t wgmma_matrix(const void* data, uint32_t leading, uint32_t stride
 }
 inline uint64_t wgmma_advance(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
 
-// Element (row, term) of a matrix in shared memory.
+// Element (row, term) of a matrix in shared memory, for threads that have fenced what was written until then.
 template <class T>
-float wgmma_element(uint64_t matrix, bool mn_major, int row, int term) {
+float wgmma_element(uint64_t matrix, bool mn_major, int row, int term, uint64_t fenced) {
   const int64_t begin = (matrix & 0x3fff) << 4, leading = (matrix >> 16 & 0x3fff) << 4,
                 stride = (matrix >> 32 & 0x3fff) << 4;
   const int64_t offset = mn_major ? row / 64 * leading + row % 64 * 2 + term / 8 * stride + term % 8 * 128
                                   : row / 8 * stride + row % 8 * 128 + term * 2;
   const char* shared = static_cast<const char*>(shared_memory());
   const char* address = swizzled(shared + begin + offset);
-  emulator::expect(emulator::block->written[(address - shared) / 16] <= emulator::block->running->fenced,
+  emulator::expect(emulator::block->written[(address - shared) / 16] <= fenced,
                    "wgmma reads what cp.async wrote without fence.proxy.async");
   T element;
   std::memcpy(&element, address, sizeof element);
@@ -177,40 +179,57 @@ inline void wgmma_begin() {
   emulator::block->running->wgmma_begun = true;
 }
 
-// One rounding per wgmma, as in mma().
-template <class T, bool kMnMajorB, int kSums>
+// By one lane for its warp, the first one. One rounding per wgmma, as in mma().
+template <class T, bool kMnMajorA, bool kMnMajorB, int kSums>
 void wgmma(float (&sum)[kSums], uint64_t a, uint64_t b, bool accumulate) {
-  emulator::expect(emulator::block->running->wgmma_begun, "wgmma without wgmma_begin");
-  float* to = sum;
-  auto compute = [=] {
-    const int thread = threadIdx.x % 128;
-    float left[2][16], right[2][16];
-    for (int h = 0; h < 2; ++h) {
-      for (int k = 0; k < 16; ++k) {
-        left[h][k] = wgmma_element<T>(a, false, thread / 32 * 16 + thread % 32 / 4 + 8 * h, k);
-      }
-    }
-    for (int j = 0; j < kSums / 4; ++j) {
-      for (int c = 0; c < 2; ++c) {
-        for (int k = 0; k < 16; ++k) {
-          right[c][k] = wgmma_element<T>(b, kMnMajorB, 8 * j + 2 * (thread % 4) + c, k);
+  struct Lane {
+    emulator::Fiber* fiber;
+    float* sum;
+    uint64_t a, b;
+    bool accumulate;
+  } mine{emulator::block->running, sum, a, b, accumulate};
+  emulator::expect(mine.fiber->wgmma_begun, "wgmma without wgmma_begin");
+  emulator::warp_collective(
+      +[](void* const* lanes, uint32_t) {
+        const Lane first = *static_cast<Lane*>(lanes[0]);
+        std::array<float*, 32> sums;
+        uint64_t fenced = first.fiber->fenced;
+        for (int i = 0; i < 32; ++i) {
+          const auto* lane = static_cast<Lane*>(lanes[i]);
+          emulator::expect(lane->a == first.a && lane->b == first.b && lane->accumulate == first.accumulate,
+                           "the lanes of a warp are in different operations");
+          sums[i] = lane->sum;
+          fenced = std::min(fenced, lane->fiber->fenced);
         }
-      }
-      for (int i = 0; i < 4; ++i) {
-        double exact = accumulate ? to[4 * j + i] : 0.0;
-        for (int k = 0; k < 16; ++k) exact += static_cast<double>(left[i / 2][k]) * right[i % 2][k];
-        to[4 * j + i] = static_cast<float>(exact);
-      }
-    }
-  };
-  if (emulator::copies == emulator::Copies::kLate) return compute();
-  emulator::block->running->open_products.push_back(compute);
+        auto compute = [=, first_row = static_cast<int>(threadIdx.x / 32 % 4 * 16)] {
+          constexpr int kColumns = 2 * kSums;
+          float right[16][kColumns];
+          for (int n = 0; n < kColumns; ++n) {
+            for (int k = 0; k < 16; ++k) right[k][n] = wgmma_element<T>(first.b, kMnMajorB, n, k, fenced);
+          }
+          for (int r = 0; r < 16; ++r) {
+            auto sum_of = [&](int n) -> float& {
+              return sums[r % 8 * 4 + n % 8 / 2][n / 8 * 4 + r / 8 * 2 + n % 2];
+            };
+            double exact[kColumns];
+            for (int n = 0; n < kColumns; ++n) exact[n] = first.accumulate ? sum_of(n) : 0.0;
+            for (int k = 0; k < 16; ++k) {
+              const double left = wgmma_element<T>(first.a, kMnMajorA, first_row + r, k, fenced);
+              for (int n = 0; n < kColumns; ++n) exact[n] += left * right[k][n];
+            }
+            for (int n = 0; n < kColumns; ++n) sum_of(n) = static_cast<float>(exact[n]);
+          }
+        };
+        if (emulator::copies == emulator::Copies::kLate) return compute();
+        first.fiber->open_products.push_back(compute);
+      },
+      &mine);
 }
 
 inline void wgmma_commit() {
   emulator::Fiber& fiber = *emulator::block->running;
   fiber.wgmma_begun = false;
-  if (!fiber.open_products.empty()) fiber.products.push_back(std::move(fiber.open_products));
+  fiber.products.push_back(std::move(fiber.open_products));
   fiber.open_products.clear();
 }
 template <int kPending>
@@ -220,10 +239,11 @@ void wgmma_wait() {
     for (const auto& compute : products.front()) compute();
     products.erase(products.begin());
   }
-  __syncwarp();  // .sync: no lane goes on before the products of all lanes are done
+  __syncwarp();  // .sync: no lane goes on before the products of its warp are done
 }
 template <int kCount>
 void pin(float (&)[kCount]) {}
+inline void pin(int&) {}
 
 // ---------------------------------------------------------------- the rest
 

@@ -1,5 +1,5 @@
 // The backward on small integers against that of the CPU back end, where every gradient must be equal, with
-// pre-activations that were kept and computed again, under every schedule.
+// pre-activations that were kept and computed again, in chunks, under every schedule; on devices 80 and 90.
 #include <memory>
 
 #include "emulated.h"
@@ -45,7 +45,7 @@ struct Gradients {
 
 void check(Random& random, int tokens, int hidden, int inter, int experts, int top_k, DType dtype,
            ::Layout layout, bool permuted) {
-  const Layer layer(random, tokens, hidden, inter, experts, top_k, dtype, layout, permuted);
+  Layer layer(random, tokens, hidden, inter, experts, top_k, dtype, layout, permuted);
   const int64_t elements = int64_t{tokens} * hidden, slots = int64_t{tokens} * top_k;
   std::vector<unsigned char> grad_bytes(elements * dtype_size(dtype));
   for (int64_t i = 0; i < elements; ++i) put(grad_bytes, dtype, i, pick(random, -1, 1));
@@ -56,6 +56,7 @@ void check(Random& random, int tokens, int hidden, int inter, int experts, int t
   const Buffer cpu_workspace = make_buffer(cpu::backward_workspace_size(on_cpu, 1));
   cpu::mixture_of_experts_backward(on_cpu, 1, cpu_workspace.get());
 
+  layer.arguments.chunk_size = pick(random, 0, tokens);
   const Problem problem = resolve(layer.arguments);
   const Fenced saved(slots * 2 * inter * dtype_size(dtype)), out(elements * dtype_size(dtype));
   const Fenced workspace(cuda::workspace_size(problem));
@@ -69,9 +70,9 @@ void check(Random& random, int tokens, int hidden, int inter, int experts, int t
     cuda::mixture_of_experts_backward(backward, nullptr, scratch.get());
     const int wrong = gradients.differences(expected);
     CHECK(wrong == 0,
-          "%d gradients differ for T=%d H=%d I=%d E=%d K=%d %s layout %d permuted %d recompute %d", wrong,
-          tokens, hidden, inter, experts, top_k, dtype_name(dtype), static_cast<int>(layout), permuted,
-          recompute);
+          "%d gradients differ for T=%d H=%d I=%d E=%d K=%d %s layout %d permuted %d recompute %d chunk %d",
+          wrong, tokens, hidden, inter, experts, top_k, dtype_name(dtype), static_cast<int>(layout), permuted,
+          recompute, static_cast<int>(layer.arguments.chunk_size));
   }
 }
 
@@ -97,10 +98,21 @@ void past_block_sizes() {
   check(random, 300, 8, 8, 1, 1, DType::kFloat32, ::Layout::kList, false);
 }
 
+// Tiles of 64 and of 128 rows; more rows and columns than a tile, and weights in either order.
+void on_hopper(Random& random, bool permuted) {
+  const DType dtype = permuted ? DType::kBFloat16 : DType::kFloat16;
+  const auto layout = static_cast<::Layout>(pick(random, 0, 2));
+  check(random, pick(random, 0, 5), 200, 72, 3, 2, dtype, layout, permuted);
+  check(random, 100, 136, 136, 2, 2, dtype, layout, permuted);
+}
+
 }  // namespace
 
 int main() {
   small_shapes();
   on_every_schedule(past_block_sizes);
+  emulator::compute_capability = 90;
+  Random random(3);
+  on_every_schedule([&] { on_hopper(random, pick(random, 0, 1)); });
   return finish();
 }

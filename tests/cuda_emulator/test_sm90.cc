@@ -1,9 +1,12 @@
-// The Hopper path: in which order tiles are taken, which weights it accepts, and layers of integers, which
-// must be exact, through barriers, tensor copies and wgmma.
+// The Hopper path: in which order tiles are taken, which weights it accepts, and layers and gradients of
+// integers, which must be exact, through barriers, tensor copies and wgmma.
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <set>
+#include <tuple>
 
+#include "cuda/backward.h"
 #include "cuda/grouped_gemm.h"
 #include "cuda/tile_schedule.h"
 #include "emulated.h"
@@ -104,6 +107,104 @@ void check_infinity(Random& random) {
   CHECK(std::isinf(got.amax[0]), "amax is %g, expected infinity", got.amax[0]);
 }
 
+// The gradient of `down` from rows of 16-bit integers in [-1, 1]: left ones gathered by slot, right ones by
+// token.
+class GradientCase {
+ public:
+  GradientCase(Random& random, std::vector<int32_t> rows_of_experts, int in, int out, bool transposed)
+      : in_(in), out_(out), transposed_(transposed), rows_(std::move(rows_of_experts)) {
+    for (const int32_t rows : rows_) {
+      first_.push_back(static_cast<int32_t>(slot_.size()));
+      for (int32_t r = 0; r < rows; ++r) slot_.push_back(static_cast<int32_t>(slot_.size()));
+    }
+    std::shuffle(slot_.begin(), slot_.end(), random);
+    const size_t slots = slot_.size(), tokens = slots / kTopK + 1;
+    for (auto [rows, columns, numbers, bytes] :
+         {std::tuple{slots, in, &left_, &left_bytes_}, std::tuple{tokens, out, &right_, &right_bytes_}}) {
+      bytes->resize(rows * columns * 2 + 16);
+      for (size_t i = 0; i < rows * columns; ++i) {
+        numbers->push_back(static_cast<float>(pick(random, -1, 1)));
+        put(*bytes, DType::kBFloat16, i, numbers->back());
+      }
+    }
+    task.weight = cuda::Weight::kDown;
+    task.left = {left_bytes_.data(), in, 1};
+    task.right = {right_bytes_.data(), out, kTopK};
+    task.in_features = in;
+    task.out_features = out;
+    task.num_experts = static_cast<int32_t>(rows_.size());
+    task.row_slot = slot_.data();
+    task.first_row = first_.data();
+    task.expert_rows = rows_.data();
+    for (size_t e = 0; e < rows_.size(); ++e) {
+      results_.push_back(std::make_unique<Fenced>(size_t{2} * in * out));
+      experts.emplace_back();
+      experts.back().down =
+          transposed ? Matrix{results_.back()->get(), 1, in} : Matrix{results_.back()->get(), out, 1};
+    }
+    task.gradients = experts.data();
+  }
+
+  bool run() { return cuda::weight_gradient_sm90(task, experts, DType::kBFloat16, nullptr); }
+
+  int differences() const {
+    int count = 0;
+    for (size_t e = 0; e < rows_.size(); ++e) {
+      Numbers expected(static_cast<size_t>(in_) * out_, 0.0f);
+      for (int32_t r = first_[e]; r < first_[e] + rows_[e]; ++r) {
+        for (int i = 0; i < in_; ++i) {
+          const float left = left_[slot_[r] * in_ + i];
+          for (int o = 0; o < out_; ++o) expected[i * out_ + o] += left * right_[slot_[r] / kTopK * out_ + o];
+        }
+      }
+      for (int i = 0; i < in_; ++i) {
+        for (int o = 0; o < out_; ++o) {
+          const int64_t at = transposed_ ? o * in_ + i : i * out_ + o;
+          count += get(results_[e]->get(), DType::kBFloat16, at) != expected[i * out_ + o];
+        }
+      }
+    }
+    return count;
+  }
+
+  cuda::WeightGradient task;
+  std::vector<Expert> experts;
+
+ private:
+  static constexpr int kTopK = 2;
+  int in_, out_;
+  bool transposed_;
+  std::vector<int32_t> rows_, first_, slot_;
+  Numbers left_, right_;
+  std::vector<unsigned char> left_bytes_, right_bytes_;
+  std::vector<std::unique_ptr<Fenced>> results_;
+};
+
+void check_gradient(Random& random, std::vector<int32_t> rows, int in, int out) {
+  for (bool transposed : {false, true}) {
+    GradientCase gradient(random, rows, in, out, transposed);
+    CHECK(gradient.run(), "%d x %d is refused", in, out);
+    const int wrong = gradient.differences();
+    CHECK(wrong == 0, "%d elements differ of %d x %d, transposed %d", wrong, in, out, transposed);
+  }
+}
+
+void check_gradient_refusals(Random& random) {
+  auto refused = [&](const char* what, auto change) {
+    GradientCase gradient(random, {3, 2}, 16, 24, false);
+    change(gradient);
+    CHECK(!gradient.run(), "%s: accepted", what);
+  };
+  auto shifted = [](const void* data) { return static_cast<const unsigned char*>(data) + 2; };
+  refused("columns that are not whole vectors", [](auto& g) { g.task.in_features = 12; });
+  refused("results that are not whole vectors", [](auto& g) { g.task.out_features = 20; });
+  refused("misaligned rows", [&](auto& g) { g.task.left.data = shifted(g.task.left.data); });
+  refused("rows with an odd stride", [](auto& g) { g.task.right.stride = 25; });
+  refused("a misaligned gradient",
+          [&](auto& g) { g.experts[1].down.data = shifted(g.experts[1].down.data); });
+  refused("gradients in two orders", [](auto& g) { g.experts[0].down = {g.experts[0].down.data, 1, 16}; });
+}
+
 // A layer that tensor copies cannot read takes another path, to the same result.
 void check_refused(const Layer& layer, const char* what) {
   const Problem problem = resolve(layer.arguments);
@@ -159,6 +260,9 @@ int main() {
       }
     }
   });
+  on_every_schedule([&] { check_gradient(random, {0, 130, 1, 64}, 136, 264); });
+  check_gradient(random, {5}, 8, 8);
+  check_gradient_refusals(random);
   // So deep that a barrier with one arrival too few to wait for has let go of a stage before all have read
   // it.
   emulator::order = emulator::Order::kRandom;
@@ -166,6 +270,7 @@ int main() {
   for (int tokens : {5, 64}) {
     check_layer(random, tokens, 4104, 8, 1, 1, DType::kBFloat16, ::Layout::kStacked, true);
   }
+  check_gradient(random, {700}, 8, 8);
   constexpr const char* kActivations[] = {"silu",  "gelu", "gelu_tanh", "relu",
                                           "relu2", "selu", "identity",  "swigluoai(1.5, 3)"};
   for (const char* activation : kActivations) {
