@@ -96,7 +96,7 @@ def machine_code(file: Path, architecture: str) -> str:
 @pytest.mark.skipif(not core._core.has_cuda(), reason="paddle_moe was built without CUDA")
 @pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump found (pip install nvidia-cuda-cuobjdump)")
 def test_the_operators_hold_the_instructions_they_are_fast_by():
-    """HGMMA: wgmma, tnspA: its left operand transposed. UTMALDG: tensor copies. LDGSTS: cp.async. HMMA: mma.sync.
+    """HGMMA: wgmma, tnspA: its left operand transposed. UTMALDG: tensor copies. LDGSTS: cp.async. HMMA: mma.
 
     _core has the same objects.
     """
