@@ -247,8 +247,25 @@ def _save_picture(results: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _merged(earlier: dict, report: dict, results: list[dict]) -> list[dict]:
-    """The earlier results and, in the place of those of the same case, the new ones."""
+def _report(earlier: dict | None, results: list[dict]) -> dict:
+    """What is written: also the earlier report's results of cases that are not among the new ones."""
+    report = {
+        "paddle_moe": __version__,
+        "processor": _processor(),
+        "threads": core.num_threads(),
+        "isa": core.isa_name(),
+        "python": platform.python_version(),
+        "environment": {
+            k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "PADDLE_MOE_ISA")
+        },
+        "versions": {
+            name: sys.modules[name].__version__
+            for name in ("numpy", "paddle", "torch")
+            if name in sys.modules
+        },
+    }
+    if earlier is None:
+        return {**report, "results": results}
     for key in ("processor", "threads", "isa"):
         if earlier[key] != report[key]:
             raise ValueError(
@@ -260,7 +277,8 @@ def _merged(earlier: dict, report: dict, results: list[dict]) -> list[dict]:
         return tuple(result[k] for k in Case.__dataclass_fields__)
 
     cases = {case(result): result for result in [*earlier["results"], *results]}
-    return sorted(cases.values(), key=lambda r: (r["num_experts"], r["dtype"] != "float32", case(r)))
+    order = sorted(cases, key=lambda c: (c[0], c[5] != "float32", c))
+    return {**report, "results": [cases[c] for c in order]}
 
 
 def _intensity(result: dict) -> float:
@@ -327,7 +345,10 @@ def main(arguments: argparse.Namespace) -> int:
 
         paddle_moe.set_num_threads(arguments.threads)
     limits = Limits(core.num_threads())
-    results = []
+    earlier, results = None, []
+    if arguments.merge and arguments.out and arguments.out.exists():
+        earlier = json.loads(arguments.out.read_text())
+        _report(earlier, results)  # fails before anything is measured
     for shape in shapes:
         for dtype in arguments.dtypes.split(","):
             weights = Weights(Case(*shape, 0, dtype), np.random.default_rng(shape))
@@ -335,28 +356,11 @@ def main(arguments: argparse.Namespace) -> int:
                 case = Case(*shape, t, dtype, arguments.backward)
                 results.append(_run_case(case, weights, names, arguments.rounds, limits))
                 _print_case(results[-1])
-    report = {
-        "paddle_moe": __version__,
-        "processor": _processor(),
-        "threads": core.num_threads(),
-        "isa": core.isa_name(),
-        "python": platform.python_version(),
-        "environment": {
-            k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "PADDLE_MOE_ISA")
-        },
-        "versions": {
-            name: sys.modules[name].__version__
-            for name in ("numpy", "paddle", "torch")
-            if name in sys.modules
-        },
-    }
-    if arguments.merge and arguments.out and arguments.out.exists():
-        results = _merged(json.loads(arguments.out.read_text()), report, results)
-    report["results"] = results
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+                report = _report(earlier, results)
+                if arguments.out:
+                    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.picture:
-        _save_picture(results, arguments.picture)
+        _save_picture(report["results"], arguments.picture)
     wrong = [
         f"{name} at T={r['num_tokens']} {r['dtype']}: relative error {v['relative_error']:.1e}"
         for r in results

@@ -65,6 +65,11 @@ class Weights:
             )
         )
 
+    @functools.cached_property
+    def swapped(self) -> list[np.ndarray]:
+        """gate_up [E, 2I, H] and down [E, H, I], for those who want the reduced dimension last."""
+        return [np.ascontiguousarray(stack.swapaxes(1, 2)) for stack in self.own]
+
 
 class Inputs:
     def __init__(self, case: Case, generator: np.random.Generator):
@@ -87,7 +92,7 @@ def _paddle_moe_core(inputs: Inputs, weights: Weights, layout: str = "stacked") 
     if layout == "list":
         arrays = [[np.array(w) for w in stack] for stack in weights.own]
     elif layout == "permuted":
-        arrays = [[np.ascontiguousarray(stack.swapaxes(1, 2))] for stack in weights.own]
+        arrays = [[stack] for stack in weights.swapped]
     arguments = (inputs.own, inputs.table, inputs.weights, *arrays)
     options = {"permuted_weights": layout == "permuted"}
     workspace = np.empty(core.workspace_size(*arguments, **options), np.uint8)
@@ -269,15 +274,17 @@ def _torch_grouped(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]
     return _torch_call(forward, inputs, [hidden, router, gate_up, down])
 
 
-def _in_out_swapped(weights: Weights, inputs: Inputs) -> list:
-    """gate_up [E, 2I, H] and down [E, H, I] of the operators that want the reduced dimension last."""
-    *_, gate_up, down = _torch_tensors(inputs, weights)
-    return [w.transpose(1, 2).contiguous() for w in (gate_up, down)]
+def _torch_swapped(weights: Weights) -> list:
+    import torch
+
+    stacks = [torch.from_numpy(stack) for stack in weights.swapped]
+    return [s.view(torch.bfloat16) if s.dtype == torch.uint16 else s for s in stacks]
 
 
 def _fused_torch_op(operator: Callable, inputs: Inputs, stacks: list, *options: str) -> Callable:
     import torch
 
+    torch.set_num_threads(core.num_threads())
     hidden = torch.from_numpy(inputs.hidden).to(stacks[0].dtype)
     table, router = torch.from_numpy(inputs.table.astype(np.int32)), torch.from_numpy(inputs.weights)
     out = torch.empty_like(hidden)
@@ -300,7 +307,7 @@ def _vllm(inputs: Inputs, weights: Weights) -> Callable:
     library = {"avx512_bf16": "_C", "avx512": "_C_AVX512"}.get(core.isa_name(), "_C_AVX2")
     torch.ops.load_library(Path(spec.origin).parent / f"{library}.abi3.so")
     stacks = []
-    for stack in _in_out_swapped(weights, inputs):
+    for stack in _torch_swapped(weights):
         stacks.append(torch.empty_like(stack))
         torch.ops._C.prepack_moe_weight(stack, stacks[-1], "vec")
     return _fused_torch_op(torch.ops._C.cpu_fused_moe, inputs, stacks, "vec")
@@ -311,7 +318,9 @@ def _zentorch(inputs: Inputs, weights: Weights) -> Callable:
     import torch
 
     importlib.import_module("zentorch")  # registers its operator
-    return _fused_torch_op(torch.ops.zentorch.zentorch_fused_moe, inputs, _in_out_swapped(weights, inputs))
+    return _fused_torch_op(
+        torch.ops.zentorch.zentorch_fused_moe, inputs, [s.clone() for s in _torch_swapped(weights)]
+    )
 
 
 @functools.cache
@@ -346,7 +355,7 @@ class _GgmlInitParams(ctypes.Structure):
 
 def _ggml(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
     """The graph that llama.cpp makes of an MoE layer, with gate and up in one ggml_mul_mat_id."""
-    gate_up, down = (stack.swapaxes(1, 2) for stack in weights.own)
+    gate_up, down = weights.swapped
     (t, k), h, i = inputs.table.shape, inputs.hidden.shape[1], down.shape[2]
     bytes_needed = gate_up.nbytes + down.nbytes + 4 * t * (k * (3 * i + 2 * h) + (k + 2) * h) + (16 << 20)
     context = _ggml_call("ggml_init", _GgmlInitParams(bytes_needed, None, False))

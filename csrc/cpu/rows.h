@@ -22,7 +22,7 @@ constexpr int64_t kTokensPerCombineTask = 16;
 // A thread is woken for at least this many bytes of weights; less is done before it is awake.
 constexpr int64_t kWeightBytesPerThread = 256 * 1024;
 // Streamed blocks are made narrower until each thread has this many; more would cost long runs of memory.
-constexpr int64_t kStreamedBlocksPerThread = 2;
+constexpr int64_t kStreamedBlocksPerThread = 1;
 
 inline float load_float(const void* data, int64_t i, DType dtype) {
   switch (dtype) {
