@@ -12,6 +12,7 @@ import paddle
 from paddle import nn
 
 from paddle_moe import functional
+from paddle_moe._options import integer
 from paddle_moe.all_to_all import all_to_all_experts
 from paddle_moe.collectives import enter_shards, leave_shards, no_contribution
 from paddle_moe.params import (
@@ -172,9 +173,9 @@ class FusedMoE(nn.Layer):
             ("intermediate_size", intermediate_size),
             ("num_experts", num_experts),
         ):
-            if size < 1:
+            if integer(name, size) < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if shared_intermediate_size < 0:
+        if integer("shared_intermediate_size", shared_intermediate_size) < 0:
             raise ValueError(
                 f"shared_intermediate_size must be at least 0 (0: none), got {shared_intermediate_size}"
             )

@@ -9,6 +9,7 @@ import paddle
 from paddle import _C_ops
 
 from paddle_moe import functional
+from paddle_moe._options import integer
 from paddle_moe.losses import load_balancing_loss, router_z_loss
 from paddle_moe.policies import balanced_correction_bias, check_capacity, count_ids, jitter, limit_capacity
 
@@ -48,7 +49,7 @@ class Router:
     replicas: tuple[str, ...]
 
     def __post_init__(self):
-        if not 1 <= self.top_k <= self.num_experts:
+        if not 1 <= integer("top_k", self.top_k) <= self.num_experts:
             raise ValueError(
                 f"top_k must be between 1 and num_experts = {self.num_experts}, got {self.top_k}"
             )

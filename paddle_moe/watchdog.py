@@ -35,12 +35,10 @@ SLOTS = ("world", "grid", "ep", "tp", "dp")  # one counter of collectives for ea
 _SLOT = struct.Struct("=QQd80s")  # entered, left, time.monotonic() of the last entry, what it is
 
 _TICK_SECONDS = 0.25
-_GATHER_SECONDS = (
-    0.3  # how long causes are gathered, so that a death is named before the errors that it caused
-)
-_SAME_MOMENT_SECONDS = (
-    0.05  # deaths further apart are consequences: a launcher ends the ranks when one has died
-)
+# How long causes are gathered, so that a death is named before the errors that it caused.
+_GATHER_SECONDS = 0.3
+# Deaths further apart are consequences: a launcher ends the ranks when one has died.
+_SAME_MOMENT_SECONDS = 0.05
 _STRAGGLER_SECONDS = 2.0  # how long a refused job waits for the ranks that it has not heard of yet
 _GRACE_SECONDS = 5.0  # for the last words of a process that is ending anyway
 

@@ -286,6 +286,8 @@ def test_state_dict_of_a_rank_without_experts():
         (dict(hidden_size=0), "hidden_size must be at least 1, got 0"),
         (dict(intermediate_size=-1), "intermediate_size must be at least 1, got -1"),
         (dict(num_experts=0), "num_experts must be at least 1, got 0"),
+        (dict(hidden_size=8.0), "hidden_size must be an integer, got 8.0"),
+        (dict(top_k="2"), "top_k must be an integer, got '2'"),
         (dict(top_k=6), "top_k must be between 1 and num_experts = 5, got 6"),
         (dict(reduce="three"), "reduce must be 'two' or 'one', got 'three'"),
         (dict(shared_intermediate_size=-1), "shared_intermediate_size must be at least 0"),

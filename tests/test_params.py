@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from paddle_moe import reference
 from paddle_moe.params import (
+    LayerShard,
     generate_moe_params,
     generate_moe_params_static,
     random_expert,
@@ -160,6 +162,29 @@ def test_partial_outputs_of_all_shards_add_up(layout, permuted, num_experts, int
 def test_shard_errors(gate_up, message):
     with pytest.raises(ValueError, match=message):
         shard_experts(gate_up, [np.zeros((3, 4))] * 2)
+
+
+@pytest.mark.parametrize("shared_over_grid", [True, False])
+@pytest.mark.parametrize(("ep_size", "tp_size"), [(1, 1), (3, 2), (2, 4), (7, 1)])
+def test_parts_of_all_ranks_make_up_every_weight_of_a_layer(ep_size, tp_size, shared_over_grid):
+    """Each number is in the part of one rank, or, of what is not sharded, in that of all."""
+    layer = LayerShard(4, 5, 6, shared_intermediate_size=7, shared_over_grid=shared_over_grid)
+    wholes = layer.parts()
+    dense = {name: np.arange(whole.size).reshape(whole.shape) for name, whole in wholes.items()}
+    held = {name: [] for name in wholes}
+    for ep_rank in range(ep_size):
+        for tp_rank in range(tp_size):
+            place = dict(ep_rank=ep_rank, ep_size=ep_size, tp_rank=tp_rank, tp_size=tp_size)
+            shard = dataclasses.replace(layer, **place)
+            assert shard.whole() == layer
+            for name, part in shard.parts().items():
+                shared = name in ("shared_gate_up_weight", "shared_down_weight")
+                assert part.copy == (shared and not shared_over_grid and ep_rank > 0)
+                if part.size and not part.copy:
+                    held[name] += part.cut(dense[name], wholes[name]).ravel().tolist()
+    for name, numbers in held.items():
+        times = ep_size * tp_size if name in ("gate_weight", "correction_bias", "shared_gate_weight") else 1
+        assert sorted(numbers) == np.repeat(dense[name], times).tolist(), name
 
 
 # ---------------------------------------------------------------- generated parameters
