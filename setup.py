@@ -148,9 +148,12 @@ def dependencies(source: str) -> list[str]:
 
 
 def compile_unless_done(source: str, obj: str, command: object, run) -> None:
-    """run() unless `obj` is newer than what it depends on and came from the same command."""
+    """run() unless `obj` is newer than what it depends on and came from the same command.
+
+    Another environment with the same Paddle, see build_base below, gives the same object.
+    """
     stamp = Path(f"{obj}.command")
-    key = repr(command)
+    key = repr(command).replace(sys.prefix, "")
     if stamp.exists() and stamp.read_text() == key and not newer_group(dependencies(source), obj):
         return
     stamp.unlink(missing_ok=True)

@@ -152,9 +152,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", default=",".join(MODELS), help="comma separated, default: %(default)s")
     parser.add_argument("--tokens", default="1,64,512", help="T, comma separated, default: %(default)s")
+    parser.add_argument("--what", default="block,model", help="comma separated, default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=0.1, help="seconds per variant and round")
-    parser.add_argument("--out", type=Path, help="writes the results as JSON")
+    parser.add_argument("--out", type=Path, help="JSON that gets the results, beside those that it has")
     arguments = parser.parse_args()
 
     for module in ("mixtral.modeling", "moe_gate"):
@@ -172,7 +173,8 @@ def main() -> None:
                 "block": (block_of(stock_model), block_of(model), hidden),
                 "model": (stock_model, model, ids),
             }
-            for what, (stock, ours, inputs) in pairs.items():
+            for what in arguments.what.split(","):
+                stock, ours, inputs = pairs[what]
                 with paddle.no_grad():
                     result = compare(
                         caller(stock, inputs),
@@ -196,6 +198,17 @@ def main() -> None:
             "paddle_moe": paddle_moe.__version__,
             "mkl_debug_cpu_type": os.environ.get("MKL_DEBUG_CPU_TYPE"),
         }
+        if arguments.out.exists():
+            earlier = json.loads(arguments.out.read_text())
+            if earlier["environment"] != environment:
+                raise RuntimeError(f"{arguments.out} was measured elsewhere: {earlier['environment']}")
+            measured = {(one["model"], one["what"], one["tokens"]) for one in results}
+            kept = [
+                one
+                for one in earlier["results"]
+                if (one["model"], one["what"], one["tokens"]) not in measured
+            ]
+            results = kept + results
         arguments.out.write_text(
             json.dumps({"environment": environment, "results": results}, indent=1) + "\n"
         )

@@ -26,6 +26,7 @@ import paddle.distributed as dist
 from paddle.autograd import PyLayer
 
 from paddle_moe.collectives import no_contribution
+from paddle_moe.deep_ep import DeepEPExchange
 
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
@@ -88,13 +89,12 @@ def all_to_all_experts(
     router_weights = router_weights.astype("float32")
     ids = routing_table.astype("int32")
     with paddle.no_grad():
-        exchange = _Exchange(ids, expert_ranges, parallel)
-        slots = paddle.concat([ids, router_weights.view("int32")], axis=1)
-        arriving = exchange.start_sending([hidden_states, slots])
+        kind = _Exchange if parallel.deep_ep is None else DeepEPExchange
+        exchange = kind(ids, expert_ranges, parallel)
+        arriving = exchange.start(hidden_states, ids, router_weights)
     other = meanwhile()
-    arrived, slots = arriving()
-    ids, weights = paddle.split(slots, 2, axis=1)
-    arrivals = _Arrivals(arrived, weights.view("float32"))
+    arrived, ids, weights = arriving()
+    arrivals = _Arrivals(arrived, weights)
     rows, weights = _Dispatch.apply(hidden_states, router_weights, exchange, arrivals)
     first, end = expert_ranges[parallel.ep_rank]
     partial = experts(rows, ids, weights) if first < end else no_contribution(rows, weights)
@@ -128,12 +128,11 @@ class _Dispatch(PyLayer):
 
     @staticmethod
     def backward(ctx, rows, weights):
-        rows, weights = ctx.exchange.start_returning([rows, weights])()
+        rows, weights = ctx.exchange.combine(rows, weights)
         hidden_states_fixed, router_weights_fixed = ctx.fixed
-        return (
-            None if hidden_states_fixed else ctx.exchange.sum_per_token(rows).astype(ctx.dtype),
-            None if router_weights_fixed else ctx.exchange.sum_per_token(weights),
-        )
+        return None if hidden_states_fixed else rows.astype(
+            ctx.dtype
+        ), None if router_weights_fixed else weights
 
 
 class _Combine(PyLayer):
@@ -142,12 +141,11 @@ class _Combine(PyLayer):
     @staticmethod
     def forward(ctx, partial, anchor, exchange):
         ctx.exchange, ctx.fixed = exchange, partial.stop_gradient
-        (partial_sums,) = exchange.start_returning([partial])()
-        return exchange.sum_per_token(partial_sums).astype(partial.dtype)
+        return exchange.combine(partial)[0].astype(partial.dtype)
 
     @staticmethod
     def backward(ctx, out):
-        (rows,) = ctx.exchange.start_sending([out])()
+        rows = ctx.exchange.send(out)
         return None if ctx.fixed else rows, paddle.zeros([1])
 
 
@@ -176,6 +174,27 @@ class _Exchange:
         table = parallel.all_reduce(table, "ep").tolist()
         self._sent = table[parallel.ep_rank]
         self._received = [row[parallel.ep_rank] for row in table]
+
+    def start(
+        self, hidden_states: Tensor, ids: Tensor, weights: Tensor
+    ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+        """Sends tokens to where they are needed; the result waits for (rows, ids, weights) that come in."""
+        arriving = self.start_sending([hidden_states, paddle.concat([ids, weights.view("int32")], axis=1)])
+
+        def wait() -> tuple[Tensor, Tensor, Tensor]:
+            rows, slots = arriving()
+            ids, weights = paddle.split(slots, 2, axis=1)
+            return rows, ids, weights.view("float32")
+
+        return wait
+
+    def send(self, rows: Tensor) -> Tensor:
+        """[T, D] to where the tokens are needed: what has come in."""
+        return self.start_sending([rows])()[0]
+
+    def combine(self, *rows: Tensor) -> list[Tensor]:
+        """Rows in the order of arrival back to their tokens: the fp32 sums [T, D] of what has come back."""
+        return [self.sum_per_token(one) for one in self.start_returning(list(rows))()]
 
     def start_sending(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
         """Sends the rows [T, ...] of tokens to where they are needed; the result waits for what comes in."""

@@ -39,6 +39,7 @@ from paddle.base import core
 from paddle.distributed import collective
 from paddle.distributed.communication.group import Group, _add_new_group
 
+from paddle_moe.deep_ep import import_buffer
 from paddle_moe.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -144,6 +145,8 @@ class ParallelContext:
         self.tp_rank, self.tp_size = _position(tp_group, self.rank), tp_group.nranks
         self.dp_rank, self.dp_size = _position(self.dp_group, self.rank), self.dp_group.nranks
         others = [rank for rank in ep_group.ranks if rank != self.rank]
+        self.deep_ep: type | None = None  # DeepEP's Buffer, see use_deep_ep
+        self.deep_ep_buffer: Any = None
         self.ep_pairs: dict[int, Group] = {others[0]: ep_group} if len(others) == 1 else {}
         self._watchdog = watchdog
         self._grid = self._self_test()
@@ -171,6 +174,16 @@ class ParallelContext:
         if tp_group is None:
             tp_group = Group(0, 0, [dist.get_rank()])
         return cls(ep_group, tp_group, grid_group, dp_group)
+
+    def use_deep_ep(self) -> None:
+        """Has all-to-all layers exchange their tokens over the EP group by DeepEP. All of its ranks call it.
+
+        hidden_states must then be bfloat16, and all EP ranks own equally many experts. Not yet run.
+
+        Raises:
+            RuntimeError: this Paddle has no DeepEP.
+        """
+        self.deep_ep = import_buffer()
 
     def size(self, group: str) -> int:
         """Ranks in the "ep", "tp", "grid" or "dp" group."""

@@ -146,7 +146,7 @@ class ClipGradByGlobalNorm(ClipGradBase):
         for (parameter, gradient), clips in zip(params_grads, clipped):
             if not clips:
                 continue
-            group = getattr(parameter, "shard_group", None) if parameter.is_distributed else ""
+            group = getattr(parameter, "shard_group", None if parameter.is_distributed else "")
             if group is None:
                 raise ValueError(
                     f"the parameter {parameter.name} is sharded (is_distributed), but not by FusedMoE; only"

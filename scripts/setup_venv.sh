@@ -5,6 +5,7 @@
 #   PYTHON            the Python it is made from (default: python3)
 #   PADDLE_MOE_CUDA   1: with the CUDA back end; see setup.py for this and related variables
 #   requirements      what is installed into it: arguments of `pip install` (default: Paddle and the tools)
+#   requirements_only not empty: paddle_moe is left out
 set -euo pipefail
 
 # Another environment must not leak into this one.
@@ -56,7 +57,8 @@ once() {
   fi
 }
 
-pip_install() { "$venv/bin/python" -m pip install -qq "$@"; }  # errors only
+# Errors only. Python compiles what it imports; compiling all of every package takes as long as the rest.
+pip_install() { "$venv/bin/python" -m pip install -qq --no-compile "$@"; }
 
 install_package() {
   command -v "${CXX:-g++}" >/dev/null || fail "no ${CXX:-g++} found: install g++"
@@ -79,6 +81,7 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
 make_venv
 once requirements "${requirements[*]}" "installing Paddle and the tools (about 250 MB the first time)" \
   pip_install "${requirements[@]}"
+[ -z "${requirements_only:-}" ] || return 0
 sources=$(cd "$repository" &&
   find csrc paddle_moe setup.py pyproject.toml scripts/strict_nvcc.py \
     -type f ! -name '*.so' ! -name '*.pyc' -print0 |

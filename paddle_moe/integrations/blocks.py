@@ -26,6 +26,7 @@ from paddle_moe.distributed import ParallelContext
 from paddle_moe.params import Part, shard_range
 
 Tensor = paddle.Tensor
+_MISSING = object()
 
 # The Linear layers of an expert in the models that we know: gate and up, or both in one; down.
 _PROJECTIONS = (
@@ -133,7 +134,7 @@ class Slice:
     whole: Part
     part: Part
     shared_by: str = ""
-    marks_before: dict[str, Any] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)  # attributes of the parameter that were changed
 
     @classmethod
     def of(cls, parameter: Tensor, dense: str, pattern: str, **ranges: tuple[int, int]) -> Slice:
@@ -172,14 +173,16 @@ class Slice:
                 self.hold(unfolded[self._place()].reshape(self.part.shape))
         self.shared_by = shared_by
         if shared_by:
-            self._mark()
+            self._set(no_sync=True, expert=shared_by == "grid", shard_group=shared_by)
 
-    def _mark(self) -> None:
-        """As on the parameters of FusedMoE: what sums gradients or norms over ranks must know."""
-        marks = {"is_distributed": True, "no_sync": True, "shard_group": self.shared_by}
-        marks["expert"] = self.shared_by == "grid"
-        for name, value in marks.items():
-            self.marks_before[name] = getattr(self.parameter, name, None)
+    def mark(self) -> None:
+        """With what `cut` has set, as the parameters of FusedMoE are: what sums over ranks must know it."""
+        if self.shared_by:
+            self._set(is_distributed=True)
+
+    def _set(self, **attributes: Any) -> None:
+        for name, value in attributes.items():
+            self.before[name] = getattr(self.parameter, name, _MISSING)
             setattr(self.parameter, name, value)
 
     def restore(self, parallel: ParallelContext) -> None:
@@ -188,8 +191,11 @@ class Slice:
         self.unmark()
 
     def unmark(self) -> None:
-        for name, value in self.marks_before.items():
-            setattr(self.parameter, name, value)
+        for name, value in self.before.items():
+            if value is _MISSING:
+                delattr(self.parameter, name)
+            else:
+                setattr(self.parameter, name, value)
 
     def hold(self, value: Tensor) -> None:
         """Gives the parameter another shape and value; it stays the object that others refer to."""
@@ -353,6 +359,14 @@ class MoEBlock:
         self._ranges = [
             shard_range(self.total_experts(), rank, parallel.ep_size) for rank in range(parallel.ep_size)
         ]
+
+    def mark(self) -> None:
+        """Marks the parameters of a block that is sharded, once its package has drawn their values.
+
+        PaddleNLP cannot draw those that are marked already.
+        """
+        for one in self._slices:
+            one.mark()
 
     def unshard(self) -> None:
         """Brings everything back: all ranks of the grid call this together."""

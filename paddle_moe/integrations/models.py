@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
@@ -39,6 +40,8 @@ class Integration:
         blocks: what is known of its blocks.
         published: what the published files of a model have of its holdings, None if their names are not
             known. It may name the dimensions of a whole for that.
+        stand_ins: what patch() replaces in the package, by "module:name", because it builds another block
+            under fleet: (the block to build, what to put there, given the stock class of that block).
     """
 
     def __init__(
@@ -46,11 +49,14 @@ class Integration:
         package: str,
         blocks: list[type[MoEBlock]],
         published: Callable[[nn.Layer, Holdings], list[Source] | None],
+        stand_ins: dict[str, tuple[type[MoEBlock], Callable[[type[nn.Layer]], Any]]] | None = None,
     ):
         self.package = package
-        self._published = published
+        self._published, self._stand_ins = published, stand_ins or {}
         self._blocks = {block.stock: block for block in blocks}
         self._original_init: dict[type, Any] = {}
+        self._replaced: list[tuple[Any, str, Any]] = []  # module, name, what was there
+        self._built: weakref.WeakSet[MoEBlock] = weakref.WeakSet()  # sharded ones, since patch()
 
     def accelerate(
         self,
@@ -107,6 +113,7 @@ class Integration:
             layer.__class__ = _accelerated(block, type(layer))
             if parallel is not None:
                 layer.shard(parallel, dispatch)
+                layer.mark()
         return model
 
     def restore(self, model: nn.Layer) -> nn.Layer:
@@ -132,7 +139,9 @@ class Integration:
         """Has blocks that are built from now on run on paddle_moe, until :meth:`unpatch`.
 
         Over several ranks each block is cut to this rank's part as soon as it is built, so that a model whose
-        experts do not fit on one rank can be built. Arguments and errors are those of :meth:`accelerate`.
+        experts do not fit on one rank can be built. Random weights differ between ranks then, also those that
+        all ranks hold: fill it with load_checkpoint, or call broadcast_parameters. Arguments and errors are
+        those of :meth:`accelerate`.
         """
         _check_dispatch(dispatch)
         if self._original_init:
@@ -149,13 +158,25 @@ class Integration:
         parallel = _context(ep_size, tp_size, parallel)
         for stock, block in stocks.items():
             self._original_init[stock] = stock.__init__
-            stock.__init__ = _accelerating_init(stock, block, parallel, dispatch)
+            stock.__init__ = _accelerating_init(stock, block, parallel, dispatch, self._built)
+        for place, (block, make) in self._stand_ins.items():
+            path, _, name = place.partition(":")
+            stock = next((one for one, known in stocks.items() if known is block), None)
+            if stock is not None and hasattr(module := import_module(path), name):
+                self._replaced.append((module, name, getattr(module, name)))
+                setattr(module, name, make(stock))
 
     def unpatch(self) -> None:
         """Undoes :meth:`patch`. Models that were built in between stay as they are."""
         for stock, original in self._original_init.items():
             stock.__init__ = original
         self._original_init.clear()
+        for module, name, original in self._replaced:
+            setattr(module, name, original)
+        self._replaced.clear()
+        for block in self._built:
+            block.mark()
+        self._built.clear()
 
     def load_checkpoint(
         self,
@@ -407,7 +428,11 @@ def _check_division(block: MoEBlock, parallel: ParallelContext | None, dispatch:
 
 
 def _accelerating_init(
-    stock: type[nn.Layer], block: type[MoEBlock], parallel: ParallelContext | None, dispatch: str
+    stock: type[nn.Layer],
+    block: type[MoEBlock],
+    parallel: ParallelContext | None,
+    dispatch: str,
+    built: weakref.WeakSet[MoEBlock],
 ):
     original = stock.__init__
 
@@ -419,5 +444,6 @@ def _accelerating_init(
             _check(self, False, parallel, dispatch)
             if parallel is not None:
                 self.shard(parallel, dispatch)
+                built.add(self)
 
     return init

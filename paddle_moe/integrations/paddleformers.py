@@ -289,8 +289,28 @@ def _published(model, holdings: Holdings) -> list[Source] | None:
     return sources
 
 
-_blocks = [Qwen3Moe, DeepseekV3, Glm4Moe, GptOss, Ernie45Moe, Experts]
-_integration = Integration("paddleformers", _blocks, _published)
+class _Factory:
+    """In the place of PaddleFormers' QuickAccessMoEFactory, which builds blocks that need DeepEP."""
+
+    def __init__(self, stock: type[paddle.nn.Layer]):
+        self.stock = stock
+
+    def create_from_model_name(self, pretrained_config, **options) -> paddle.nn.Layer:
+        return self.stock(pretrained_config)
+
+
+_models = "paddleformers.transformers"
+_integration = Integration(
+    "paddleformers",
+    [Qwen3Moe, DeepseekV3, Glm4Moe, GptOss, Ernie45Moe, Experts],
+    _published,
+    {
+        f"{_models}.qwen3_moe.modeling:QuickAccessMoEFactory": (Qwen3Moe, _Factory),
+        f"{_models}.glm4_moe.modeling:QuickAccessMoEFactory": (Glm4Moe, _Factory),
+        f"{_models}.glm4_moe.modeling:Glm4MoeFlexMoE": (Glm4Moe, lambda stock: stock),
+        f"{_models}.deepseek_v3.modeling:DeepseekV3MoEFlexToken": (DeepseekV3, lambda stock: stock),
+    },
+)
 load_checkpoint, save_checkpoint = _integration.load_checkpoint, _integration.save_checkpoint
 accelerate, restore = _integration.accelerate, _integration.restore
 patch, unpatch = _integration.patch, _integration.unpatch

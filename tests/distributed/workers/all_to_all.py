@@ -74,6 +74,12 @@ results["overlapped"] = True
 adopted = ParallelContext.from_groups(parallel.ep_group, parallel.tp_group)
 ranges = [shard_range(ep_size, rank, ep_size) for rank in range(ep_size)]
 first_expert = paddle.zeros([2, 1], "int32")
+try:
+    adopted.use_deep_ep()
+except RuntimeError as error:
+    assert "DeepEP needs a GPU build of Paddle" in str(error), error
+else:
+    raise AssertionError("a Paddle for CPUs has no DeepEP")
 
 
 def exchange_on_adopted_groups():

@@ -49,6 +49,15 @@ for family in models.FAMILIES:
     assert_same_tensors({name: one.numpy() for name, one in model.state_dict().items()}, local)
     integration.save_checkpoint(model, output / "saved" / family.name)
 
+    integration.patch(parallel=parallel)
+    built = models.build(family)
+    integration.unpatch()
+    marks = [(one.is_distributed, getattr(one, "shard_group", None)) for one in model.parameters()]
+    assert [(one.is_distributed, getattr(one, "shard_group", None)) for one in built.parameters()] == marks
+    integration.load_checkpoint(built, output / "files" / family.name)
+    assert_same_tensors({name: one.numpy() for name, one in built.state_dict().items()}, local)
+    np.testing.assert_array_equal(logits(built), results[f"{family.name} logits"])
+
     slices = {id(one.parameter): one for block in blocks_of(model, family) for one in block.slices()}
     slice_of = {name: slices.get(id(one)) for name, one in model.named_parameters()}
     loss, gradients = loss_and_gradients(model)
