@@ -26,7 +26,7 @@ from paddle_moe.distributed import ParallelContext
 from paddle_moe.params import Part, shard_range
 
 Tensor = paddle.Tensor
-_MISSING = object()
+_MISSING = ...  # stays itself in a copy
 
 # The Linear layers of an expert in the models that we know: gate and up, or both in one; down.
 _PROJECTIONS = (
