@@ -73,8 +73,8 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
     fail "python setup.py build_ext --inplace failed: run it to see why"
 }
 
-[ -n "${requirements+set}" ] || requirements=("paddlepaddle>=2.6.2,<3.4" "setuptools>=61" wheel "pybind11>=2.11"
-  numpy "safetensors>=0.7" matplotlib rich pytest pytest-timeout hypothesis ruff "cmake>=3.18")
+[ -n "${requirements+set}" ] || requirements=("paddlepaddle>=2.6.2,<3.4" "setuptools>=61" wheel
+  "pybind11>=2.11" numpy "safetensors>=0.7" matplotlib rich pytest pytest-timeout hypothesis ruff "cmake>=3.18")
 # They take the machine code apart that a build with CUDA has to contain.
 [ "${PADDLE_MOE_CUDA:-}" != 1 ] || requirements+=(nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 

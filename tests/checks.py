@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 
 import paddle_moe
 from paddle_moe import reference
@@ -27,6 +28,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = (*reference.ACTIVATIONS, "swigluoai", "swigluoai(1.5, 2.5)")
 LAYOUTS = ("list", "separate", "stacked")
 WEIGHTS = ("gate_up_weights", "down_weights", "gate_up_bias", "down_bias")
+per_dtype = pytest.mark.parametrize("dtype", DTYPES)
+per_layout = pytest.mark.parametrize("layout", LAYOUTS)
+per_permuted = pytest.mark.parametrize("permuted", [False, True], ids=["in_out", "permuted"])
 # The files that prove a back end; their tests without Paddle run on others too.
 OPERATOR_TESTS = (
     "test_mixture_of_experts.py",

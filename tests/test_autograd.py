@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import paddle
 import pytest
-from checks import DTYPES, LAYOUTS, assert_same_bits, random_case, relative_l2
+from checks import assert_same_bits, per_dtype, per_layout, random_case, relative_l2
 from gradient_cases import assert_same_gradients, flat, forward_and_backward, grad_out_of, local_rows
 from training_cases import autocast
 
@@ -15,9 +15,6 @@ import paddle_moe
 from paddle_moe import core
 from paddle_moe.core import Gradients
 from paddle_moe.reference import to_float64, to_storage
-
-per_dtype = pytest.mark.parametrize("dtype", DTYPES)
-per_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def to_paddle(case: dict, trained=Gradients._fields) -> dict:

@@ -11,7 +11,16 @@ import re
 import hypothesis
 import numpy as np
 import pytest
-from checks import ACTIVATIONS, DTYPES, LAYOUTS, assert_close, assert_same_bits, random_case
+from checks import (
+    ACTIVATIONS,
+    DTYPES,
+    LAYOUTS,
+    assert_close,
+    assert_same_bits,
+    per_dtype,
+    per_layout,
+    random_case,
+)
 from gradient_cases import (
     assert_gradients_close,
     assert_same_gradients,
@@ -26,10 +35,6 @@ from hypothesis import strategies as st
 from paddle_moe import core, reference
 from paddle_moe.core import Gradients
 from paddle_moe.reference import to_float64, to_storage
-
-per_dtype = pytest.mark.parametrize("dtype", DTYPES)
-per_layout = pytest.mark.parametrize("layout", LAYOUTS)
-
 
 # ---------------------------------------------------------------- the reference against finite differences
 

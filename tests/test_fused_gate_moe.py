@@ -5,13 +5,20 @@ from __future__ import annotations
 import checks
 import numpy as np
 import pytest
-from checks import DTYPES, LAYOUTS, assert_close, assert_exact, assert_same_bits, random_case, relative_l2
+from checks import (
+    LAYOUTS,
+    assert_close,
+    assert_exact,
+    assert_same_bits,
+    per_dtype,
+    random_case,
+    relative_l2,
+)
 
 from paddle_moe import core as kernels
 from paddle_moe import reference
 from paddle_moe.reference import to_float64, to_storage
 
-per_dtype = pytest.mark.parametrize("dtype", DTYPES)
 per_gate_dtype = pytest.mark.parametrize("gate_dtype", ["float32", "own"])
 
 

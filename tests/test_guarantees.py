@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from checks import (
     ACTIVATIONS,
-    DTYPES,
     LAYOUTS,
     arrange,
     assert_close,
     assert_exact,
     assert_same_bits,
     expected_moe,
+    per_dtype,
+    per_layout,
+    per_permuted,
     random_case,
     random_dense,
     random_tokens,
@@ -23,10 +25,6 @@ from checks import (
 
 from paddle_moe import core as kernels
 from paddle_moe.reference import to_float64, to_storage
-
-per_layout = pytest.mark.parametrize("layout", LAYOUTS)
-per_dtype = pytest.mark.parametrize("dtype", DTYPES)
-per_permuted = pytest.mark.parametrize("permuted", [False, True], ids=["in_out", "permuted"])
 
 
 def take_tokens(case: dict, tokens) -> dict:

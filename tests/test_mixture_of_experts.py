@@ -22,6 +22,9 @@ from checks import (
     expected_moe,
     integer_case,
     integer_dense,
+    per_dtype,
+    per_layout,
+    per_permuted,
     random_case,
 )
 
@@ -29,9 +32,6 @@ from paddle_moe import core as kernels
 from paddle_moe.reference import to_float64, to_storage
 
 INT_LIMITS = {"int32": np.iinfo(np.int32), "int64": np.iinfo(np.int64)}
-per_layout = pytest.mark.parametrize("layout", LAYOUTS)
-per_dtype = pytest.mark.parametrize("dtype", DTYPES)
-per_permuted = pytest.mark.parametrize("permuted", [False, True], ids=["in_out", "permuted"])
 
 
 # ---------------------------------------------------------------- right numbers

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from checks import DTYPES, arrange, assert_close, assert_exact, assert_same_bits, random_dense, random_tokens
+from checks import (
+    DTYPES,
+    arrange,
+    assert_close,
+    assert_exact,
+    assert_same_bits,
+    per_dtype,
+    random_dense,
+    random_tokens,
+)
 
 from paddle_moe import reference
 from paddle_moe.reference import to_float64, to_storage
 
 TOKENS, HIDDEN, INTER, EXPERTS, TOP_K = 33, 64, 48, 8, 2
-
-per_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 class Layer:
