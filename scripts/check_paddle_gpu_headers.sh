@@ -30,6 +30,7 @@ include=$scratch/paddle/include
 "${CXX:-g++}" -std=c++17 -O1 -Wall -DPADDLE_WITH_CUDA -DPADDLE_NO_PYTHON -I"$repository/csrc" \
   -isystem "$include" -isystem "$include/third_party" -isystem "$cuda/include" -isystem "$cuda/include/cccl" \
   -c "$repository/csrc/bindings/paddle_ops.cc" -o "$scratch/paddle_ops.o"
-nm -C "$scratch/paddle_ops.o" | grep -q 'U paddle::Tensor::stream() const' ||
+# Not through a pipe: grep would leave before nm has written all, which pipefail takes for a failure.
+grep -q 'U paddle::Tensor::stream() const' <(nm -C "$scratch/paddle_ops.o") ||
   { echo "error: the compiled binding has no GPU branch" >&2; exit 1; }
 echo "paddle_ops.cc compiles against paddlepaddle-gpu 2.6.2"
