@@ -110,19 +110,21 @@ __device__ void scan_ranges(const Sort& s, int first_expert, int ranges, int32_t
   __syncthreads();
 }
 
-// The same for up to kWarps ranges, an expert per thread: all counts of an expert are on their way at once.
+// The same for few ranges, an expert per thread: several counts are on their way at once.
 __device__ void scan_few_ranges(const Sort& s, int ranges) {
+  constexpr int kAtOnce = 8;
   for (int e = threadIdx.x; e < s.num_experts; e += kThreads) {
-    int32_t rows[kWarps];
-#pragma unroll
-    for (int r = 0; r < kWarps; ++r) {
-      rows[r] = r < ranges ? s.counts[static_cast<int64_t>(r) * s.num_experts + e] : 0;
-    }
     int32_t before = 0;
+    for (int first = 0; first < ranges; first += kAtOnce) {
+      int32_t* counts = s.counts + static_cast<int64_t>(first) * s.num_experts + e;
+      int32_t rows[kAtOnce];
 #pragma unroll
-    for (int r = 0; r < kWarps; ++r) {
-      if (r < ranges) s.counts[static_cast<int64_t>(r) * s.num_experts + e] = before;
-      before += rows[r];
+      for (int r = 0; r < kAtOnce; ++r) rows[r] = first + r < ranges ? counts[r * s.num_experts] : 0;
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r) {
+        if (first + r < ranges) counts[r * s.num_experts] = before;
+        before += rows[r];
+      }
     }
     s.expert_rows[e] = before;
   }
