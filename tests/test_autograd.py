@@ -188,6 +188,39 @@ def test_auto_cast_computes_experts_in_half_precision_and_the_router_in_float32(
         np.testing.assert_array_equal(array, to_float64(expected[name]))
 
 
+@pytest.mark.parametrize("scale", [1024.0, 2.0**40], ids=["in_range", "overflow"])
+def test_scaled_float16_gradients(scale):
+    """What paddle.amp.GradScaler does to a loss, which it leaves alone on a CPU."""
+    case = random_case(20, 24, 16, 4, 2, "float16", bias=True)
+    grad_out = grad_out_of(case)
+    scaled_grad_out = (grad_out.astype(np.float32) * scale).clip(-65504, 65504).astype(np.float16)
+    plain, scaled = (flat(forward_and_backward(case, g)) for g in (grad_out, scaled_grad_out))
+    if scale == 1024.0:
+        for name, array in plain.items():
+            assert relative_l2(to_float64(scaled[name]) / scale, to_float64(array)) <= 2e-3, name
+    else:  # shows in the gradients, so that a scaler skips the step
+        assert not all(np.isfinite(array).all() for array in scaled.values())
+
+
+def test_a_loop_with_auto_cast_and_grad_scaler_learns():
+    """As users write it; Paddle turns both off where the device is a CPU."""
+    paddle.seed(5)
+    block, x = Block(), paddle.randn([64, 16])
+    optimizer = paddle.optimizer.AdamW(3e-3, parameters=block.parameters(), multi_precision=True)
+    block, optimizer = paddle.amp.decorate(block, optimizer, level="O2", dtype="bfloat16")
+    scaler = paddle.amp.GradScaler(init_loss_scaling=1024.0)
+    losses = []
+    for _ in range(60):
+        with paddle.amp.auto_cast(level="O2", dtype="bfloat16"):
+            loss = (block(x) - x).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.clear_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def kept_bytes(call):
     """Memory that the result of a call and its graph hold."""
     from paddle.base import core as paddle_core

@@ -20,6 +20,7 @@ from checks import (
     per_dtype,
     per_layout,
     random_case,
+    run_python,
 )
 from gradient_cases import (
     assert_gradients_close,
@@ -229,8 +230,6 @@ def test_bits_do_not_depend_on_threads_chunks_or_what_is_kept(dtype, threads):
 
 @pytest.mark.parametrize("isa", core.available_isas()[1:])
 def test_every_instruction_set_is_right(isa):
-    from checks import run_python
-
     run_python(
         "-c",
         "import checks, gradient_cases as t\n"
@@ -411,3 +410,41 @@ def test_misuse_is_named():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(message)):
             call(**bad)
+
+
+PEAK_MEMORY = """
+import re
+from pathlib import Path
+import numpy as np
+from paddle_moe import core
+
+def resident(which):  # VmRSS: now; VmHWM: the peak. That of getrusage would count the parent before exec.
+    return 1024 * int(re.search(which + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+def touched(*shape):
+    return np.ones(shape, np.float32)
+
+tokens, hidden, inter, experts, top_k = 4096, 512, 1024, 8, 2
+ids = np.random.default_rng(0).integers(0, experts, (tokens, top_k)).astype(np.int32)
+x, grad_out, weights = touched(tokens, hidden), touched(tokens, hidden), touched(tokens, top_k)
+stacks = touched(experts, hidden, 2 * inter), touched(experts, inter, hidden)
+
+def run(count):
+    arguments = x[:count], ids[:count], weights[:count], *stacks
+    kept = np.empty((count * top_k, 2 * inter), np.float32)
+    out = core.mixture_of_experts(*arguments, pre_activations=kept)
+    gradients = core.mixture_of_experts_backward(grad_out[:count], *arguments, pre_activations=kept)
+    return kept.nbytes + out.nbytes + sum(array.nbytes for array in gradients if array is not None)
+
+run(8)  # threads and what else is made once
+before = resident("VmRSS")
+results = run(tokens)
+peak = resident("VmHWM") - before
+chunk = 64 << 20  # what docs/cpu_kernels.md allows beside 48 MiB of weights
+print(f"results and pre-activations {results >> 20} MiB, peak {peak >> 20} MiB")
+assert peak <= results + chunk + (8 << 20), (peak, results)
+"""
+
+
+def test_peak_memory_of_forward_and_backward():
+    run_python("-c", PEAK_MEMORY, timeout=120)

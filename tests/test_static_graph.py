@@ -300,10 +300,59 @@ for result, expected in zip(results, eager):
 """
 
 
+TRAINING_PROGRAM = """
+import numpy as np, paddle, paddle_moe
+rng = np.random.default_rng(0)
+values = {
+    "x": rng.standard_normal((10, 16), "float32"),
+    "gate": rng.standard_normal((16, 4), "float32"),
+    "gate_up": rng.standard_normal((4, 16, 48), "float32") / 4,
+    "down": rng.standard_normal((4, 24, 16), "float32") / 4,
+}
+
+def loss_of(x, gate, gate_up, down):
+    return ((paddle_moe.fused_gate_moe(x, gate, gate_up, down, top_k=2) - x) ** 2).mean()
+
+tensors = [paddle.to_tensor(value, stop_gradient=False) for value in values.values()]
+loss_of(*tensors).backward()
+expected = [tensor.grad.numpy() for tensor in tensors]
+
+paddle.enable_static()
+executor = paddle.static.Executor(paddle.CPUPlace())
+program = paddle.static.Program()
+with paddle.static.program_guard(program):
+    data = [paddle.static.data(name, [-1, *value.shape[1:]] if name == "x" else value.shape, "float32")
+            for name, value in values.items()]
+    for tensor in data:
+        tensor.stop_gradient = False
+    fetch = paddle.static.gradients([loss_of(*data)], data)
+for actual, array in zip(executor.run(program, feed=values, fetch_list=fetch), expected):
+    np.testing.assert_array_equal(actual, array)
+
+program, start = paddle.static.Program(), paddle.static.Program()
+with paddle.static.program_guard(program, start):
+    x = paddle.static.data("x", [-1, 16], "float32")
+    x.stop_gradient = False  # the older program has no operators with only some of a list's gradients
+    parameters = [
+        paddle.static.create_parameter(
+            values[name].shape, "float32", name=name,
+            default_initializer=paddle.nn.initializer.Assign(values[name]),
+        )
+        for name in ("gate", "gate_up", "down")
+    ]
+    loss = loss_of(x, *parameters)
+    paddle.optimizer.Adam(1e-2).minimize(loss)  # by append_backward
+executor.run(start)
+losses = [float(executor.run(program, feed={"x": values["x"]}, fetch_list=[loss])[0]) for _ in range(40)]
+assert losses[-1] < 0.2 * losses[0], losses
+"""
+
+
+@pytest.mark.parametrize("program", [PROGRAM, TRAINING_PROGRAM], ids=["forward", "training"])
 @pytest.mark.parametrize("pir", ["0", "1"], ids=["old_program", "pir"])
-def test_programs_built_by_hand(pir):
+def test_programs_built_by_hand(pir, program):
     subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         env={**os.environ, "FLAGS_enable_pir_api": pir},
         check=True,
         timeout=120,

@@ -21,7 +21,7 @@ from launcher import environment, launch
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_lm.py"
 STEPS = 24
-SIZES = "--layers 2 --hidden 32 --heads 2 --experts 5 --ffn 20 --sequence 32 --batch 4"
+SIZES = "--layers 2 --hidden 32 --heads 2 --experts 5 --top-k 2 --ffn 20 --sequence 32 --batch 4"
 SMALL = f"{SIZES} --steps {STEPS} --save-every 5 --log-every 4".split()
 
 

@@ -28,6 +28,15 @@ namespace {
 
 // Tasks of an expert's gate and up gradients, or of its down gradient, for each thread.
 constexpr int64_t kWeightTasksPerThread = 4;
+// By default a chunk in fp32 takes no more than half of the weights, which are there anyway, or than this; a
+// chunk of that size still computes far longer than it reads weights and adds to their gradients. In bf16 and
+// fp16 a second chunk would take fp32 sums of the gradients, so chunks are as large as in the forward.
+constexpr int64_t kSmallChunkBytes = int64_t{64} << 20;
+
+int64_t chunk_bytes(DType dtype, int64_t weight_bytes) {
+  return dtype == DType::kFloat32 ? std::clamp(weight_bytes / 2, kSmallChunkBytes, kChunkBytes) : kChunkBytes;
+}
+
 // Gradients of weights above this size would not stay in a cache until they are read.
 constexpr int64_t kCachedGradientBytes = int64_t{32} << 20;
 
@@ -72,9 +81,11 @@ struct Layout {
     const int64_t inter_unit_bytes = wanted.down ? inter_unit_stride * kUnitBytes : 0;
     const int64_t hidden_grad_bytes = wanted.hidden ? hidden_grad_stride * 4 : 0;
     const int64_t sums_bytes = wanted.router ? router_sums * 4 : 0;
-    tokens = chunk_tokens(p, p.top_k * (hidden_bytes + hidden_stride * kUnitBytes + pre_bytes +
-                                        gate_up_bytes + hidden_grad_bytes + sums_bytes +
-                                        (hidden_unit_bytes + inter_unit_bytes) / rows_per_unit));
+    const int64_t row_bytes = hidden_bytes + hidden_stride * kUnitBytes + pre_bytes + gate_up_bytes +
+                              hidden_grad_bytes + sums_bytes +
+                              (hidden_unit_bytes + inter_unit_bytes) / rows_per_unit;
+    const int64_t weight_bytes = p.num_experts() * 3 * p.hidden_size * inter * size;
+    tokens = chunk_tokens(p, p.top_k * row_bytes, chunk_bytes(p.dtype, weight_bytes));
     Arena arena(workspace);
     const int64_t n = tokens * p.top_k;
     // Each expert may have a unit that is not full.
@@ -100,7 +111,7 @@ struct Layout {
         arena.take<float>(separate && wanted.gate_up ? p.num_experts() * 2 * p.hidden_size * inter * 4 : 0);
     down_sums = arena.take<float>(separate && wanted.down ? p.num_experts() * p.hidden_size * inter * 4 : 0);
     separate_sums = separate;
-    large_gradients = p.num_experts() * 3 * p.hidden_size * inter * size > kCachedGradientBytes;
+    large_gradients = weight_bytes > kCachedGradientBytes;
     for (int i = 0; i < threads; ++i) {
       scratch.push_back({arena.take<float>(kResultFloats * sizeof(float)), arena.take<void>(kPackedBytes)});
     }

@@ -47,10 +47,10 @@ inline int32_t local_expert(const Problem& p, int64_t i) {
   return local ? static_cast<int32_t>(id - p.first_expert) : -1;
 }
 
-// The tokens of a chunk, from what one takes in the workspace.
-inline int64_t chunk_tokens(const Problem& p, int64_t bytes_per_token) {
+// The tokens of a chunk, from what one takes in the workspace and what all may take by default.
+inline int64_t chunk_tokens(const Problem& p, int64_t bytes_per_token, int64_t chunk_bytes = kChunkBytes) {
   const int64_t chunk =
-      p.chunk_size > 0 ? p.chunk_size : std::max<int64_t>(64, kChunkBytes / bytes_per_token);
+      p.chunk_size > 0 ? p.chunk_size : std::max<int64_t>(64, chunk_bytes / bytes_per_token);
   return std::min(chunk, std::max<int64_t>(1, p.num_tokens));
 }
 
