@@ -20,6 +20,7 @@ OPTIONS = {
     **HALF_OPTIONS,
     "deepseek_v2": dict(shared=True),
     "deepseek_v3": dict(shared=True, correction=True),
+    "glm4_moe": dict(shared=True, correction=True),
     "ernie4_5_moe": dict(shared=True, correction=True),
     "gpt_oss": dict(bias=True),
 }
@@ -51,7 +52,7 @@ def published(family: str, dense: dict[str, np.ndarray]) -> dict[str, np.ndarray
         tensors[f"{shared}.down_proj.weight"] = dense["shared_down"].T
     if "shared_gate" in dense:
         tensors[f"{block}.shared_expert_gate.weight"] = dense["shared_gate"].T
-    if family == "deepseek_v3":
+    if family in ("deepseek_v3", "glm4_moe"):
         tensors[f"{block}.gate.e_score_correction_bias"] = dense["correction_bias"]
     if family == "ernie4_5_moe":
         tensors[f"{block}.moe_statics.e_score_correction_bias"] = dense["correction_bias"][None]
