@@ -8,6 +8,7 @@ import dense
 import numpy as np
 import paddle
 from families import VOCABULARY, Family, draw_weights, tokens
+from paddlenlp import transformers
 
 _SIZES = dict(
     vocab_size=VOCABULARY,
@@ -122,9 +123,10 @@ FAMILIES = [
 ]
 
 
-def build(family: Family, **options):
-    from paddlenlp import transformers
+FAMILIES = [family for family in FAMILIES if hasattr(transformers, family.model)]  # Mixtral alone before 3.0
 
+
+def build(family: Family, **options):
     config = getattr(transformers, family.config)(**{**_SIZES, **family.options, **options})
     model = getattr(transformers, family.model)(config)
     draw_weights(model)

@@ -10,7 +10,7 @@ import paddle
 import pytest
 from checks import relative_l2
 
-paddlenlp = pytest.importorskip("paddlenlp", reason="paddlenlp is not installed: see docs/integrations.md")
+pytest.importorskip("paddlenlp", reason="paddlenlp is not installed: see docs/integrations.md")
 
 from families import (
     assert_same_gradients,
@@ -38,10 +38,8 @@ from paddle_moe.integrations.paddlenlp import (
 )
 from paddle_moe.tensor_files import CheckpointError
 
-# Before 3.0 PaddleNLP has Mixtral only.
-PRESENT = [family for family in FAMILIES if hasattr(paddlenlp.transformers, family.model)]
-each_family = pytest.mark.parametrize("family", PRESENT, ids=lambda family: family.name)
-family_of = {family.name: family for family in PRESENT}
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+family_of = {family.name: family for family in FAMILIES}
 
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
