@@ -32,9 +32,10 @@ constexpr int64_t kStreamedRows = 32;
 constexpr int64_t kPackedColumns = 64;
 constexpr int64_t kStreamedResults = 16384;
 constexpr int64_t kMaxStreamedColumns = 2048;
-// Floats of a GemmTask's result when it is scratch, and bytes of its other scratch.
+// Floats of a GemmTask's result when it is scratch, and bytes of its other scratch: two packed blocks, one
+// that is multiplied and one that is packed meanwhile.
 constexpr int64_t kResultFloats = kBlockRows * 2 * kPackedColumns;
-constexpr int64_t kPackedBytes = kBlockUnits * 2 * kPackedColumns * kUnitBytes;
+constexpr int64_t kPackedBytes = 2 * kBlockUnits * 2 * kPackedColumns * kUnitBytes;
 
 inline bool is_streamed(const Matrix& weight, int64_t rows) {
   return (weight.out_stride == 1 || weight.in_stride == 1) && rows <= kStreamedRows;
@@ -46,6 +47,14 @@ inline int64_t block_columns(const Matrix& weight, int64_t rows) {
   const int64_t fitting = kStreamedResults / 2 / rows / kPackedColumns * kPackedColumns;
   return fitting > kMaxStreamedColumns ? kMaxStreamedColumns : fitting;
 }
+
+struct GemmTask;
+
+// Weights that a thread has packed before it computes the task.
+struct PackedAhead {
+  const GemmTask* task = nullptr;
+  int64_t offset = 0;  // in the scratch
+};
 
 // result[r, c] = rows[r, :] * weight[0][:, c] for the first block of columns, and the same for weight[1] at
 // result[r, second_block + c]. The results are written in whole vectors: second_block columns of each block
@@ -73,6 +82,10 @@ struct GemmTask {
   // scratch still holds the same weights as the call before packed them. Only where depth is at most
   // kBlockUnits units and both calls have at least kBlockRows / 2 rows, so that their tiles are alike.
   bool packed = false;
+  // The task, not streamed, that the same thread computes next with the same scratch, operand and dtypes; its
+  // first weights are packed meanwhile, which packed_ahead tells it. Needs packed_ahead.
+  const GemmTask* next = nullptr;
+  PackedAhead* packed_ahead = nullptr;
 };
 
 // out[r, c] = activation(gate) * up, rounded to dtype and stored as an operand of the second GEMM.

@@ -104,27 +104,74 @@ class Chunk {
     num_tasks_ = copy_tasks_ + static_cast<int64_t>(first_.size() + second_.size()) + combine_tasks_;
   }
 
+  // A thread takes the index after a packed GEMM's before it computes that, because it packs the weights of
+  // the next one meanwhile.
   void work(int thread) {
-    const int64_t first_end = copy_tasks_ + static_cast<int64_t>(first_.size());
-    const int64_t second_end = first_end + static_cast<int64_t>(second_.size());
-    for (int64_t i; (i = next_task_.fetch_add(1, std::memory_order_relaxed)) < num_tasks_;) {
-      if (i < copy_tasks_) {
-        copy_rows(i);
-        copied_.fetch_add(1, std::memory_order_release);
-      } else if (i < first_end) {
-        spin_until([&] { return copied_.load(std::memory_order_acquire) == copy_tasks_; });
-        const GemmBlock& block = first_[i - copy_tasks_];
-        first_gemm(block, w_.scratch[thread]);
-        first_left_[block.expert].fetch_sub(1, std::memory_order_release);
-      } else if (i < second_end) {
-        const GemmBlock& block = second_[i - first_end];
-        spin_until([&] { return first_left_[block.expert].load(std::memory_order_acquire) == 0; });
-        second_gemm(block, w_.scratch[thread]);
-        second_done_.fetch_add(1, std::memory_order_release);
-      } else {
-        spin_until([&] { return second_done_.load(std::memory_order_acquire) == second_end - first_end; });
-        combine(i - second_end);
+    const ThreadScratch& scratch = w_.scratch[thread];
+    PackedAhead packed_ahead;
+    GemmTask gemms[2];
+    int64_t i = take();
+    if (is_gemm(i)) gemms[0] = gemm_task(i, scratch);
+    for (int turn = 0; i < num_tasks_; turn ^= 1) {
+      GemmTask& gemm = gemms[turn];
+      const bool ahead = is_gemm(i) && !is_streamed(gemm.weight[0], gemm.num_rows);
+      int64_t next = -1;
+      if (ahead) {
+        next = take();
+        gemm.packed_ahead = &packed_ahead;
+        if (is_gemm(next)) {
+          gemms[turn ^ 1] = gemm_task(next, scratch);
+          if (!is_streamed(gemms[turn ^ 1].weight[0], gemms[turn ^ 1].num_rows)) gemm.next = &gemms[turn ^ 1];
+        }
       }
+      run_task(i, gemm, scratch);
+      if (!ahead) {
+        next = take();
+        if (is_gemm(next)) gemms[turn ^ 1] = gemm_task(next, scratch);
+      }
+      i = next;
+    }
+  }
+
+  int64_t take() { return next_task_.fetch_add(1, std::memory_order_relaxed); }
+
+  int64_t first_end() const { return copy_tasks_ + static_cast<int64_t>(first_.size()); }
+  int64_t second_end() const { return first_end() + static_cast<int64_t>(second_.size()); }
+  bool is_gemm(int64_t i) const { return i >= copy_tasks_ && i < second_end(); }
+
+  GemmTask gemm_task(int64_t i, const ThreadScratch& scratch) const {
+    if (i < first_end()) {
+      const GemmBlock& block = first_[i - copy_tasks_];
+      return gate_up_gemm(w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes, w_.hidden_stride,
+                          p_, block, scratch);
+    }
+    const GemmBlock& block = second_[i - first_end()];
+    return neighbours_gemm(w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes, w_.inter_stride,
+                           p_.intermediate_size, w_.operand, p_.experts[block.expert].down, p_.dtype, block,
+                           w_.down_rows + block.first_row * w_.down_stride + block.first_column,
+                           w_.down_stride, scratch);
+  }
+
+  void run_task(int64_t i, const GemmTask& gemm, const ThreadScratch& scratch) {
+    if (i < copy_tasks_) {
+      copy_rows(i);
+      copied_.fetch_add(1, std::memory_order_release);
+    } else if (i < first_end()) {
+      spin_until([&] { return copied_.load(std::memory_order_acquire) == copy_tasks_; });
+      const GemmBlock& block = first_[i - copy_tasks_];
+      kernels().gemm(gemm);
+      activate(block, scratch);
+      first_left_[block.expert].fetch_sub(1, std::memory_order_release);
+    } else if (i < second_end()) {
+      const int32_t expert = second_[i - first_end()].expert;
+      spin_until([&] { return first_left_[expert].load(std::memory_order_acquire) == 0; });
+      kernels().gemm(gemm);
+      second_done_.fetch_add(1, std::memory_order_release);
+    } else {
+      spin_until([&] {
+        return second_done_.load(std::memory_order_acquire) == static_cast<int64_t>(second_.size());
+      });
+      combine(i - second_end());
     }
   }
 
@@ -137,17 +184,14 @@ class Chunk {
     }
   }
 
-  void first_gemm(const GemmBlock& block, const ThreadScratch& scratch) {
+  void activate(const GemmBlock& block, const ThreadScratch& scratch) {
     const Expert& expert = p_.experts[block.expert];
-    const GemmTask gemm = gate_up_gemm(w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes,
-                                       w_.hidden_stride, p_, block, scratch);
-    kernels().gemm(gemm);
     const int64_t out_bytes = w_.operand == Operand::kBf16Pairs ? 2 : kUnitBytes;
     char* out =
         w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes + block.first_column * out_bytes;
     auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p_.bias_dtype) : nullptr; };
     ActivateTask activate{scratch.result,       scratch.result + block.width,
-                          gemm.result_stride,   block.num_rows,
+                          2 * block.width,      block.num_rows,
                           block.num_columns,    bias(expert.gate_bias),
                           bias(expert.up_bias), p_.bias_dtype,
                           p_.activation,        p_.dtype,
@@ -163,13 +207,6 @@ class Chunk {
     }
     kernels().activate(&activate);
     if (amax_) raise(&amax_[block.expert], activate.amax_bits);
-  }
-
-  void second_gemm(const GemmBlock& block, const ThreadScratch& scratch) {
-    kernels().gemm(neighbours_gemm(
-        w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes, w_.inter_stride, p_.intermediate_size,
-        w_.operand, p_.experts[block.expert].down, p_.dtype, block,
-        w_.down_rows + block.first_row * w_.down_stride + block.first_column, w_.down_stride, scratch));
   }
 
   void combine(int64_t task) {

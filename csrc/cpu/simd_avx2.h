@@ -3,7 +3,6 @@
 
 struct Simd {
   static constexpr int kLanes = 8;
-  static constexpr int kMaxRows = 6;  // 6 x 2 accumulators + 2 weights + 1 activation = 15 of 16 registers
   static constexpr int kAccumulators = 12;
   static constexpr bool kBf16Dot = false;
   typedef float V __attribute__((vector_size(32)));

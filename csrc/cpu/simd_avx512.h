@@ -3,7 +3,6 @@
 
 struct Simd {
   static constexpr int kLanes = 16;
-  static constexpr int kMaxRows = 12;  // 12 x 2 accumulators + 2 weights + activations of 32 registers
   static constexpr int kAccumulators = 24;
   typedef float V __attribute__((vector_size(64)));
   typedef int32_t VI __attribute__((vector_size(64)));

@@ -3,7 +3,6 @@
 
 struct Simd {
   static constexpr int kLanes = 4;
-  static constexpr int kMaxRows = 6;        // rows of a register tile
   static constexpr int kAccumulators = 12;  // registers that hold one
   static constexpr bool kBf16Dot = false;   // multiplies bf16 pairs directly
   typedef float V __attribute__((vector_size(16)));
