@@ -46,6 +46,10 @@ struct Gradients {
 void check(Random& random, int tokens, int hidden, int inter, int experts, int top_k, DType dtype,
            ::Layout layout, bool permuted) {
   Layer layer(random, tokens, hidden, inter, experts, top_k, dtype, layout, permuted);
+  // So that gates and ups do not lie at the same distances.
+  if (layout == ::Layout::kSeparate && experts > 1) {
+    std::swap(layer.arguments.gate_up_weights[0].data, layer.arguments.gate_up_weights[1].data);
+  }
   const int64_t elements = int64_t{tokens} * hidden, slots = int64_t{tokens} * top_k;
   std::vector<unsigned char> grad_bytes(elements * dtype_size(dtype));
   for (int64_t i = 0; i < elements; ++i) put(grad_bytes, dtype, i, pick(random, -1, 1));
@@ -101,15 +105,30 @@ void past_block_sizes() {
 // Tiles of 64 and of 128 rows; more rows and columns than a tile, and weights in either order.
 void on_hopper(Random& random, bool permuted) {
   const DType dtype = permuted ? DType::kBFloat16 : DType::kFloat16;
-  const auto layout = static_cast<::Layout>(pick(random, 0, 2));
-  check(random, pick(random, 0, 5), 200, 72, 3, 2, dtype, layout, permuted);
-  check(random, 100, 136, 136, 2, 2, dtype, layout, permuted);
+  check(random, pick(random, 0, 5), 200, 72, 3, 2, dtype, static_cast<::Layout>(pick(random, 0, 2)),
+        permuted);
+  check(random, 100, 136, 136, 2, 2, dtype, ::Layout::kSeparate, permuted);
+}
+
+void chunks_bound_the_workspace() {
+  Random random(4);
+  constexpr int kTokens = 64, kHidden = 64, kTopK = 2, kChunk = 8;
+  Layer layer(random, kTokens, kHidden, 32, 2, kTopK, DType::kFloat32, ::Layout::kList, false);
+  auto size_with = [&](int64_t chunk_size) {
+    layer.arguments.chunk_size = chunk_size;
+    const Gradients gradients(layer.arguments);
+    return cuda::backward_workspace_size(
+        resolve_backward(layer.arguments, layer.arguments.hidden_states, {}, gradients.arguments));
+  };
+  const size_t saved = size_with(0) - size_with(kChunk);
+  CHECK(saved == (kTokens - kChunk) * kTopK * kHidden * sizeof(float), "a chunk saves %zu bytes", saved);
 }
 
 }  // namespace
 
 int main() {
   small_shapes();
+  chunks_bound_the_workspace();
   on_every_schedule(past_block_sizes);
   emulator::compute_capability = 90;
   Random random(3);

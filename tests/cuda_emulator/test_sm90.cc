@@ -118,10 +118,10 @@ class GradientCase {
       for (int32_t r = 0; r < rows; ++r) slot_.push_back(static_cast<int32_t>(slot_.size()));
     }
     std::shuffle(slot_.begin(), slot_.end(), random);
-    const size_t slots = slot_.size(), tokens = slots / kTopK + 1;
+    const size_t slots = slot_.size(), tokens = (slots + kTopK - 1) / kTopK;
     for (auto [rows, columns, numbers, bytes] :
          {std::tuple{slots, in, &left_, &left_bytes_}, std::tuple{tokens, out, &right_, &right_bytes_}}) {
-      bytes->resize(rows * columns * 2 + 16);
+      bytes->resize(rows * columns * 2);
       for (size_t i = 0; i < rows * columns; ++i) {
         numbers->push_back(static_cast<float>(pick(random, -1, 1)));
         put(*bytes, DType::kBFloat16, i, numbers->back());
