@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -174,6 +175,24 @@ void route(const Device& device, const RouteProblem& problem, int32_t* routing_t
     }
   }
   cpu::route(problem, device.num_threads, routing_table, router_weights);
+}
+
+size_t fused_workspace_size(const Device& device, const GateProblem& gate, const Problem& problem) {
+  return std::max(gate_workspace_size(device, gate), workspace_size(device, problem));
+}
+
+void fused_gate_moe(const Device& device, const GateProblem& gate, const RouteProblem& route,
+                    const Problem& problem, void* workspace, void* out, float* amax) {
+  if constexpr (kHasCuda) {
+    if (is_gpu(device)) {
+      const CurrentDevice guard(device);
+      return cuda::fused_gate_moe(gate, route, problem, device.stream, workspace, out, amax);
+    }
+  }
+  cpu::gate(gate, device.num_threads, workspace, const_cast<float*>(route.logits));
+  cpu::route(route, device.num_threads, static_cast<int32_t*>(const_cast<void*>(problem.routing_table)),
+             static_cast<float*>(const_cast<void*>(problem.router_weights)));
+  cpu::mixture_of_experts(problem, device.num_threads, workspace, out, amax);
 }
 
 void set_to_zero(const Device& device, void* data, size_t bytes) {

@@ -50,6 +50,12 @@ void gate(const Device& device, const GateProblem& problem, void* workspace, flo
 
 void route(const Device& device, const RouteProblem& problem, int32_t* routing_table, float* router_weights);
 
+// gate(), route() and mixture_of_experts(): the arrays that a later one reads are written by the one before.
+// workspace: of fused_workspace_size() bytes.
+size_t fused_workspace_size(const Device& device, const GateProblem& gate, const Problem& problem);
+void fused_gate_moe(const Device& device, const GateProblem& gate, const RouteProblem& route,
+                    const Problem& problem, void* workspace, void* out, float* amax);
+
 void set_to_zero(const Device& device, void* data, size_t bytes);
 
 }  // namespace dispatch

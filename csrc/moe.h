@@ -281,14 +281,19 @@ void mixture_of_experts(const Problem& problem, Stream stream, void* workspace, 
 size_t backward_workspace_size(const BackwardProblem& problem);
 void mixture_of_experts_backward(const BackwardProblem& problem, Stream stream, void* workspace);
 
-// logits: [T, E] fp32.
-void gate(const GateProblem& problem, Stream stream, float* logits);
+// logits: [T, E] fp32. zeroed: a word that is set to 0 on the way, for a later kernel; or null.
+void gate(const GateProblem& problem, Stream stream, float* logits, uint32_t* zeroed = nullptr);
 void gate_backward(const GateBackwardProblem& problem, Stream stream);
 
 // routing_table: int32 [T, K]; router_weights: fp32 [T, K].
 void route(const RouteProblem& problem, Stream stream, int32_t* routing_table, float* router_weights);
 // grad_logits: [T, E].
 void route_backward(const RouteBackwardProblem& problem, Stream stream, float* grad_logits);
+
+// gate(), route() and mixture_of_experts(), with the same bits and fewer launches. The logits that `route`
+// reads, and the routing table (int32) and router weights (fp32) that `problem` reads, are written first.
+void fused_gate_moe(const GateProblem& gate, const RouteProblem& route, const Problem& problem, Stream stream,
+                    void* workspace, void* out, float* amax);
 
 }  // namespace cuda
 }  // namespace paddle_moe

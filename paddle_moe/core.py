@@ -389,21 +389,21 @@ def fused_gate_moe(
         out: [T, H], contiguous, of the dtype of ``hidden_states``.
         workspace: uint8, at least as large as both :func:`gate` and :func:`mixture_of_experts` need.
     """
-    logits = gate(hidden_states, gate_weight, workspace=workspace)
-    routing = route(
-        logits,
+    gate_call = _core.Gate(hidden_states, gate_weight)
+    options = route_options(
         top_k,
-        scoring=scoring,
-        correction_bias=correction_bias,
-        num_groups=num_groups,
-        topk_groups=topk_groups,
-        group_score=group_score,
-        group_mask_fill=group_mask_fill,
-        renormalize=renormalize,
-        renormalize_eps=renormalize_eps,
-        scaling_factor=scaling_factor,
+        scoring,
+        num_groups,
+        topk_groups,
+        group_score,
+        group_mask_fill,
+        renormalize,
+        renormalize_eps,
+        scaling_factor,
     )
-    result = mixture_of_experts(
+    route_call = _core.Route(gate_call.new_logits(), correction_bias, *options)
+    routing = route_call.new_routing()
+    experts_call = _experts(
         hidden_states,
         *routing,
         gate_up_weights,
@@ -416,10 +416,10 @@ def fused_gate_moe(
         experts_max=experts_max,
         measurement_mode=measurement_mode,
         chunk_size=chunk_size,
-        out=out,
-        workspace=workspace,
     )
-    if not flag("return_routing", return_routing):
+    return_routing = flag("return_routing", return_routing)
+    result = experts_call.run_after(gate_call, route_call, out, workspace)
+    if not return_routing:
         return result
     return (*result, *routing) if measurement_mode else (result, *routing)
 

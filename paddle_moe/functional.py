@@ -57,14 +57,50 @@ def _load_library() -> ctypes.CDLL:
 _library = _load_library()
 
 
-class _Operator:
-    """One of the custom operators of paddle_ops.cc, called in whichever mode Paddle is.
+class _EagerOperator:
+    """One of the custom operators of paddle_ops.cc, for eager tensors.
 
     A call starts with tensors, whose names in ``tensors`` have a suffix ``@VECTOR`` for a list and
-    ``@OPTIONAL`` for one that may be None. ``check`` takes the same arguments, tensors replaced by their
-    specifications, and raises what the operator would: Paddle ends the process when shape inference throws
-    while a program is being built. ``arrange`` turns the arguments into the operator's own inputs and
+    ``@OPTIONAL`` for one that may be None. ``arrange`` turns the arguments into the operator's own inputs and
     attributes, which are named as in paddle_ops.cc; without it they are the same.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: tuple[str, ...],
+        arrange: Callable[..., tuple] = lambda *arguments: arguments,
+    ):
+        self.name, self.tensors, self.arrange = name, tensors, arrange
+
+    def __call__(self, *arguments) -> list[Tensor]:
+        try:
+            outputs = core.eager._run_custom_op(self.name, *self.arrange(*arguments))
+        except Exception as error:
+            self._check_types(arguments)
+            _raise_plainly(error)
+        if not paddle.is_grad_enabled():
+            for output in outputs:  # a custom operator's outputs do not notice no_grad() by themselves
+                output.stop_gradient = True
+        return outputs
+
+    def _check_types(self, arguments) -> None:
+        for spec, value in zip(self.tensors, arguments):
+            name, *kinds = spec.split("@")
+            if value is None and "OPTIONAL" in kinds:
+                continue
+            items = value if "VECTOR" in kinds and isinstance(value, list) else [value]
+            for index, item in enumerate(items):
+                if not isinstance(item, _TENSOR_TYPES):
+                    entry = f"{name}[{index}]" if len(items) > 1 else name
+                    raise ValueError(f"{entry} must be a paddle.Tensor, got {type(item).__name__}") from None
+
+
+class _Operator(_EagerOperator):
+    """An operator that is called in whichever mode Paddle is.
+
+    ``check`` takes the arguments of a call, tensors replaced by their specifications, and raises what the
+    operator would: Paddle ends the process when shape inference throws while a program is being built.
     """
 
     def __init__(
@@ -77,21 +113,11 @@ class _Operator:
         tensors: tuple[str, ...] | None = None,
         arrange: Callable[..., tuple] = lambda *arguments: arguments,
     ):
-        self.name, self.inputs, self.attributes, self.outputs = name, inputs, attributes, outputs
-        self.check, self.tensors, self.arrange = check, tensors or inputs, arrange
+        super().__init__(name, tensors or inputs, arrange)
+        self.inputs, self.attributes, self.outputs, self.check = inputs, attributes, outputs, check
 
     def __call__(self, *arguments) -> list[Tensor]:
-        if not in_dynamic_mode():
-            return self._append_to_program(arguments)
-        try:
-            outputs = core.eager._run_custom_op(self.name, *self.arrange(*arguments))
-        except Exception as error:
-            self._check_types(arguments)
-            _raise_plainly(error)
-        if not paddle.is_grad_enabled():
-            for output in outputs:  # a custom operator's outputs do not notice no_grad() by themselves
-                output.stop_gradient = True
-        return outputs
+        return super().__call__(*arguments) if in_dynamic_mode() else self._append_to_program(arguments)
 
     def _append_to_program(self, arguments) -> list[Tensor]:
         self._check_types(arguments)
@@ -106,16 +132,13 @@ class _Operator:
         helper.append_op(type=self.name, inputs=inputs, outputs=outputs, attrs=attributes)
         return list(outputs.values())
 
-    def _check_types(self, arguments) -> None:
-        for spec, value in zip(self.tensors, arguments):
-            name, *kinds = spec.split("@")
-            if value is None and "OPTIONAL" in kinds:
-                continue
-            items = value if "VECTOR" in kinds and isinstance(value, list) else [value]
-            for index, item in enumerate(items):
-                if not isinstance(item, _TENSOR_TYPES):
-                    entry = f"{name}[{index}]" if len(items) > 1 else name
-                    raise ValueError(f"{entry} must be a paddle.Tensor, got {type(item).__name__}") from None
+
+def _needs_a_graph(arguments: list) -> bool:
+    """Whether this is a part of a program, or of what backward() goes through."""
+    if not in_dynamic_mode():
+        return True
+    tensors = [item for entry in arguments for item in (entry if isinstance(entry, list) else [entry])]
+    return paddle.is_grad_enabled() and not all(getattr(item, "stop_gradient", True) for item in tensors)
 
 
 def _autocast_dtype() -> paddle.dtype | None:
@@ -219,6 +242,29 @@ _route = _Operator(
     ),
     ("routing_table", "router_weights"),
     _core.Route,
+)
+
+
+def _arrange_fused(
+    hidden_states,
+    gate_weight,
+    gate_up_weights,
+    down_weights,
+    gate_up_bias,
+    down_bias,
+    correction_bias,
+    *options,
+) -> tuple:
+    groups = [gate_up_weights, down_weights, gate_up_bias or [], down_bias or []]
+    tensors = [hidden_states, *(tensor for group in groups for tensor in group)]
+    return gate_weight, correction_bias, tensors, [len(group) for group in groups], *options
+
+
+# No gradient goes through it.
+_fused = _EagerOperator(
+    "paddle_moe_fused_gate_moe",
+    ("hidden_states", "gate_weight", *_experts.tensors[3:], "correction_bias@OPTIONAL"),
+    _arrange_fused,
 )
 
 
@@ -425,6 +471,34 @@ def fused_gate_moe(
     Raises:
         ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range.
     """
+    arrays = [
+        hidden_states,
+        gate_weight,
+        array_list("gate_up_weights", gate_up_weights),
+        array_list("down_weights", down_weights),
+        optional_array_list("gate_up_bias", gate_up_bias),
+        optional_array_list("down_bias", down_bias),
+        correction_bias,
+    ]
+    if not _needs_a_graph(arrays) and _autocast_dtype() is None:
+        options = route_options(
+            top_k,
+            scoring,
+            num_groups,
+            topk_groups,
+            group_score,
+            group_mask_fill,
+            renormalize,
+            renormalize_eps,
+            scaling_factor,
+        ) + experts_options(
+            permuted_weights, activation, experts_min, experts_max, chunk_size, measurement_mode
+        )
+        return_routing = flag("return_routing", return_routing)
+        flag("recompute", recompute)
+        out, amax, *routing = _fused(*arrays, *options)
+        results = (out, *((amax,) if measurement_mode else ()), *(routing if return_routing else ()))
+        return results if len(results) > 1 else out
     routing = route(
         gate(hidden_states, gate_weight),
         top_k,

@@ -299,6 +299,111 @@ class Workspace {
   void* data_;
 };
 
+class Gate {
+ public:
+  Gate(const py::object& hidden_states, const py::object& gate_weight)
+      : hidden_states_(reader_.read("hidden_states", hidden_states)),
+        gate_weight_(reader_.read("gate_weight", gate_weight)),
+        problem_(resolve_gate(hidden_states_.view, gate_weight_.view)) {}
+
+  size_t workspace_size() const {
+    return dispatch::gate_workspace_size(reader_.device(), problem_) + kAlignment;
+  }
+
+  const GateProblem& problem() const { return problem_; }
+
+  // An array for the logits.
+  py::object new_logits() {
+    return reader_.empty(numpy_dtype(DType::kFloat32), {problem_.num_tokens, problem_.num_experts});
+  }
+
+  py::object run(const py::object& out, const py::object& workspace) {
+    const Output logits("out", out, numpy_dtype(DType::kFloat32), {problem_.num_tokens, problem_.num_experts},
+                        &reader_);
+    const Workspace scratch(workspace, dispatch::gate_workspace_size(reader_.device(), problem_), &reader_);
+    {
+      py::gil_scoped_release release;
+      dispatch::gate(reader_.device(), problem_, scratch.data(), logits.data<float>());
+    }
+    return logits.result();
+  }
+
+  py::tuple backward(const py::object& grad_logits, const py::object& out_hidden_states,
+                     const py::object& out_gate_weight) {
+    const Array grad = reader_.read("grad_logits", grad_logits);
+    const Output hidden_states("gradient of hidden_states", out_hidden_states, hidden_states_.dtype,
+                               hidden_states_.view.shape, &reader_);
+    const Output gate_weight("gradient of gate_weight", out_gate_weight, gate_weight_.dtype,
+                             gate_weight_.view.shape, &reader_, true);
+    const GateBackwardProblem problem = resolve_gate_backward(
+        hidden_states_.view, gate_weight_.view, grad.view, hidden_states.view(), gate_weight.view());
+    const Device device = reader_.device();
+    const Workspace scratch(py::none(), dispatch::gate_backward_workspace_size(device, problem), &reader_);
+    {
+      py::gil_scoped_release release;
+      dispatch::gate_backward(device, problem, scratch.data());
+    }
+    return py::make_tuple(hidden_states.result(), gate_weight.result());
+  }
+
+ private:
+  Reader reader_;
+  Array hidden_states_, gate_weight_;
+  GateProblem problem_;
+};
+
+class Route {
+ public:
+  Route(const py::object& logits, const py::object& correction_bias, int64_t top_k,
+        const std::string& scoring, int64_t num_groups, int64_t topk_groups, const std::string& group_score,
+        float group_mask_fill, bool renormalize, float renormalize_eps, float scaling_factor)
+      : logits_(reader_.read("logits", logits)),
+        correction_bias_(correction_bias.is_none() ? Array{}
+                                                   : reader_.read("correction_bias", correction_bias)),
+        problem_(resolve_route(logits_.view, correction_bias_.view,
+                               {top_k, scoring, num_groups, topk_groups, group_score, group_mask_fill,
+                                renormalize, renormalize_eps, scaling_factor})) {}
+
+  const RouteProblem& problem() const { return problem_; }
+
+  // Arrays for the routing table and the router weights.
+  py::tuple new_routing() {
+    const std::vector<int64_t> shape{problem_.num_tokens, problem_.top_k};
+    return py::make_tuple(reader_.empty(numpy_dtype(DType::kInt32), shape),
+                          reader_.empty(numpy_dtype(DType::kFloat32), shape));
+  }
+
+  py::tuple run(const py::object& out_table, const py::object& out_weights) {
+    const std::vector<int64_t> shape{problem_.num_tokens, problem_.top_k};
+    const Output table("out[0]", out_table, numpy_dtype(DType::kInt32), shape, &reader_);
+    const Output weights("out[1]", out_weights, numpy_dtype(DType::kFloat32), shape, &reader_);
+    {
+      py::gil_scoped_release release;
+      dispatch::route(reader_.device(), problem_, table.data<int32_t>(), weights.data<float>());
+    }
+    return py::make_tuple(table.result(), weights.result());
+  }
+
+  py::object backward(const py::object& routing_table, const py::object& grad_router_weights,
+                      const py::object& out) {
+    const RouteBackwardProblem problem =
+        resolve_route_backward(problem_, reader_.read("routing_table", routing_table).view,
+                               reader_.read("grad_router_weights", grad_router_weights).view);
+    const Output grad_logits("out", out, numpy_dtype(DType::kFloat32),
+                             {problem_.num_tokens, problem_.num_experts}, &reader_);
+    {
+      py::gil_scoped_release release;
+      dispatch::route_backward(reader_.device(), problem, grad_logits.data<float>());
+    }
+    return grad_logits.result();
+  }
+
+ private:
+  Reader reader_;
+  Array logits_, correction_bias_;
+  RouteProblem problem_;
+};
+
 class Experts {
  public:
   Experts(const py::object& hidden_states, const py::object& routing_table, const py::object& router_weights,
@@ -328,25 +433,27 @@ class Experts {
   int64_t pre_activation_rows() const { return dispatch::saved_rows(reader_.device(), problem_); }
 
   py::object run(const py::object& out, const py::object& workspace, const py::object& pre_activations) {
-    const Output output("out", out, dtype_, {problem_.num_tokens, problem_.hidden_size}, &reader_);
-    const Workspace scratch(workspace, dispatch::workspace_size(reader_.device(), problem_), &reader_);
-    std::optional<Output> amax;
-    if (measurement_mode_) {
-      amax.emplace("amax", py::none(), numpy_dtype(DType::kFloat32), std::vector{problem_.num_experts()},
-                   &reader_);
-    }
     std::optional<Output> saved;
     if (!pre_activations.is_none()) {
       const std::vector<int64_t> shape{pre_activation_rows(), 2 * problem_.intermediate_size};
       saved.emplace("pre_activations", pre_activations, dtype_, shape, &reader_);
     }
-    {
-      py::gil_scoped_release release;
-      dispatch::mixture_of_experts(reader_.device(), problem_, scratch.data(), output.data(),
-                                   amax ? amax->data<float>() : nullptr, saved ? saved->data() : nullptr);
-    }
-    if (amax) return py::make_tuple(output.result(), amax->result());
-    return output.result();
+    const size_t bytes = dispatch::workspace_size(reader_.device(), problem_);
+    return run_with(out, workspace, bytes, [&](void* scratch, void* result, float* amax) {
+      dispatch::mixture_of_experts(reader_.device(), problem_, scratch, result, amax,
+                                   saved ? saved->data() : nullptr);
+    });
+  }
+
+  // Also what comes before it: `gate` computes the logits that `route` was made with, and `route` the routing
+  // that this was made with.
+  py::object run_after(const Gate& gate, const Route& route, const py::object& out,
+                       const py::object& workspace) {
+    const size_t bytes = dispatch::fused_workspace_size(reader_.device(), gate.problem(), problem_);
+    return run_with(out, workspace, bytes, [&](void* scratch, void* result, float* amax) {
+      dispatch::fused_gate_moe(reader_.device(), gate.problem(), route.problem(), problem_, scratch, result,
+                               amax);
+    });
   }
 
   Reader* reader() { return &reader_; }
@@ -355,6 +462,25 @@ class Experts {
   const py::dtype& dtype_at(size_t index) const { return arrays_[index].dtype; }
 
  private:
+  // compute(workspace, out, amax), where amax is null unless it is wanted.
+  template <class Compute>
+  py::object run_with(const py::object& out, const py::object& workspace, size_t workspace_bytes,
+                      Compute compute) {
+    const Output output("out", out, dtype_, {problem_.num_tokens, problem_.hidden_size}, &reader_);
+    const Workspace scratch(workspace, workspace_bytes, &reader_);
+    std::optional<Output> amax;
+    if (measurement_mode_) {
+      amax.emplace("amax", py::none(), numpy_dtype(DType::kFloat32), std::vector{problem_.num_experts()},
+                   &reader_);
+    }
+    {
+      py::gil_scoped_release release;
+      compute(scratch.data(), output.data(), amax ? amax->data<float>() : nullptr);
+    }
+    if (amax) return py::make_tuple(output.result(), amax->result());
+    return output.result();
+  }
+
   Tensor keep(const std::string& name, const py::object& object) {
     arrays_.push_back(reader_.read(name, object));
     return arrays_.back().view;
@@ -439,95 +565,6 @@ class ExpertsBackward {
   BackwardProblem problem_;
 };
 
-class Gate {
- public:
-  Gate(const py::object& hidden_states, const py::object& gate_weight)
-      : hidden_states_(reader_.read("hidden_states", hidden_states)),
-        gate_weight_(reader_.read("gate_weight", gate_weight)),
-        problem_(resolve_gate(hidden_states_.view, gate_weight_.view)) {}
-
-  size_t workspace_size() const {
-    return dispatch::gate_workspace_size(reader_.device(), problem_) + kAlignment;
-  }
-
-  py::object run(const py::object& out, const py::object& workspace) {
-    const Output logits("out", out, numpy_dtype(DType::kFloat32), {problem_.num_tokens, problem_.num_experts},
-                        &reader_);
-    const Workspace scratch(workspace, dispatch::gate_workspace_size(reader_.device(), problem_), &reader_);
-    {
-      py::gil_scoped_release release;
-      dispatch::gate(reader_.device(), problem_, scratch.data(), logits.data<float>());
-    }
-    return logits.result();
-  }
-
-  py::tuple backward(const py::object& grad_logits, const py::object& out_hidden_states,
-                     const py::object& out_gate_weight) {
-    const Array grad = reader_.read("grad_logits", grad_logits);
-    const Output hidden_states("gradient of hidden_states", out_hidden_states, hidden_states_.dtype,
-                               hidden_states_.view.shape, &reader_);
-    const Output gate_weight("gradient of gate_weight", out_gate_weight, gate_weight_.dtype,
-                             gate_weight_.view.shape, &reader_, true);
-    const GateBackwardProblem problem = resolve_gate_backward(
-        hidden_states_.view, gate_weight_.view, grad.view, hidden_states.view(), gate_weight.view());
-    const Device device = reader_.device();
-    const Workspace scratch(py::none(), dispatch::gate_backward_workspace_size(device, problem), &reader_);
-    {
-      py::gil_scoped_release release;
-      dispatch::gate_backward(device, problem, scratch.data());
-    }
-    return py::make_tuple(hidden_states.result(), gate_weight.result());
-  }
-
- private:
-  Reader reader_;
-  Array hidden_states_, gate_weight_;
-  GateProblem problem_;
-};
-
-class Route {
- public:
-  Route(const py::object& logits, const py::object& correction_bias, int64_t top_k,
-        const std::string& scoring, int64_t num_groups, int64_t topk_groups, const std::string& group_score,
-        float group_mask_fill, bool renormalize, float renormalize_eps, float scaling_factor)
-      : logits_(reader_.read("logits", logits)),
-        correction_bias_(correction_bias.is_none() ? Array{}
-                                                   : reader_.read("correction_bias", correction_bias)),
-        problem_(resolve_route(logits_.view, correction_bias_.view,
-                               {top_k, scoring, num_groups, topk_groups, group_score, group_mask_fill,
-                                renormalize, renormalize_eps, scaling_factor})) {}
-
-  py::tuple run(const py::object& out_table, const py::object& out_weights) {
-    const std::vector<int64_t> shape{problem_.num_tokens, problem_.top_k};
-    const Output table("out[0]", out_table, numpy_dtype(DType::kInt32), shape, &reader_);
-    const Output weights("out[1]", out_weights, numpy_dtype(DType::kFloat32), shape, &reader_);
-    {
-      py::gil_scoped_release release;
-      dispatch::route(reader_.device(), problem_, table.data<int32_t>(), weights.data<float>());
-    }
-    return py::make_tuple(table.result(), weights.result());
-  }
-
-  py::object backward(const py::object& routing_table, const py::object& grad_router_weights,
-                      const py::object& out) {
-    const RouteBackwardProblem problem =
-        resolve_route_backward(problem_, reader_.read("routing_table", routing_table).view,
-                               reader_.read("grad_router_weights", grad_router_weights).view);
-    const Output grad_logits("out", out, numpy_dtype(DType::kFloat32),
-                             {problem_.num_tokens, problem_.num_experts}, &reader_);
-    {
-      py::gil_scoped_release release;
-      dispatch::route_backward(reader_.device(), problem, grad_logits.data<float>());
-    }
-    return grad_logits.result();
-  }
-
- private:
-  Reader reader_;
-  Array logits_, correction_bias_;
-  RouteProblem problem_;
-};
-
 }  // namespace
 }  // namespace paddle_moe
 
@@ -539,28 +576,31 @@ PYBIND11_MODULE(_core, module) {
     return Tensor{nullptr, dtype_of(dtype), std::move(shape), {}};
   }));
   // Constructing one of these checks the arguments; run() computes.
+  py::class_<Gate>(module, "Gate")
+      .def(py::init<const py::object&, const py::object&>())
+      .def("workspace_size", &Gate::workspace_size)
+      .def("new_logits", &Gate::new_logits)
+      .def("run", &Gate::run)
+      .def("backward", &Gate::backward);
+  py::class_<Route>(module, "Route")
+      .def(py::init<const py::object&, const py::object&, int64_t, const std::string&, int64_t, int64_t,
+                    const std::string&, float, bool, float, float>())
+      .def("new_routing", &Route::new_routing)
+      .def("run", &Route::run)
+      .def("backward", &Route::backward);
   py::class_<Experts>(module, "Experts")
       .def(py::init<const py::object&, const py::object&, const py::object&, const py::list&, const py::list&,
                     const std::optional<py::list>&, const std::optional<py::list>&, bool, const std::string&,
                     int64_t, int64_t, int64_t, bool>())
       .def("workspace_size", &Experts::workspace_size)
       .def("pre_activation_rows", &Experts::pre_activation_rows)
-      .def("run", &Experts::run);
+      .def("run", &Experts::run)
+      .def("run_after", &Experts::run_after);
   py::class_<ExpertsBackward>(module, "ExpertsBackward")
       .def(py::init<Experts&, const py::object&, const py::object&, const py::list&>(),
            py::keep_alive<1, 2>())
       .def("workspace_size", &ExpertsBackward::workspace_size)
       .def("run", &ExpertsBackward::run);
-  py::class_<Gate>(module, "Gate")
-      .def(py::init<const py::object&, const py::object&>())
-      .def("workspace_size", &Gate::workspace_size)
-      .def("run", &Gate::run)
-      .def("backward", &Gate::backward);
-  py::class_<Route>(module, "Route")
-      .def(py::init<const py::object&, const py::object&, int64_t, const std::string&, int64_t, int64_t,
-                    const std::string&, float, bool, float, float>())
-      .def("run", &Route::run)
-      .def("backward", &Route::backward);
   module.attr("LAST_EXPERT_PASSED") = kLastExpertPassed;
   module.def("has_cuda", &dispatch::has_cuda);
   module.def("set_num_threads", &cpu::set_num_threads);

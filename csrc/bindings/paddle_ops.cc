@@ -1,4 +1,4 @@
-// The Paddle binding, three custom operators: the only file that includes Paddle.
+// The Paddle binding, four custom operators: the only file that includes Paddle.
 #include <paddle/extension.h>
 
 #ifdef PADDLE_WITH_CUDA  // defined by setup.py where Paddle is a CUDA build
@@ -339,6 +339,65 @@ PaddleTensors route_backward(const paddle::Tensor& logits,
   return {grad};
 }
 
+// ---------------------------------------------------------------- gate, route and experts at once
+//
+// Without gradients. `tensors`: as in experts, but without router_weights.
+
+PaddleTensors fused_gate_moe(const paddle::Tensor& gate_weight,
+                             const paddle::optional<paddle::Tensor>& correction_bias,
+                             const PaddleTensors& tensors, const std::vector<int>& counts, int64_t top_k,
+                             const std::string& scoring, int64_t num_groups, int64_t topk_groups,
+                             const std::string& group_score, float group_mask_fill, bool renormalize,
+                             float renormalize_eps, float scaling_factor, bool permuted_weights,
+                             const std::string& activation, int64_t experts_min, int64_t experts_max,
+                             int64_t chunk_size, bool measurement_mode) {
+  const paddle::Tensor& hidden_states = tensors[0];
+  const paddle::Place& place = hidden_states.place();
+  const Device device = device_of("hidden_states", hidden_states);
+  expect_place("gate_weight", gate_weight, place);
+  const GateProblem gate_problem = resolve_gate(view(hidden_states), view(gate_weight));
+  const int64_t num_tokens = gate_problem.num_tokens;
+  auto new_tensor = [&](const Shape& shape, paddle::DataType dtype) {
+    return paddle::empty(shape, dtype, place);
+  };
+
+  expect_place("correction_bias", correction_bias, place);
+  const paddle::Tensor logits = new_tensor({num_tokens, gate_problem.num_experts}, paddle::DataType::FLOAT32);
+  const RouteProblem route_problem =
+      resolve_route(view(logits), view(correction_bias),
+                    {top_k, scoring, num_groups, topk_groups, group_score, group_mask_fill, renormalize,
+                     renormalize_eps, scaling_factor});
+
+  const paddle::Tensor table = new_tensor({num_tokens, top_k}, paddle::DataType::INT32);
+  const paddle::Tensor weights = new_tensor({num_tokens, top_k}, paddle::DataType::FLOAT32);
+  PaddleTensors all = tensors;
+  all.insert(all.begin() + 1, weights);
+  expect_places(table, all, counts);
+  const Problem problem = resolve(experts_arguments(table, all, counts, permuted_weights, activation,
+                                                    experts_min, experts_max, chunk_size));
+  paddle::Tensor out = new_tensor({num_tokens, problem.hidden_size}, hidden_states.dtype());
+  paddle::Tensor amax = new_tensor({problem.num_experts()}, paddle::DataType::FLOAT32);
+  Workspace workspace(dispatch::fused_workspace_size(device, gate_problem, problem), place);
+  dispatch::fused_gate_moe(device, gate_problem, route_problem, problem, workspace.data(), out.data(),
+                           measurement_mode ? amax.data<float>() : nullptr);
+  if (!measurement_mode) dispatch::set_to_zero(device, amax.data(), amax.numel() * sizeof(float));
+  return {out, amax, table, weights};
+}
+
+std::vector<Shape> fused_gate_moe_shapes(const Shape& gate_weight,
+                                         const paddle::optional<Shape>& correction_bias,
+                                         const std::vector<Shape>& tensors, const std::vector<int>& counts,
+                                         int64_t top_k) {
+  const Shape& hidden_states = tensors[0];
+  return {hidden_states, {-1}, {hidden_states[0], top_k}, {hidden_states[0], top_k}};
+}
+
+DataTypes fused_gate_moe_dtypes(paddle::DataType gate_weight,
+                                const paddle::optional<paddle::DataType>& correction_bias,
+                                const DataTypes& tensors) {
+  return {tensors[0], paddle::DataType::FLOAT32, paddle::DataType::INT32, paddle::DataType::FLOAT32};
+}
+
 // ---------------------------------------------------------------- second derivatives
 
 // Without these operators Paddle would silently return none.
@@ -416,6 +475,18 @@ PD_BUILD_DOUBLE_GRAD_OP(paddle_moe_route)
     .Inputs({paddle::Grad(paddle::Grad("logits"))})
     .Outputs({paddle::Grad(paddle::Grad("router_weights"))})
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::no_second_derivative_of_one>::call));
+
+PD_BUILD_OP(paddle_moe_fused_gate_moe)
+    .Inputs({"gate_weight", paddle::Optional("correction_bias"), paddle::Vec("tensors")})
+    .Outputs({"out", "amax", "routing_table", "router_weights"})
+    .Attrs({"counts: std::vector<int>", "top_k: int64_t", "scoring: std::string", "num_groups: int64_t",
+            "topk_groups: int64_t", "group_score: std::string", "group_mask_fill: float", "renormalize: bool",
+            "renormalize_eps: float", "scaling_factor: float", "permuted_weights: bool",
+            "activation: std::string", "experts_min: int64_t", "experts_max: int64_t", "chunk_size: int64_t",
+            "measurement_mode: bool"})
+    .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::fused_gate_moe>::call))
+    .SetInferShapeFn(PD_INFER_SHAPE(paddle_moe::fused_gate_moe_shapes))
+    .SetInferDtypeFn(PD_INFER_DTYPE(paddle_moe::fused_gate_moe_dtypes));
 
 // What Paddle's operator registry has no place for; functional.py calls these through ctypes.
 #define PADDLE_MOE_EXPORT extern "C" __attribute__((visibility("default")))

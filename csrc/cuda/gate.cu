@@ -10,9 +10,14 @@ namespace {
 constexpr int64_t kFewTokens = 128;
 constexpr int kWarps = 16;  // of a block of gate_few: so many blocks of a sum run side by side
 
+__device__ void set_to_zero(uint32_t* word) {
+  if (word != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *word = 0;
+}
+
 template <class Hidden, class Weight>
 __global__ void __launch_bounds__(Fp32Tile::kThreads)
-    gate_tiles(const __grid_constant__ GateProblem p, int blocks_n, float* logits) {
+    gate_tiles(const __grid_constant__ GateProblem p, int blocks_n, float* logits, uint32_t* zeroed) {
+  set_to_zero(zeroed);
   constexpr int kColumns = 2 * Fp32Tile::kHalfN;
   const int64_t first_token = static_cast<int64_t>(blockIdx.x) / blocks_n * Fp32Tile::kBlockM;
   const int64_t first_expert = static_cast<int64_t>(blockIdx.x) % blocks_n * kColumns;
@@ -41,7 +46,8 @@ __global__ void __launch_bounds__(Fp32Tile::kThreads)
 // A block computes 32 logits of one token, one per lane; warp w the blocks w, w + kWarps, ... of each sum.
 template <class Hidden, class Weight>
 __global__ void __launch_bounds__(kWarps* kWarpSize)
-    gate_few(const __grid_constant__ GateProblem p, int blocks_n, float* logits) {
+    gate_few(const __grid_constant__ GateProblem p, int blocks_n, float* logits, uint32_t* zeroed) {
+  set_to_zero(zeroed);
   auto* sums = static_cast<float (*)[kWarpSize]>(shared_memory());
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t token = blockIdx.x / blocks_n;
@@ -68,16 +74,16 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 }
 
 template <class Hidden, class Weight>
-void start(const GateProblem& p, Stream stream, float* logits) {
+void start(const GateProblem& p, Stream stream, float* logits, uint32_t* zeroed) {
   if (p.num_tokens <= kFewTokens) {
     const int64_t blocks_n = divide_up(p.num_experts, kWarpSize);
     launch("gate_few", gate_few<Hidden, Weight>, p.num_tokens * blocks_n, kWarps * kWarpSize,
-           kWarps * kWarpSize * sizeof(float), stream, p, static_cast<int>(blocks_n), logits);
+           kWarps * kWarpSize * sizeof(float), stream, p, static_cast<int>(blocks_n), logits, zeroed);
     return;
   }
   const int64_t blocks_n = divide_up(p.num_experts, 2 * Fp32Tile::kHalfN);
   launch("gate_tiles", gate_tiles<Hidden, Weight>, divide_up(p.num_tokens, Fp32Tile::kBlockM) * blocks_n,
-         Fp32Tile::kThreads, sizeof(Fp32Tile::Shared), stream, p, static_cast<int>(blocks_n), logits);
+         Fp32Tile::kThreads, sizeof(Fp32Tile::Shared), stream, p, static_cast<int>(blocks_n), logits, zeroed);
 }
 
 // ---------------------------------------------------------------- backward
@@ -167,11 +173,11 @@ void gate_backward(const GateBackwardProblem& b, Stream stream) {
   });
 }
 
-void gate(const GateProblem& p, Stream stream, float* logits) {
+void gate(const GateProblem& p, Stream stream, float* logits, uint32_t* zeroed) {
   with_element(p.dtype, [&](auto hidden) {
     using Hidden = decltype(hidden);
-    p.weight_dtype == DType::kFloat32 ? start<Hidden, float>(p, stream, logits)
-                                      : start<Hidden, Hidden>(p, stream, logits);
+    p.weight_dtype == DType::kFloat32 ? start<Hidden, float>(p, stream, logits, zeroed)
+                                      : start<Hidden, Hidden>(p, stream, logits, zeroed);
   });
 }
 

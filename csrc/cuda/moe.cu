@@ -37,6 +37,7 @@ struct Layout {
     counts = arena.take<int32_t>(sort_scratch(slots, experts_count));
     tiles = arena.take<Tile>(tiles_count);
     num_tiles = arena.take<int32_t>(1);
+    blocks_done = arena.take<uint32_t>(1);
     local_expert = arena.take<int32_t>(slots);
     position = arena.take<int32_t>(slots);
     row_slot = arena.take<int32_t>(slots);
@@ -52,13 +53,15 @@ struct Layout {
   Expert* experts;
   Tile* tiles;
   int32_t *expert_rows, *first_row, *counts, *num_tiles, *local_expert, *position, *row_slot;
+  uint32_t* blocks_done;
   char* intermediate;
   float* rows;
   size_t bytes;
 };
 
+// route: to be done first, for a chunk of all tokens and at most kSlotsOfOneBlock slots; or null.
 void run_chunk(const Problem& p, const Layout& w, int64_t first_token, int64_t num_tokens, Stream stream,
-               void* out, uint32_t* amax, void* pre_activations) {
+               void* out, uint32_t* amax, void* pre_activations, const RouteProblem* route = nullptr) {
   const int64_t first_slot = first_token * p.top_k, num_slots = num_tokens * p.top_k;
   Sort sort;
   sort.routing_table = advance(p.routing_table, first_slot, p.routing_table_dtype);
@@ -76,7 +79,12 @@ void run_chunk(const Problem& p, const Layout& w, int64_t first_token, int64_t n
   sort.num_tiles = w.num_tiles;
   sort.experts = w.experts;
   sort.counts = w.counts;
-  sort_slots(sort, p.experts, stream);
+  if (route != nullptr) {
+    route_and_sort_slots(*route, static_cast<float*>(const_cast<void*>(p.router_weights)), w.blocks_done,
+                         sort, p.experts, stream);
+  } else {
+    sort_slots(sort, p.experts, stream);
+  }
 
   GroupedGemm gemm;
   gemm.depth = p.hidden_size;
@@ -125,6 +133,11 @@ void run_chunk(const Problem& p, const Layout& w, int64_t first_token, int64_t n
   combine(sum, p.dtype, stream);
 }
 
+void clear(float* amax, const Problem& p, Stream stream) {
+  if (amax == nullptr) return;
+  expect(cudaMemsetAsync(amax, 0, p.num_experts() * sizeof(float), stream), "cudaMemsetAsync");
+}
+
 }  // namespace
 
 size_t workspace_size(const Problem& problem) { return Layout(problem, nullptr, nullptr).bytes; }
@@ -132,13 +145,29 @@ size_t workspace_size(const Problem& problem) { return Layout(problem, nullptr, 
 void mixture_of_experts(const Problem& problem, Stream stream, void* workspace, void* out, float* amax,
                         void* pre_activations) {
   const Layout layout(problem, workspace, pre_activations);
-  if (amax != nullptr) {
-    expect(cudaMemsetAsync(amax, 0, problem.num_experts() * sizeof(float), stream), "cudaMemsetAsync");
-  }
+  clear(amax, problem, stream);
   for (int64_t t = 0; t < problem.num_tokens; t += layout.tokens) {
     run_chunk(problem, layout, t, std::min(layout.tokens, problem.num_tokens - t), stream, out,
               reinterpret_cast<uint32_t*>(amax), pre_activations);
   }
+}
+
+void fused_gate_moe(const GateProblem& gate_problem, const RouteProblem& route_problem,
+                    const Problem& problem, Stream stream, void* workspace, void* out, float* amax) {
+  const Layout layout(problem, workspace, nullptr);
+  const int64_t tokens = problem.num_tokens;
+  const bool together = tokens > 0 && tokens <= layout.tokens && tokens * problem.top_k <= kSlotsOfOneBlock;
+  gate(gate_problem, stream, const_cast<float*>(route_problem.logits),
+       together ? layout.blocks_done : nullptr);
+  if (!together) {
+    route(route_problem, stream, static_cast<int32_t*>(const_cast<void*>(problem.routing_table)),
+          static_cast<float*>(const_cast<void*>(problem.router_weights)));
+    mixture_of_experts(problem, stream, workspace, out, amax);
+    return;
+  }
+  clear(amax, problem, stream);
+  run_chunk(problem, layout, 0, tokens, stream, out, reinterpret_cast<uint32_t*>(amax), nullptr,
+            &route_problem);
 }
 
 }  // namespace cuda

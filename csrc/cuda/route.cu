@@ -1,204 +1,15 @@
-// Scores, selects and weighs the experts of each token, one warp per token, by the rules of cpu/route.cc.
-#include <algorithm>
-#include <limits>
-
-#include "cuda/common.cuh"
+// Chooses the experts of every token, and the gradient of their weights: one warp per token.
+#include "cuda/router.cuh"
 
 namespace paddle_moe {
 namespace cuda {
 namespace {
 
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int kMaxWarps = 8;
-constexpr size_t kSharedBytes = 48 * 1024;  // granted on every device
-
-__device__ float warp_max(float value) {
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, distance));
-  }
-  return value;
-}
-
-// Orders by falling key; equal keys by rising index.
-struct Ranked {
-  float key;
-  int index;
-};
-
-__device__ bool before(Ranked a, Ranked b) { return a.key > b.key || (a.key == b.key && a.index < b.index); }
-
-// The first of keys[0 .. size-1] that comes after `last`. The caller knows that there is one.
-__device__ Ranked next_best(const float* keys, int size, Ranked last) {
-  Ranked best{kMinusInfinity, size};
-  for (int i = threadIdx.x % kWarpSize; i < size; i += kWarpSize) {
-    const Ranked candidate{keys[i], i};
-    if (before(last, candidate) && before(candidate, best)) best = candidate;
-  }
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    const Ranked other{__shfl_xor_sync(kFullWarp, best.key, distance),
-                       __shfl_xor_sync(kFullWarp, best.index, distance)};
-    if (before(other, best)) best = other;
-  }
-  return best;
-}
-
-__device__ Ranked before_all() { return {-kMinusInfinity, -1}; }
-
-class Router {
- public:
-  // keys: [num_experts + num_groups] of shared memory, this warp's own.
-  __device__ Router(const RouteProblem& problem, const float* logits, float* keys)
-      : p_(problem),
-        num_experts_(static_cast<int>(problem.num_experts)),
-        num_groups_(static_cast<int>(problem.num_groups)),
-        lane_(static_cast<int>(threadIdx.x % kWarpSize)),
-        logits_(logits),
-        keys_(keys),
-        group_keys_(keys + problem.num_experts) {}
-
-  __device__ void route(int32_t* ids, float* weights) {
-    if (!prepare_scores() || !make_keys() || !weigh(ids, weights)) {
-      for (int k = lane_; k < p_.top_k; k += kWarpSize) {
-        ids[k] = -1;
-        weights[k] = 0.0f;
-      }
-    }
-  }
-
-  // The gradient of the logits from that of the weights, by the rules of cpu/route.cc.
-  __device__ void backward(const int32_t* ids, const float* grad, float* grad_logits) {
-    for (int e = lane_; e < num_experts_; e += kWarpSize) grad_logits[e] = 0.0f;
-    if (ids[0] < 0) return;
-    prepare_scores();
-    const int top_k = static_cast<int>(p_.top_k);
-    const bool over_logits = p_.scoring == Scoring::kSoftmaxTopK;
-    float largest = kMinusInfinity, sum = 0.0f;
-    for (int k = 0; over_logits && k < top_k; ++k) largest = fmaxf(largest, logits_[ids[k]]);
-    auto part = [&](int k) { return over_logits ? expf(logits_[ids[k]] - largest) : score(ids[k]); };
-    for (int k = 0; k < top_k; ++k) sum += part(k);
-    const float divisor = over_logits ? sum : p_.renormalize ? sum + p_.renormalize_eps : 1.0f;
-    float inner = 0.0f;  // what the weights' common divisor takes away
-    for (int k = 0; (over_logits || p_.renormalize) && k < top_k; ++k) {
-      inner = fmaf(grad[k], part(k) / divisor, inner);
-    }
-    __syncwarp();  // the zeros are there
-    float mean = 0.0f;
-    for (int k = 0; k < top_k; ++k) {
-      const float by_part = p_.scaling_factor * ((grad[k] - inner) / divisor);
-      const float value = part(k);
-      const float slope = over_logits                       ? value
-                          : p_.scoring == Scoring::kSigmoid ? value * (1.0f - value)
-                                                            : 1.0f;
-      if (lane_ == 0) grad_logits[ids[k]] = by_part * slope;
-      mean = fmaf(by_part, value, mean);
-    }
-    if (p_.scoring != Scoring::kSoftmax) return;
-    __syncwarp();
-    for (int e = lane_; e < num_experts_; e += kWarpSize) grad_logits[e] = score(e) * (grad_logits[e] - mean);
-  }
-
- private:
-  __device__ float score(int expert) const {
-    const float logit = logits_[expert];
-    switch (p_.scoring) {
-      case Scoring::kSoftmax:
-        return expf(logit - largest_) / sum_;
-      case Scoring::kSigmoid:
-        return 1.0f / (1.0f + expf(-logit));
-      case Scoring::kSoftmaxTopK:
-        break;
-    }
-    return logit;
-  }
-
-  // Each of the three steps returns false when it meets something that is not a number.
-  __device__ bool prepare_scores() {
-    if (p_.scoring != Scoring::kSoftmax) return true;  // make_keys sees what is not a number
-    float largest = kMinusInfinity, sum = 0.0f;
-    for (int e = lane_; e < num_experts_; e += kWarpSize) largest = fmaxf(largest, logits_[e]);
-    largest_ = warp_max(largest);
-    for (int e = lane_; e < num_experts_; e += kWarpSize) sum += expf(logits_[e] - largest_);
-    sum_ = warp_sum(sum);
-    return sum_ == sum_;
-  }
-
-  __device__ bool make_keys() {
-    // Softmax and sigmoid keep the order of the logits; ranking the logits themselves avoids ties made by
-    // rounding.
-    const bool plain = p_.correction_bias == nullptr && num_groups_ == 1;
-    bool invalid = false;
-    for (int e = lane_; e < num_experts_; e += kWarpSize) {
-      keys_[e] = plain ? logits_[e] : score(e) + (p_.correction_bias ? p_.correction_bias[e] : 0.0f);
-      invalid |= logits_[e] != logits_[e] || keys_[e] != keys_[e];
-    }
-    if (__any_sync(kFullWarp, invalid)) return false;
-    __syncwarp();
-    if (num_groups_ > 1) mask_groups();
-    return true;
-  }
-
-  __device__ void mask_groups() {
-    const int size = num_experts_ / num_groups_;
-    for (int g = lane_; g < num_groups_; g += kWarpSize) {
-      float first = kMinusInfinity, second = kMinusInfinity;
-      for (int e = g * size; e < (g + 1) * size; ++e) {
-        second = fmaxf(second, fminf(first, keys_[e]));
-        first = fmaxf(first, keys_[e]);
-      }
-      group_keys_[g] = p_.group_score == GroupScore::kTop2Sum && size > 1 ? first + second : first;
-    }
-    __syncwarp();
-    Ranked last_kept = before_all();
-    for (int i = 0; i < p_.topk_groups; ++i) last_kept = next_best(group_keys_, num_groups_, last_kept);
-    for (int e = lane_; e < num_experts_; e += kWarpSize) {
-      if (before(last_kept, {group_keys_[e / size], e / size})) keys_[e] = p_.group_mask_fill;
-    }
-    __syncwarp();
-  }
-
-  __device__ bool weigh(int32_t* ids, float* weights) const {
-    const int top_k = static_cast<int>(p_.top_k);
-    float sum = 0.0f, largest = kMinusInfinity;
-    Ranked chosen = before_all();
-    for (int k = 0; k < top_k; ++k) {
-      chosen = next_best(keys_, num_experts_, chosen);
-      const float value = score(chosen.index);
-      largest = fmaxf(largest, value);
-      sum += value;
-      if (lane_ == 0) {
-        ids[k] = chosen.index;
-        weights[k] = value;
-      }
-    }
-    if (lane_ == 0) {
-      if (p_.scoring == Scoring::kSoftmaxTopK) {
-        sum = 0.0f;
-        for (int k = 0; k < top_k; ++k) sum += weights[k] = expf(weights[k] - largest);
-      } else {
-        sum = p_.renormalize ? sum + p_.renormalize_eps : 1.0f;
-      }
-      for (int k = 0; k < top_k; ++k) weights[k] = weights[k] / sum * p_.scaling_factor;
-    }
-    __syncwarp();
-    sum = __shfl_sync(kFullWarp, sum, 0);
-    return sum == sum;
-  }
-
-  const RouteProblem& p_;
-  const int num_experts_, num_groups_, lane_;
-  const float* logits_;
-  float *keys_, *group_keys_;
-  float largest_ = 0.0f, sum_ = 1.0f;
-};
 
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     route_tokens(const __grid_constant__ RouteProblem p, int32_t* routing_table, float* router_weights) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + warp;
-  if (token >= p.num_tokens) return;
-  float* keys = static_cast<float*>(shared_memory()) + warp * (p.num_experts + p.num_groups);
-  Router(p, p.logits + token * p.num_experts, keys)
-      .route(routing_table + token * p.top_k, router_weights + token * p.top_k);
+  route_by_warps(p, blockDim.x / kWarpSize, routing_table, router_weights);
 }
 
 // Every lane sums the few chosen experts itself.
@@ -220,16 +31,9 @@ void route_backward(const RouteBackwardProblem& b, Stream stream, float* grad_lo
 }
 
 void route(const RouteProblem& p, Stream stream, int32_t* routing_table, float* router_weights) {
-  const size_t bytes_per_warp = (p.num_experts + p.num_groups) * sizeof(float);
-  if (bytes_per_warp > kSharedBytes) {
-    throw std::invalid_argument("logits must have at most " + std::to_string(kSharedBytes / sizeof(float)) +
-                                " experts and groups together on a GPU, got " +
-                                std::to_string(p.num_experts) + " experts in " +
-                                std::to_string(p.num_groups) + " groups");
-  }
-  const int64_t warps = std::min<int64_t>(kMaxWarps, kSharedBytes / bytes_per_warp);
-  launch("route_tokens", route_tokens, divide_up(p.num_tokens, warps), static_cast<int>(warps) * kWarpSize,
-         warps * bytes_per_warp, stream, p, routing_table, router_weights);
+  const RouteBlocks grid(p, kMaxWarps);
+  launch("route_tokens", route_tokens, grid.blocks, grid.warps * kWarpSize, grid.shared_bytes, stream, p,
+         routing_table, router_weights);
 }
 
 }  // namespace cuda

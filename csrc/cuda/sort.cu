@@ -7,7 +7,7 @@
 // Nothing depends on the order in which warps run, so neither do the positions.
 #include <algorithm>
 
-#include "cuda/common.cuh"
+#include "cuda/router.cuh"
 #include "cuda/sort.h"
 
 namespace paddle_moe {
@@ -32,7 +32,8 @@ struct ExpertBatch {
   int32_t first = 0, count = 0;
   Expert experts[kCapacity];
 };
-static_assert(sizeof(ExpertBatch<kManyExperts>) + sizeof(Sort) <= 32764, "the limit of kernel parameters");
+static_assert(sizeof(ExpertBatch<kManyExperts>) + sizeof(Sort) + sizeof(RouteProblem) + 64 <= 32764,
+              "the limit of kernel parameters");
 
 int64_t range_size(int64_t num_slots) {
   const int64_t ranges = num_slots <= kSlotsOfOneBlock ? kWarps : kMaxRanges;
@@ -221,9 +222,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <int kCapacity>
-__global__ void __launch_bounds__(kThreads, 1)
-    sort_in_one_block(const __grid_constant__ Sort s, const __grid_constant__ ExpertBatch<kCapacity> batch,
-                      int ranges, int range_size) {
+__device__ void sort(const Sort& s, const ExpertBatch<kCapacity>& batch, int ranges, int range_size) {
   auto& begins = *static_cast<Begins*>(shared_memory());
   store(batch, s.experts);
   if (warp_index() < ranges) count(s, warp_index(), range_size);
@@ -232,6 +231,37 @@ __global__ void __launch_bounds__(kThreads, 1)
   scan_experts(s, s.expert_rows, begins);
   write_tiles(s, begins);
   if (warp_index() < ranges) place(s, warp_index(), range_size, begins);
+}
+
+template <int kCapacity>
+__global__ void __launch_bounds__(kThreads, 1)
+    sort_in_one_block(const __grid_constant__ Sort s, const __grid_constant__ ExpertBatch<kCapacity> batch,
+                      int ranges, int range_size) {
+  sort(s, batch, ranges, range_size);
+}
+
+// By all threads of a block, true in the block that comes last: what all blocks wrote before is visible to it
+// then. *blocks_done is 0 before the launch. The barriers extend thread 0's fences to its block, as those of
+// a grid barrier do.
+__device__ bool is_last_block(uint32_t* blocks_done) {
+  bool last = gridDim.x == 1;
+  __syncthreads();
+  if (threadIdx.x == 0 && !last) {
+    __threadfence();
+    last = atomicAdd(blocks_done, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  return __syncthreads_or(last);
+}
+
+template <int kCapacity>
+__global__ void __launch_bounds__(kThreads, 1)
+    route_then_sort(const __grid_constant__ RouteProblem route, int routing_warps, float* router_weights,
+                    uint32_t* blocks_done, const __grid_constant__ Sort s,
+                    const __grid_constant__ ExpertBatch<kCapacity> batch, int ranges, int range_size) {
+  route_by_warps(route, routing_warps, static_cast<int32_t*>(const_cast<void*>(s.routing_table)),
+                 router_weights);
+  if (is_last_block(blocks_done)) sort(s, batch, ranges, range_size);
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
@@ -270,6 +300,16 @@ void sort_few(const Sort& s, const std::vector<Expert>& experts, int ranges, int
          s, batch_of<kCapacity>(experts, 0), ranges, range_size);
 }
 
+template <int kCapacity>
+void route_then_sort_few(const RouteProblem& route, float* router_weights, uint32_t* blocks_done,
+                         const Sort& s, const std::vector<Expert>& experts, Stream stream) {
+  const RouteBlocks grid(route, kWarps);
+  launch("route_then_sort", route_then_sort<kCapacity>, grid.blocks, kThreads,
+         std::max(grid.shared_bytes, Begins::bytes(s.num_experts)), stream, route, grid.warps, router_weights,
+         blocks_done, s, batch_of<kCapacity>(experts, 0), static_cast<int>(num_ranges(s.num_slots)),
+         static_cast<int>(range_size(s.num_slots)));
+}
+
 void store_experts_from(size_t first, const std::vector<Expert>& experts, Expert* table, Stream stream) {
   for (size_t e = first; e < experts.size(); e += kManyExperts) {
     launch("store_experts", store_batch<kManyExperts>, 1, kThreads, 0, stream,
@@ -302,6 +342,14 @@ void sort_slots(const Sort& s, const std::vector<Expert>& experts, Stream stream
   launch("scan_counts", scan_counts, divide_up(s.num_experts, kWarpSize), kThreads,
          kWarps * kWarpSize * sizeof(int32_t), stream, s, ranges);
   launch("place_slots", place_slots, blocks, kThreads, Begins::bytes(s.num_experts), stream, s, ranges, size);
+}
+
+void route_and_sort_slots(const RouteProblem& route, float* router_weights, uint32_t* blocks_done,
+                          const Sort& s, const std::vector<Expert>& experts, Stream stream) {
+  const bool few = experts.size() <= kFewExperts;
+  store_experts_from(kManyExperts, experts, s.experts, stream);
+  (few ? route_then_sort_few<kFewExperts>
+       : route_then_sort_few<kManyExperts>)(route, router_weights, blocks_done, s, experts, stream);
 }
 
 }  // namespace cuda

@@ -43,6 +43,11 @@ int64_t sort_scratch(int64_t num_slots, int64_t num_experts);
 constexpr int64_t kSlotsOfOneBlock = 8192;
 void sort_slots(const Sort& sort, const std::vector<Expert>& experts, Stream stream);
 
+// route() and sort_slots() in one launch, of at most kSlotsOfOneBlock slots: sort.routing_table, of int32,
+// and router_weights are written first. *blocks_done has to be 0.
+void route_and_sort_slots(const RouteProblem& route, float* router_weights, uint32_t* blocks_done,
+                          const Sort& sort, const std::vector<Expert>& experts, Stream stream);
+
 // Copies `experts` from the host into a table in device memory, through kernel parameters too.
 void store_experts(const std::vector<Expert>& experts, Expert* table, Stream stream);
 

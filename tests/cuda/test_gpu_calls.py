@@ -163,6 +163,30 @@ def test_the_gate_and_the_routing_replay_too():
     np.testing.assert_allclose(to_numpy(weights), expected_weights, rtol=2e-6)
 
 
+@pytest.mark.parametrize("num_tokens", [5, 100, 1000])  # one block routes, several do, and too many to sort
+def test_a_graph_of_the_whole_layer_replays(num_tokens):
+    """The blocks that route count themselves, from zero again in every replay."""
+    import torch
+
+    rng = np.random.default_rng(5)
+    case = to_gpu(random_case(num_tokens, 128, 96, 24, 9, "bfloat16", layout="stacked"))
+    for name in ("routing_table", "router_weights"):
+        del case[name]
+    hidden = case.pop("hidden_states")
+    gate_weight = on_gpu(rng.standard_normal((128, 24)).astype(np.float32))
+    core.fused_gate_moe(hidden, gate_weight, **case, top_k=9)  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = core.fused_gate_moe(hidden, gate_weight, **case, top_k=9, return_routing=True)
+    for _ in range(3):
+        hidden.copy_(on_gpu(reference.to_storage(rng.standard_normal((num_tokens, 128)), "bfloat16")))
+        graph.replay()
+        routing = core.route(core.gate(hidden, gate_weight), 9)
+        expected = (core.mixture_of_experts(hidden, *routing, **case), *routing)
+        for one, other in zip(to_numpy(replayed), to_numpy(expected)):
+            assert_same_bits(one, other)
+
+
 def test_work_follows_the_current_stream():
     """Inputs that another kernel of the same stream has still to write, and a result that is read there."""
     import torch

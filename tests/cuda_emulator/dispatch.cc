@@ -80,6 +80,16 @@ void route(const Device&, const RouteProblem& problem, int32_t* routing_table, f
   cuda::route(problem, nullptr, routing_table, router_weights);
 }
 
+size_t fused_workspace_size(const Device& device, const GateProblem&, const Problem& problem) {
+  return workspace_size(device, problem);
+}
+
+void fused_gate_moe(const Device&, const GateProblem& gate, const RouteProblem& route, const Problem& problem,
+                    void* workspace, void* out, float* amax) {
+  const auto lock = next_schedule();
+  cuda::fused_gate_moe(gate, route, problem, nullptr, workspace, out, amax);
+}
+
 void set_to_zero(const Device&, void* data, size_t bytes) { std::memset(data, 0, bytes); }
 
 }  // namespace dispatch

@@ -5,9 +5,10 @@
 // missing barrier lets some thread read what another has not written yet: shared memory starts as NaN.
 // Asynchronous copies happen either at once or as late as the kernel's own waits allow, also by choice: the
 // first finds buffers that are refilled too early, the second data that nobody waited for. What the hardware
-// would reject (misaligned vectors, diverged warps, deadlocks) ends the program with a message. Blocks run
-// one after the other. Shared memory is one allocation of exactly the size that the launch asked for, so
-// AddressSanitizer sees a step outside of it and of every array that a test allocates.
+// would reject (misaligned vectors, diverged warps, deadlocks) ends the program with a message. Blocks begin
+// in an order that tests choose too, and two of them run side by side. Shared memory is one allocation of
+// exactly the size that the launch asked for, so AddressSanitizer sees a step outside of it and of every
+// array that a test allocates.
 #pragma once
 
 #include <setjmp.h>
@@ -143,9 +144,13 @@ struct Barrier {
 };
 
 struct Block {
+  unsigned index = 0;
   std::vector<Fiber> fibers;
+  std::vector<size_t> turns;  // in which its threads go on
+  uint32_t resting = 0;       // warps that wait for no reason, so that others get far ahead of them
   std::vector<Warp> warps;
   Barrier barriers[16];
+  bool any = false;  // of __syncthreads_or
   unsigned alive = 0;
   Context scheduler;
   Fiber* running = nullptr;
@@ -220,29 +225,26 @@ inline void start_fiber() {
   leave(true);
 }
 
-inline void run_block() {
-  std::vector<size_t> turns(block->fibers.size());
-  for (size_t i = 0; i < turns.size(); ++i) turns[i] = order == Order::kBackward ? turns.size() - 1 - i : i;
-  uint32_t resting = 0;  // warps that wait for no reason, so that others get far ahead of them
-  while (block->alive) {
-    if (order == Order::kRandom) {
-      std::shuffle(turns.begin(), turns.end(), random_numbers);
-      if (random_numbers() % 32 == 0) resting = random_numbers();
-    }
-    bool progress = false;
-    for (const size_t i : turns) {
-      Fiber& fiber = block->fibers[i];
-      if (resting >> i / 32 & 1) continue;
-      if (fiber.done || (fiber.ready && !fiber.ready(fiber.waiting_for))) continue;
-      progress = true;
-      fiber.ready = nullptr;
-      block->running = &fiber;
-      threadIdx = dim3(fiber.thread);
-      switch_to(&block->scheduler, &fiber.context, fiber.stack, kStackBytes);
-    }
-    expect(progress || resting, "deadlock: every thread waits");
-    if (!progress) resting = 0;
+// Each thread goes on until it waits again.
+inline void run_turn() {
+  blockIdx = dim3(block->index);
+  if (order == Order::kRandom) {
+    std::shuffle(block->turns.begin(), block->turns.end(), random_numbers);
+    if (random_numbers() % 32 == 0) block->resting = random_numbers();
   }
+  bool progress = false;
+  for (const size_t i : block->turns) {
+    Fiber& fiber = block->fibers[i];
+    if (block->resting >> i / 32 & 1) continue;
+    if (fiber.done || (fiber.ready && !fiber.ready(fiber.waiting_for))) continue;
+    progress = true;
+    fiber.ready = nullptr;
+    block->running = &fiber;
+    threadIdx = dim3(fiber.thread);
+    switch_to(&block->scheduler, &fiber.context, fiber.stack, kStackBytes);
+  }
+  expect(progress || block->resting, "deadlock: every thread waits");
+  if (!progress) block->resting = 0;
 }
 
 // The operation runs once all lanes of the mask have come, on the lanes' own arguments.
@@ -296,6 +298,38 @@ inline void* aligned_bytes(size_t bytes) {
   return data;
 }
 
+inline void begin_block(Block* state, unsigned index, size_t shared_bytes) {
+  const size_t threads = state->fibers.size();
+  state->index = index;
+  state->resting = 0;
+  state->warps.assign(threads / 32, {});
+  for (Barrier& barrier : state->barriers) barrier = {};
+  state->shared.reset(aligned_bytes(shared_bytes));
+  state->shared_bytes = shared_bytes;
+  state->written.assign(shared_bytes / 16 + 1, 0);
+  state->clock = 0;
+  state->unfenced_barriers.clear();
+  state->alive = threads;
+  for (Fiber& fiber : state->fibers) {
+    fiber.context.start.uc_stack.ss_sp = fiber.stack;
+    fiber.context.start.uc_stack.ss_size = kStackBytes;
+    fiber.context.started = false;
+    makecontext(&fiber.context.start, start_fiber, 0);
+    fiber.done = false;
+    fiber.ready = nullptr;
+    fiber.copy_groups.clear();
+    fiber.open_group.clear();
+    fiber.fenced = 0;
+  }
+}
+
+inline void end_block() {
+  expect(block->late.empty(), "a block ends before its asynchronous copies");
+  for (const Fiber& fiber : block->fibers) {
+    expect(fiber.products.empty() && fiber.open_products.empty(), "a thread ends before its wgmma");
+  }
+}
+
 template <class Kernel, class... Arguments>
 cudaError_t launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_bytes,
                    std::tuple<Arguments...> arguments) {
@@ -306,44 +340,40 @@ cudaError_t launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_byt
   }
   ++num_launches;
   auto body = [&] { std::apply(kernel, arguments); };
-  Block state;
-  state.scheduler.started = true;
-  block = &state;
   gridDim = grid;
   blockDim = dim3(threads);
-  state.body = [](void* b) { (*static_cast<decltype(body)*>(b))(); };
-  state.body_arguments = &body;
-  state.fibers.resize(threads);
-  for (unsigned t = 0; t < threads; ++t) {
-    state.fibers[t].stack = stack_of(t);
-    state.fibers[t].thread = t;
-    getcontext(&state.fibers[t].context.start);
-  }
-  for (unsigned b = 0; b < grid.x; ++b) {
-    blockIdx = dim3(order == Order::kBackward ? grid.x - 1 - b : b);
-    state.warps.assign(threads / 32, {});
-    for (Barrier& barrier : state.barriers) barrier = {};
-    state.shared.reset(aligned_bytes(shared_bytes));
-    state.shared_bytes = shared_bytes;
-    state.written.assign(shared_bytes / 16 + 1, 0);
-    state.clock = 0;
-    state.unfenced_barriers.clear();
-    state.alive = threads;
-    for (Fiber& fiber : state.fibers) {
-      fiber.context.start.uc_stack.ss_sp = fiber.stack;
-      fiber.context.start.uc_stack.ss_size = kStackBytes;
-      fiber.context.started = false;
-      makecontext(&fiber.context.start, start_fiber, 0);
-      fiber.done = false;
-      fiber.ready = nullptr;
-      fiber.copy_groups.clear();
-      fiber.open_group.clear();
-      fiber.fenced = 0;
+  std::vector<unsigned> indices(grid.x);
+  for (unsigned b = 0; b < grid.x; ++b) indices[b] = order == Order::kBackward ? grid.x - 1 - b : b;
+  if (order == Order::kRandom) std::shuffle(indices.begin(), indices.end(), random_numbers);
+
+  constexpr size_t kAtOnce = 2;
+  std::vector<Block> places(std::min<size_t>(kAtOnce, grid.x));
+  std::vector<Block*> busy;
+  auto next = indices.begin();
+  for (Block& state : places) {
+    state.scheduler.started = true;
+    state.body = [](void* b) { (*static_cast<decltype(body)*>(b))(); };
+    state.body_arguments = &body;
+    state.fibers.resize(threads);
+    for (unsigned t = 0; t < threads; ++t) {
+      state.fibers[t].stack = stack_of((&state - places.data()) * threads + t);
+      state.fibers[t].thread = t;
+      getcontext(&state.fibers[t].context.start);
+      state.turns.push_back(order == Order::kBackward ? threads - 1 - t : t);
     }
-    run_block();
-    expect(state.late.empty(), "a block ends before its asynchronous copies");
-    for (const Fiber& fiber : state.fibers) {
-      expect(fiber.products.empty() && fiber.open_products.empty(), "a thread ends before its wgmma");
+    begin_block(&state, *next++, shared_bytes);
+    busy.push_back(&state);
+  }
+  while (!busy.empty()) {
+    const size_t chosen = order == Order::kRandom ? random_numbers() % busy.size() : 0;
+    block = busy[chosen];
+    run_turn();
+    if (block->alive) continue;
+    end_block();
+    if (next != indices.end()) {
+      begin_block(block, *next++, shared_bytes);
+    } else {
+      busy.erase(busy.begin() + chosen);
     }
   }
   block = nullptr;
@@ -388,6 +418,15 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 // ---------------------------------------------------------------- barriers, warps, atomics
 
 inline void __syncthreads() { emulator::wait_at_barrier(0, 0); }
+inline int __syncthreads_or(int predicate) {
+  emulator::block->any |= predicate != 0;
+  __syncthreads();
+  const bool any = emulator::block->any;
+  __syncthreads();
+  emulator::block->any = false;
+  __syncthreads();
+  return any;
+}
 inline void __threadfence() {}
 
 inline void __syncwarp(uint32_t mask = 0xffffffff) {

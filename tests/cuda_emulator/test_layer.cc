@@ -1,5 +1,6 @@
 // The whole layer on small integers against the naive loop, where every result must be exact, under every
-// schedule; what a launch that is refused says; how many launches a call takes.
+// schedule; the call that routes too against the three calls; what a launch that is refused says; how many
+// launches a call takes.
 #include <stdexcept>
 
 #include "emulated.h"
@@ -65,11 +66,81 @@ void launches() {
         text.c_str());
 }
 
+struct Routed {
+  Routed(const Layer& layer, int experts)
+      : logits(4ull * layer.tokens * experts),
+        ids(4ull * layer.tokens * layer.top_k),
+        weights(ids_bytes(layer)),
+        out(2ull * layer.tokens * layer.hidden) {}
+  static size_t ids_bytes(const Layer& layer) { return 4ull * layer.tokens * layer.top_k; }
+
+  Fenced logits, ids, weights, out;
+};
+
+// Routing in the kernel that sorts gives the bits of the separate kernels: also in the workspace that the
+// call before has left, and where some of the experts are not local.
+void check_routed(Random& random, int tokens, int local_experts, int experts, int top_k, int launches) {
+  Layer layer(random, tokens, 8, 8, local_experts, top_k, DType::kBFloat16, ::Layout::kStacked, false);
+  Numbers weight;
+  for (int i = 0; i < layer.hidden * experts; ++i) weight.push_back(pick(random, -9, 9) / 8.0f);
+  const GateProblem gate = resolve_gate(layer.arguments.hidden_states,
+                                        {weight.data(), DType::kFloat32, {layer.hidden, experts}, {}});
+  auto route_of = [&](const Routed& r) {
+    RouteOptions options;
+    options.top_k = top_k;
+    return resolve_route({r.logits.get(), DType::kFloat32, {tokens, experts}, {}}, {}, options);
+  };
+  auto problem_of = [&](const Routed& r) {
+    layer.arguments.routing_table = {r.ids.get(), DType::kInt32, {tokens, top_k}, {}};
+    layer.arguments.router_weights = {r.weights.get(), DType::kFloat32, {tokens, top_k}, {}};
+    return resolve(layer.arguments);
+  };
+  const Routed apart(layer, experts);
+  const Problem problem = problem_of(apart);
+  const Fenced workspace(cuda::workspace_size(problem));
+  cuda::gate(gate, nullptr, reinterpret_cast<float*>(apart.logits.get()));
+  cuda::route(route_of(apart), nullptr, reinterpret_cast<int32_t*>(apart.ids.get()),
+              reinterpret_cast<float*>(apart.weights.get()));
+  cuda::mixture_of_experts(problem, nullptr, workspace.get(), apart.out.get(), nullptr);
+  std::fill_n(workspace.get(), cuda::workspace_size(problem), 0xff);
+  for (int call = 0; call < 2; ++call) {
+    const Routed together(layer, experts);
+    emulator::num_launches = 0;
+    cuda::fused_gate_moe(gate, route_of(together), problem_of(together), nullptr, workspace.get(),
+                         together.out.get(), nullptr);
+    CHECK(emulator::num_launches == launches, "%d launches instead of %d for T=%d E=%d K=%d",
+          emulator::num_launches, launches, tokens, experts, top_k);
+    auto same = [](const Fenced& one, const Fenced& other, size_t bytes) {
+      return std::memcmp(one.get(), other.get(), bytes) == 0;
+    };
+    const size_t ids_bytes = Routed::ids_bytes(layer);
+    CHECK(same(together.logits, apart.logits, 4ull * tokens * experts) &&
+              same(together.ids, apart.ids, ids_bytes) && same(together.weights, apart.weights, ids_bytes) &&
+              same(together.out, apart.out, 2ull * tokens * layer.hidden),
+          "call %d routed other bits for T=%d E=%d K=%d", call, tokens, experts, top_k);
+  }
+}
+
+void routed() {
+  Random random(4);
+  check_routed(random, 0, 2, 3, 1, 0);
+  on_every_schedule([&] {
+    check_routed(random, 1, 3, 5, 2, 5);
+    check_routed(random, 40, 5, 8, 2, 5);      // two blocks route, the last warps of the second nothing
+    check_routed(random, 140, 40, 600, 3, 5);  // 20 warps of a block have room for their keys; gate_tiles
+  });
+  check_routed(random, 1, 400, 400, 400, 6);
+  check_routed(random, 2, 6500, 6500, 1, 25);  // the sort needs more shared memory than the keys
+  check_routed(random, 4096, 4, 4, 2, 5);
+  check_routed(random, 4097, 4, 4, 2, 8);
+}
+
 }  // namespace
 
 int main() {
   small_shapes();
   on_every_schedule(past_block_sizes);
   launches();
+  routed();
   return finish();
 }
