@@ -43,7 +43,7 @@ inline bool is_streamed(const Matrix& weight, int64_t rows) {
 
 // Columns of each block of a GemmTask, a multiple of kPackedColumns; streamed blocks may be narrower.
 inline int64_t block_columns(const Matrix& weight, int64_t rows) {
-  if (weight.out_stride != 1 || rows > kStreamedRows) return kPackedColumns;
+  if (!is_streamed(weight, rows)) return kPackedColumns;
   const int64_t fitting = kStreamedResults / 2 / rows / kPackedColumns * kPackedColumns;
   return fitting > kMaxStreamedColumns ? kMaxStreamedColumns : fitting;
 }
