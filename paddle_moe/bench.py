@@ -25,13 +25,21 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from paddle_moe import __version__, _core, core, reference
-from paddle_moe.bench_variants import DEFAULT_VARIANTS, VARIANTS, WITHOUT_BACKWARD, Case, Inputs, Weights
+from paddle_moe.bench_variants import (
+    DEFAULT_VARIANTS,
+    ONE_THREAD,
+    VARIANTS,
+    WITHOUT_BACKWARD,
+    Case,
+    Inputs,
+    Weights,
+)
 from paddle_moe.console import print_table
 
 DEFAULT_SHAPES = "8x2x1024x2048,64x8x2048x768"
@@ -83,10 +91,11 @@ class Limits:
         """Reads far more than any cache holds."""
         _core.measure_read(self._buffer, 1, self._threads)
 
-    def measure(self, dtype: str) -> tuple[float, float]:
-        """(FLOP/s of the instructions for this dtype, bytes/s read)."""
-        read = max(_core.measure_read(self._buffer, streams, self._threads) for streams in (1, 2, 4))
-        return _core.measure_flops(dtype == "bfloat16", self._threads), read
+    def measure(self, dtype: str, threads: int | None = None) -> tuple[float, float]:
+        """(FLOP/s of the instructions for this dtype, bytes/s read) of all threads or of some."""
+        threads = threads or self._threads
+        read = max(_core.measure_read(self._buffer, streams, threads) for streams in (1, 2, 4))
+        return _core.measure_flops(dtype == "bfloat16", threads), read
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -121,12 +130,14 @@ def _run_case(case: Case, weights: Weights, names: list[str], rounds: int, limit
             wakers[name] = VARIANTS[name](*small_layer)
     samples = {name: {"cold": [], "warm": []} for name in calls}
     floors = {"cold": [], "warm": []}
-    machine = []
+    machine, one_thread = [], []
     settle = SETTLE_SECONDS if any(not name.startswith("paddle_moe.core") for name in calls) else 0
     for _ in range(rounds):
         time.sleep(settle)
         flops, read = limits.measure(case.dtype)
         machine.append((flops, read))
+        if ONE_THREAD in calls:
+            one_thread.append(limits.measure(case.dtype, 1))
         for state in ("cold", "warm"):
             floors[state].append(max(case.flops / flops, case.weight_bytes(inputs.active) / read))
             for name, call in calls.items():
@@ -139,17 +150,19 @@ def _run_case(case: Case, weights: Weights, names: list[str], rounds: int, limit
                 samples[name][state].append(_seconds(call))
     ours = "paddle_moe" if "paddle_moe" in samples else "paddle_moe.core"
 
-    def spread(values: list[float]) -> dict:
+    def spread(values: Sequence[float]) -> dict:
         return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+    def limits_of(measured: list[tuple[float, float]]) -> dict:
+        flops, read = zip(*measured)
+        return {"flops_per_second": spread(flops), "read_bytes_per_second": spread(read)}
 
     return {
         **case.__dict__,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "active_experts": inputs.active,
-        "limits": {
-            "flops_per_second": spread([flops for flops, _ in machine]),
-            "read_bytes_per_second": spread([read for _, read in machine]),
-        },
+        "limits": limits_of(machine),
+        **({"limits_of_one_thread": limits_of(one_thread)} if one_thread else {}),
         "variants": {
             name: {
                 "relative_error": errors[name],
@@ -172,6 +185,7 @@ def _run_case(case: Case, weights: Weights, names: list[str], rounds: int, limit
 
 def _print_case(result: dict) -> None:
     limits = result["limits"]
+    one = result.get("limits_of_one_thread")
     title = (
         f"E={result['num_experts']} K={result['top_k']} H={result['hidden_size']} "
         f"I={result['intermediate_size']} T={result['num_tokens']} {result['dtype']}"
@@ -179,6 +193,12 @@ def _print_case(result: dict) -> None:
         f"{result['active_experts']} experts active; limits "
         f"{limits['flops_per_second']['median'] / 1e9:.0f} GFLOP/s, "
         f"{limits['read_bytes_per_second']['median'] / 1e9:.1f} GB/s"
+        + (
+            f"; of one thread {one['flops_per_second']['median'] / 1e9:.0f} GFLOP/s, "
+            f"{one['read_bytes_per_second']['median'] / 1e9:.1f} GB/s"
+            if one
+            else ""
+        )
     )
     rows = []
     for name, figures in result["variants"].items():

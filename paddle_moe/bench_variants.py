@@ -392,6 +392,8 @@ def _ggml(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
     return call
 
 
+ONE_THREAD = "paddle_moe.core 1 thread"
+
 VARIANTS: dict[str, Callable[[Inputs, Weights], Callable[[], object]]] = {
     "paddle_moe.core": _paddle_moe_core,
     "paddle_moe": _paddle_moe_op,
@@ -404,7 +406,7 @@ VARIANTS: dict[str, Callable[[Inputs, Weights], Callable[[], object]]] = {
     "ggml": _ggml,
     "paddle_moe.core list": functools.partial(_paddle_moe_core, layout="list"),
     "paddle_moe.core permuted": functools.partial(_paddle_moe_core, layout="permuted"),
-    "paddle_moe.core 1 thread": _paddle_moe_one_thread,
+    ONE_THREAD: _paddle_moe_one_thread,
 }
 WITHOUT_BACKWARD = {"numpy loop", "vllm", "zentorch", "ggml"}
 DEFAULT_VARIANTS = "paddle_moe.core,paddle_moe,numpy loop,paddle loop,torch loop,torch grouped,vllm,ggml"
