@@ -14,6 +14,7 @@ constexpr int kRowBytes = 128;             // the width of the swizzle: 64 eleme
 constexpr int kAtomBytes = 8 * kRowBytes;  // 8 rows: what the swizzle permutes
 constexpr int kBlockColumns = 64;          // of one operand: a block is kDepth x kBlockColumns elements
 constexpr int kBlockBytes = kBlockColumns * kRowBytes;
+constexpr int kNoLeading = 16;  // what PTX takes the leading offset of a K-major matrix for
 constexpr int kTermsPerWgmma = 16;
 constexpr int kChunk = 8;  // elements in 16 bytes
 
@@ -97,8 +98,9 @@ __device__ void multiply(const Stages& stages, int consumer, int32_t steps, Ring
     // fence makes it visible to its wgmma.
     fence_shared_for_wgmma();
     const uint64_t a = wgmma_matrix(stages.a + ring->stage * Config::kABytes + consumer * 64 * kRowBytes,
-                                    kBlockBytes, kAtomBytes);
-    const uint64_t b = wgmma_matrix(stages.b + ring->stage * Config::kBBytes, kBlockBytes, kAtomBytes);
+                                    kMnMajorA ? kBlockBytes : kNoLeading, kAtomBytes);
+    const uint64_t b = wgmma_matrix(stages.b + ring->stage * Config::kBBytes,
+                                    kMnMajorB ? kBlockBytes : kNoLeading, kAtomBytes);
     wgmma_begin();
 #pragma unroll
     for (int i = 0; i < kDepth / kTermsPerWgmma; ++i) {

@@ -647,30 +647,46 @@ float half_of(uint32_t pair, int which) {
   return to_float(T{static_cast<uint16_t>(pair >> 16 * which)});
 }
 
-// One rounding for the sum of 16 products: the order inside is the hardware's own business.
+// sum + the 16 products, as inaccurate as tensor cores may be: every term is cut off one bit below the last
+// one that fp32 keeps of the largest, and so is their sum (Fasi, Higham, Mikaitis and Pranesh, "Numerical
+// behavior of NVIDIA tensor cores", 2021).
+inline float add_products(float sum, const float (&a)[16], const float (&b)[16]) {
+  double terms[17] = {sum}, total = sum, largest = std::abs(sum);
+  for (int k = 0; k < 16; ++k) {
+    terms[k + 1] = static_cast<double>(a[k]) * b[k];
+    total += terms[k + 1];
+    largest = std::max(largest, std::abs(terms[k + 1]));
+  }
+  if (largest == 0 || !std::isfinite(total)) return static_cast<float>(total);
+  constexpr int kBits = 25;  // of the largest term
+  int exponent;
+  std::frexp(largest, &exponent);
+  const double scale = std::ldexp(1.0, kBits - exponent);
+  int64_t sum_of_bits = 0;
+  for (const double term : terms) sum_of_bits += static_cast<int64_t>(term * scale);
+  for (; std::abs(sum_of_bits) >> 24 != 0; ++exponent) sum_of_bits /= 2;
+  return static_cast<float>(std::ldexp(static_cast<double>(sum_of_bits), exponent - kBits));
+}
+
 template <class T>
 void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   MmaLane mine{sum, a, {b0, b1}};
   emulator::warp_collective(
       +[](void* const* lanes, uint32_t) {
-        float a[16][16], b[16][8];
+        float a[16][16], b[8][16];
         for (int i = 0; i < 32; ++i) {
           const auto* lane = static_cast<MmaLane*>(lanes[i]);
           for (int r = 0; r < 4; ++r) {
             for (int h = 0; h < 2; ++h) {
               a[i / 4 + r % 2 * 8][i % 4 * 2 + h + r / 2 * 8] = half_of<T>(lane->a[r], h);
-              if (r < 2) b[i % 4 * 2 + h + r * 8][i / 4] = half_of<T>(lane->b[r], h);
+              if (r < 2) b[i / 4][i % 4 * 2 + h + r * 8] = half_of<T>(lane->b[r], h);
             }
           }
         }
         for (int i = 0; i < 32; ++i) {
           for (int c = 0; c < 4; ++c) {
             float& result = static_cast<MmaLane*>(lanes[i])->sum[c];
-            double exact = result;
-            for (int k = 0; k < 16; ++k) {
-              exact += static_cast<double>(a[i / 4 + c / 2 * 8][k]) * b[k][i % 4 * 2 + c % 2];
-            }
-            result = static_cast<float>(exact);
+            result = add_products(result, a[i / 4 + c / 2 * 8], b[i % 4 * 2 + c % 2]);
           }
         }
       },

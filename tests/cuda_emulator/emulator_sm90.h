@@ -179,7 +179,7 @@ inline void wgmma_begin() {
   emulator::block->running->wgmma_begun = true;
 }
 
-// By one lane for its warp, the first one. One rounding per wgmma, as in mma().
+// By one lane for its warp, the first one.
 template <class T, bool kMnMajorA, bool kMnMajorB, int kSums>
 void wgmma(float (&sum)[kSums], uint64_t a, uint64_t b, bool accumulate) {
   struct Lane {
@@ -203,21 +203,21 @@ void wgmma(float (&sum)[kSums], uint64_t a, uint64_t b, bool accumulate) {
         }
         auto compute = [=, first_row = static_cast<int>(threadIdx.x / 32 % 4 * 16)] {
           constexpr int kColumns = 2 * kSums;
-          float right[16][kColumns];
+          float right[kColumns][16];
           for (int n = 0; n < kColumns; ++n) {
-            for (int k = 0; k < 16; ++k) right[k][n] = wgmma_element<T>(first.b, kMnMajorB, n, k, fenced);
+            for (int k = 0; k < 16; ++k) right[n][k] = wgmma_element<T>(first.b, kMnMajorB, n, k, fenced);
           }
           for (int r = 0; r < 16; ++r) {
             auto sum_of = [&](int n) -> float& {
               return sums[r % 8 * 4 + n % 8 / 2][n / 8 * 4 + r / 8 * 2 + n % 2];
             };
-            double exact[kColumns];
-            for (int n = 0; n < kColumns; ++n) exact[n] = first.accumulate ? sum_of(n) : 0.0;
+            float left[16];
             for (int k = 0; k < 16; ++k) {
-              const double left = wgmma_element<T>(first.a, kMnMajorA, first_row + r, k, fenced);
-              for (int n = 0; n < kColumns; ++n) exact[n] += left * right[k][n];
+              left[k] = wgmma_element<T>(first.a, kMnMajorA, first_row + r, k, fenced);
             }
-            for (int n = 0; n < kColumns; ++n) sum_of(n) = static_cast<float>(exact[n]);
+            for (int n = 0; n < kColumns; ++n) {
+              sum_of(n) = add_products(first.accumulate ? sum_of(n) : 0.0f, left, right[n]);
+            }
           }
         };
         if (emulator::copies == emulator::Copies::kLate) return compute();
