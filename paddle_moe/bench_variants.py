@@ -44,6 +44,15 @@ class Case:
         return (3 if self.backward else 1) * experts * 3 * self.hidden_size * self.intermediate_size * size
 
 
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A copy at the start of a cache line, where tensors lie and NumPy's large arrays do not."""
+    buffer = np.empty(array.nbytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 def _rounded(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """(values in the dtype, bf16 as uint16 bits; the same values in fp32)."""
     if dtype == "bfloat16":
@@ -60,7 +69,10 @@ class Weights:
         e, h, i = case.num_experts, case.hidden_size, case.intermediate_size
         self.own, self.fp32 = zip(
             *(
-                _rounded(generator.random(shape, dtype=np.float32) * (2 * bound) - bound, case.dtype)
+                map(
+                    _aligned,
+                    _rounded(generator.random(shape, dtype=np.float32) * (2 * bound) - bound, case.dtype),
+                )
                 for shape, bound in (((e, h, 2 * i), h**-0.5), ((e, i, h), i**-0.5))
             )
         )
@@ -68,7 +80,7 @@ class Weights:
     @functools.cached_property
     def swapped(self) -> list[np.ndarray]:
         """gate_up [E, 2I, H] and down [E, H, I], for those who want the reduced dimension last."""
-        return [np.ascontiguousarray(stack.swapaxes(1, 2)) for stack in self.own]
+        return [_aligned(stack.swapaxes(1, 2)) for stack in self.own]
 
 
 class Inputs:
@@ -90,7 +102,7 @@ class Inputs:
 def _paddle_moe_core(inputs: Inputs, weights: Weights, layout: str = "stacked") -> Callable[[], np.ndarray]:
     arrays = [[stack] for stack in weights.own]
     if layout == "list":
-        arrays = [[np.array(w) for w in stack] for stack in weights.own]
+        arrays = [[_aligned(w) for w in stack] for stack in weights.own]
     elif layout == "permuted":
         arrays = [[stack] for stack in weights.swapped]
     arguments = (inputs.own, inputs.table, inputs.weights, *arrays)
