@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -181,7 +182,7 @@ def compute_capability() -> str:
 
 def needs_gpu() -> None:
     if not compute_capability():
-        raise Failed("nvidia-smi shows no GPU")
+        raise Failed("nvidia-smi shows no GPU, without which only --only build --archs 90a works")
 
 
 def own_architecture() -> str:
@@ -248,6 +249,9 @@ def main() -> int:
         except Failed as error:
             outcome = {"ok": False, "reason": str(error), **error.found}
             print(f"error: {part}: {error}", file=sys.stderr)
+        except Exception as error:  # a fault of this script must not lose what the other parts find
+            outcome = {"ok": False, "reason": f"gpu_check.py: {error!r}"}
+            traceback.print_exc()
         result["parts"][part] = {**outcome, "seconds": round(time.monotonic() - start, 1)}
         options.out.write_text(json.dumps(result, indent=1) + "\n")  # kept if a later part hangs
         if part == "build" and not outcome["ok"]:

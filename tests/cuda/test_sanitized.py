@@ -32,6 +32,22 @@ def test_a_layer(dtype, hidden, inter, num_tokens, permuted):
     assert_amax_close(amax, expected_amax)
 
 
+def test_a_layer_that_routes():
+    """40 tokens: two blocks route, and the one that comes last sorts."""
+    case = random_case(40, 40, 21, 6, 2, "bfloat16", layout="stacked")
+    for name in ("routing_table", "router_weights"):
+        del case[name]
+    gate_weight = np.random.default_rng(1).standard_normal((40, 6)).astype(np.float32)
+    out, table, weights = checks.Cuda().fused_gate_moe(
+        **case, gate_weight=gate_weight, top_k=2, return_routing=True
+    )
+    routing = {"routing_table": table, "router_weights": weights}
+    np.testing.assert_array_equal(
+        table, reference.route(reference.gate(case["hidden_states"], gate_weight), 2)[0]
+    )
+    assert_close(out, expected_moe({**case, **routing}))
+
+
 def test_a_gate_and_a_routing():
     rng = np.random.default_rng(0)
     hidden = reference.to_storage(rng.standard_normal((37, 50)), "bfloat16")
