@@ -126,13 +126,13 @@ void routed() {
   check_routed(random, 0, 2, 3, 1, 0);
   on_every_schedule([&] {
     check_routed(random, 1, 3, 5, 2, 5);
-    check_routed(random, 40, 5, 8, 2, 5);      // two blocks route, the last warps of the second nothing
-    check_routed(random, 140, 40, 600, 3, 5);  // 20 warps of a block have room for their keys; gate_tiles
+    check_routed(random, 40, 5, 8, 2, 5);  // two blocks route, the last warps of the second nothing
   });
-  check_routed(random, 1, 400, 400, 400, 6);
+  emulator::order = emulator::Order::kRandom;
+  check_routed(random, 140, 40, 600, 3, 5);    // 20 warps of a block have room for their keys; gate_tiles
   check_routed(random, 2, 6500, 6500, 1, 25);  // the sort needs more shared memory than the keys
-  check_routed(random, 4096, 4, 4, 2, 5);
-  check_routed(random, 4097, 4, 4, 2, 8);
+  check_routed(random, 512, 16, 16, 16, 5);
+  check_routed(random, 513, 16, 16, 16, 8);
 }
 
 }  // namespace
