@@ -14,7 +14,7 @@ constexpr int kRowBytes = 128;             // the width of the swizzle: 64 eleme
 constexpr int kAtomBytes = 8 * kRowBytes;  // 8 rows: what the swizzle permutes
 constexpr int kBlockColumns = 64;          // of one operand: a block is kDepth x kBlockColumns elements
 constexpr int kBlockBytes = kBlockColumns * kRowBytes;
-constexpr int kNoLeading = 16;  // what PTX takes the leading offset of a K-major matrix for
+constexpr int kNoLeading = 16;  // bytes; what PTX assumes where a matrix is K-major
 constexpr int kTermsPerWgmma = 16;
 constexpr int kChunk = 8;  // elements in 16 bytes
 

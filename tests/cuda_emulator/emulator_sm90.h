@@ -174,6 +174,11 @@ float wgmma_element(uint64_t matrix, bool mn_major, int row, int term, uint64_t 
   return to_float(element);
 }
 
+// A matrix that is K-major has no leading offset, and PTX assumes a 1 in its place.
+inline void check_leading(uint64_t matrix, bool mn_major) {
+  emulator::expect(mn_major || (matrix >> 16 & 0x3fff) == 1, "a K-major matrix with a leading offset");
+}
+
 inline void wgmma_begin() {
   emulator::expect(emulator::block->running->open_products.empty(), "wgmma_begin before wgmma_commit");
   emulator::block->running->wgmma_begun = true;
@@ -189,6 +194,8 @@ void wgmma(float (&sum)[kSums], uint64_t a, uint64_t b, bool accumulate) {
     bool accumulate;
   } mine{emulator::block->running, sum, a, b, accumulate};
   emulator::expect(mine.fiber->wgmma_begun, "wgmma without wgmma_begin");
+  check_leading(a, kMnMajorA);
+  check_leading(b, kMnMajorB);
   emulator::warp_collective(
       +[](void* const* lanes, uint32_t) {
         const Lane first = *static_cast<Lane*>(lanes[0]);
