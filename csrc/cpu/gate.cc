@@ -42,9 +42,9 @@ void gate_block(const GateProblem& p, const GateLayout& layout, const GateScratc
     const int64_t columns = std::min(2 * width, p.num_experts - column);
     kernels().gemm(neighbours_gemm(scratch.rows, layout.row_stride, p.hidden_size, Operand::kFloat32,
                                    p.weight, p.weight_dtype, {0, 0, num_tokens, column, columns, width},
-                                   scratch.thread.result, 2 * width, scratch.thread));
+                                   scratch.thread.result, sums_stride(width), scratch.thread));
     for (int64_t i = 0; i < num_tokens; ++i) {
-      std::memcpy(logits + (first_token + i) * p.num_experts + column, scratch.thread.result + i * 2 * width,
+      std::memcpy(logits + (first_token + i) * p.num_experts + column, scratch.thread.result + i * sums_stride(width),
                   columns * sizeof(float));
     }
   }
@@ -80,10 +80,10 @@ void gate_hidden_block(const GateBackwardProblem& b, const GateBackwardLayout& l
     const int64_t columns = std::min(2 * width, p.hidden_size - column);
     kernels().gemm(neighbours_gemm(scratch.rows, layout.row_stride, p.num_experts, Operand::kFloat32,
                                    transposed, p.weight_dtype, {0, 0, num_tokens, column, columns, width},
-                                   scratch.thread.result, 2 * width, scratch.thread));
+                                   scratch.thread.result, sums_stride(width), scratch.thread));
     kernels().store_block(
         {scratch.thread.result,
-         2 * width,
+         sums_stride(width),
          num_tokens,
          columns,
          {advance(b.hidden_states, first_token * p.hidden_size + column, p.dtype), p.hidden_size, 1},

@@ -23,9 +23,6 @@ constexpr int64_t kBlockUnits = 256;
 // Rows of a GemmTask: 192 x 1 KiB of activations stay in L2 beside 128 KiB of packed weights. A multiple of
 // all tile heights.
 constexpr int64_t kBlockRows = 192;
-// Up to this many rows, weights that are stored row by row or column by column are multiplied as they stream
-// by; above, a block of them is packed first and then reused by every tile of rows.
-constexpr int64_t kStreamedRows = 32;
 // Columns of each of the two blocks of a GemmTask: two cache lines of bf16, four of fp32, where weights are
 // packed; as many as leave 64 KiB of results in L2 where they are streamed, because memory is fastest in long
 // runs.
@@ -34,19 +31,12 @@ constexpr int64_t kStreamedResults = 16384;
 constexpr int64_t kMaxStreamedColumns = 2048;
 // Floats of a GemmTask's result when it is scratch, and bytes of its other scratch: two packed blocks, one
 // that is multiplied and one that is packed meanwhile.
-constexpr int64_t kResultFloats = kBlockRows * 2 * kPackedColumns;
+constexpr int64_t kResultFloats = kBlockRows * (2 * kPackedColumns + 16);
 constexpr int64_t kPackedBytes = 2 * kBlockUnits * 2 * kPackedColumns * kUnitBytes;
 
-inline bool is_streamed(const Matrix& weight, int64_t rows) {
-  return (weight.out_stride == 1 || weight.in_stride == 1) && rows <= kStreamedRows;
-}
-
-// Columns of each block of a GemmTask, a multiple of kPackedColumns; streamed blocks may be narrower.
-inline int64_t block_columns(const Matrix& weight, int64_t rows) {
-  if (!is_streamed(weight, rows)) return kPackedColumns;
-  const int64_t fitting = kStreamedResults / 2 / rows / kPackedColumns * kPackedColumns;
-  return fitting > kMaxStreamedColumns ? kMaxStreamedColumns : fitting;
-}
+// From one row of sums to the next, where each has two blocks of `width` columns. A cache line more than they
+// need: rows a power of two apart would fall into the same cache sets.
+inline int64_t sums_stride(int64_t width) { return 2 * width + 16; }
 
 struct GemmTask;
 
@@ -175,6 +165,9 @@ struct CombineTask {
 
 struct Kernels {
   const char* name;
+  // Up to this many rows, weights that are stored row by row or column by column are multiplied as they stream
+  // by; above, a block of them is packed first and then reused by every tile of rows.
+  int64_t streamed_rows;
   bool bf16_dot;  // Operand::kBf16Pairs is available
   // Stores n elements as an operand row; a last half-filled unit is completed with zero.
   void (*copy_row)(const void* source, DType dtype, int64_t n, Operand operand, void* row);
@@ -198,6 +191,17 @@ struct Kernels {
 
 // The best that this processor runs, or the one that PADDLE_MOE_ISA names.
 const Kernels& kernels();
+
+inline bool is_streamed(const Matrix& weight, int64_t rows, int64_t streamed_rows = kernels().streamed_rows) {
+  return (weight.out_stride == 1 || weight.in_stride == 1) && rows <= streamed_rows;
+}
+
+// Columns of each block of a GemmTask, a multiple of kPackedColumns; streamed blocks may be narrower.
+inline int64_t block_columns(const Matrix& weight, int64_t rows) {
+  if (!is_streamed(weight, rows)) return kPackedColumns;
+  const int64_t fitting = kStreamedResults / 2 / rows / kPackedColumns * kPackedColumns;
+  return fitting > kMaxStreamedColumns ? kMaxStreamedColumns : fitting;
+}
 
 #if defined(__x86_64__)
 namespace avx2 {

@@ -25,7 +25,7 @@ struct Layout {
       : operand(operand_of(p.dtype)),
         hidden_stride(operand_stride(p.hidden_size, operand)),
         inter_stride(operand_stride(p.intermediate_size, operand)),
-        down_stride(round_up(p.hidden_size, 2 * kPackedColumns)) {
+        down_stride(sums_stride(round_up(p.hidden_size, 2 * kPackedColumns) / 2)) {
     const int64_t bytes_per_token = p.top_k * (hidden_stride + inter_stride + down_stride) * kUnitBytes;
     tokens = chunk_tokens(p, bytes_per_token);
     Arena arena(workspace);
@@ -191,7 +191,7 @@ class Chunk {
         w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes + block.first_column * out_bytes;
     auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p_.bias_dtype) : nullptr; };
     ActivateTask activate{scratch.result,       scratch.result + block.width,
-                          2 * block.width,      block.num_rows,
+                          sums_stride(block.width), block.num_rows,
                           block.num_columns,    bias(expert.gate_bias),
                           bias(expert.up_bias), p_.bias_dtype,
                           p_.activation,        p_.dtype,

@@ -68,7 +68,7 @@ struct Layout {
         inter_stride(operand_stride(b.forward.intermediate_size, operand)),
         hidden_unit_stride(operand_stride(b.forward.hidden_size, Operand::kFloat32)),
         inter_unit_stride(operand_stride(b.forward.intermediate_size, Operand::kFloat32)),
-        hidden_grad_stride(round_up(b.forward.hidden_size, 2 * kPackedColumns)),
+        hidden_grad_stride(sums_stride(round_up(b.forward.hidden_size, 2 * kPackedColumns) / 2)),
         router_sums(divide_up(b.forward.intermediate_size, kRouterSumColumns)) {
     const Problem& p = b.forward;
     const int64_t inter = p.intermediate_size, size = static_cast<int64_t>(dtype_size(p.dtype));
@@ -386,7 +386,7 @@ class Chunk {
 
   void intermediate(const GemmBlock& block, const ThreadScratch& scratch) {
     const bool need_grad = w_.wanted.gate_up_rows || w_.wanted.router;
-    const int64_t stride = 2 * block.width;
+    const int64_t stride = sums_stride(block.width);
     if (need_grad) {
       kernels().gemm(neighbours_gemm(w_.grad_rows + block.first_row * w_.hidden_stride * kUnitBytes,
                                      w_.hidden_stride, p_.hidden_size, w_.operand,

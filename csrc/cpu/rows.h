@@ -142,7 +142,7 @@ inline GemmTask gate_up_gemm(const void* rows, int64_t row_stride, const Problem
           {block.num_columns, block.num_columns},
           block.width,
           scratch.result,
-          2 * block.width,
+          sums_stride(block.width),
           scratch.gemm};
 }
 

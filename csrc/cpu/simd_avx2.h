@@ -4,6 +4,7 @@
 struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kAccumulators = 12;
+  static constexpr int64_t kStreamedRows = 12;
   static constexpr bool kBf16Dot = false;
   typedef float V __attribute__((vector_size(32)));
   typedef int32_t VI __attribute__((vector_size(32)));
@@ -17,9 +18,12 @@ struct Simd {
   static V broadcast(float x) { return (V)_mm256_set1_ps(x); }
   static V multiply_add(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
+  // One shuffle within 128-bit lanes instead of vpmovzxwd, which crosses them, and a shift.
   static V load_bf16(const uint16_t* p) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i high_halves = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                                                 -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+    return (V)_mm256_shuffle_epi8(twice, high_halves);
   }
   static V load_f16(const uint16_t* p) {
     return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

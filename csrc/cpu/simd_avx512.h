@@ -4,6 +4,7 @@
 struct Simd {
   static constexpr int kLanes = 16;
   static constexpr int kAccumulators = 24;
+  static constexpr int64_t kStreamedRows = 32;
   typedef float V __attribute__((vector_size(64)));
   typedef int32_t VI __attribute__((vector_size(64)));
 
