@@ -44,8 +44,8 @@ void gate_block(const GateProblem& p, const GateLayout& layout, const GateScratc
                                    p.weight, p.weight_dtype, {0, 0, num_tokens, column, columns, width},
                                    scratch.thread.result, sums_stride(width), scratch.thread));
     for (int64_t i = 0; i < num_tokens; ++i) {
-      std::memcpy(logits + (first_token + i) * p.num_experts + column, scratch.thread.result + i * sums_stride(width),
-                  columns * sizeof(float));
+      std::memcpy(logits + (first_token + i) * p.num_experts + column,
+                  scratch.thread.result + i * sums_stride(width), columns * sizeof(float));
     }
   }
 }

@@ -165,8 +165,8 @@ struct CombineTask {
 
 struct Kernels {
   const char* name;
-  // Up to this many rows, weights that are stored row by row or column by column are multiplied as they stream
-  // by; above, a block of them is packed first and then reused by every tile of rows.
+  // Up to this many rows, weights that are stored row by row or column by column are multiplied as they
+  // stream by; above, a block of them is packed first and then reused by every tile of rows.
   int64_t streamed_rows;
   bool bf16_dot;  // Operand::kBf16Pairs is available
   // Stores n elements as an operand row; a last half-filled unit is completed with zero.

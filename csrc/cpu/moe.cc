@@ -190,13 +190,20 @@ class Chunk {
     char* out =
         w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes + block.first_column * out_bytes;
     auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p_.bias_dtype) : nullptr; };
-    ActivateTask activate{scratch.result,       scratch.result + block.width,
-                          sums_stride(block.width), block.num_rows,
-                          block.num_columns,    bias(expert.gate_bias),
-                          bias(expert.up_bias), p_.bias_dtype,
-                          p_.activation,        p_.dtype,
-                          w_.operand,           out,
-                          w_.inter_stride,      0};
+    ActivateTask activate{scratch.result,
+                          scratch.result + block.width,
+                          sums_stride(block.width),
+                          block.num_rows,
+                          block.num_columns,
+                          bias(expert.gate_bias),
+                          bias(expert.up_bias),
+                          p_.bias_dtype,
+                          p_.activation,
+                          p_.dtype,
+                          w_.operand,
+                          out,
+                          w_.inter_stride,
+                          0};
     if (saved_->rows) {
       const int64_t inter = p_.intermediate_size;
       const int64_t row = saved_->next[block.expert] + block.first_row - begin_[block.expert];

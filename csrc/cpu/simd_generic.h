@@ -5,7 +5,7 @@ struct Simd {
   static constexpr int kLanes = 4;
   static constexpr int kAccumulators = 12;  // registers that hold one
   static constexpr int64_t kStreamedRows = 12;
-  static constexpr bool kBf16Dot = false;   // multiplies bf16 pairs directly
+  static constexpr bool kBf16Dot = false;  // multiplies bf16 pairs directly
   typedef float V __attribute__((vector_size(16)));
   typedef int32_t VI __attribute__((vector_size(16)));
 
