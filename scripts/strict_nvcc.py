@@ -4,7 +4,7 @@
     strict_nvcc.py NVCC ARGUMENT...
 
 setup.py and CMake compile with it. It fails on registers that spill to memory (but for MAY_SPILL), on
-serialised wgmma instructions (C7510, C7515, C7517), on an ignored setmaxnreg (C7508), and when nvcc itself
+serialised wgmma instructions (C7510 and others), on an ignored setmaxnreg (C7508), and when nvcc itself
 fails. Then it leaves no output file behind, so that no later step can take an old one for the new one.
 """
 
@@ -23,6 +23,7 @@ REFUSED = {
     "C7510": "wgmma instructions were serialised",
     "C7515": "wgmma instructions were serialised",
     "C7517": "a wait was put between wgmma instructions",
+    "C7518": "wgmma instructions were serialised",
 }
 
 

@@ -81,20 +81,26 @@ def test_gradients_match_the_reference(dtype, hidden, inter, permuted):
 @half
 @pytest.mark.parametrize("layout", ["list", "separate", "stacked"])
 @pytest.mark.parametrize("hidden, inter, by_wgmma", [(256, 192, True), (104, 176, True), (33, 21, False)])
-def test_hopper_multiplies_by_wgmma_where_it_can(dtype, layout, hidden, inter, by_wgmma):
-    """Both paths are right, so a driver that refuses the tensor maps would only be slow."""
+def test_hopper_multiplies_by_wgmma_where_it_can(dtype, layout, hidden, inter, by_wgmma, record_property):
+    """Both paths are right, so a driver that refuses the tensor maps would only be slow. gpu_check.py keeps
+    what is recorded here."""
     import torch
 
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("only devices of compute capability 9.0 have wgmma")
     case = to_gpu(random_case(40, hidden, inter, 8, 3, dtype, layout=layout))
     core.mixture_of_experts(**case)  # loads the kernels
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         core.mixture_of_experts(**case)
         torch.cuda.synchronize()
     names = [event.name for event in profile.events()]
-    for kernel, expected in (("grouped_gemm_kernel", by_wgmma), ("multiply_tiles", not by_wgmma)):
-        assert sum(kernel in name for name in names) == (2 if expected else 0), names
+    calls = {
+        kernel: sum(kernel in name for name in names) for kernel in ("grouped_gemm_kernel", "multiply_tiles")
+    }
+    taken = ", ".join(f"{count} {kernel}" for kernel, count in calls.items() if count)
+    record_property(f"GEMMs of {layout}, {dtype}, H={hidden}, I={inter}", taken)
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only devices of compute capability 9.0 have wgmma")
+    expected = {"grouped_gemm_kernel": 2 * by_wgmma, "multiply_tiles": 2 * (not by_wgmma)}
+    assert calls == expected, names
 
 
 @half
@@ -235,6 +241,22 @@ def test_arrays_on_two_devices_are_refused():
     expected = "routing_table must be on the device of hidden_states, the GPU 0, got the CPU"
     with pytest.raises(ValueError, match=f"^{expected}$"):
         core.mixture_of_experts(**mixed)
+
+
+def test_arrays_of_a_gpu_that_is_not_the_current_one():
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = random_case(5, dtype="bfloat16", layout="stacked")
+    expected = checks.Cuda().mixture_of_experts(**case)
+    elsewhere = {name: value.to("cuda:1") for name, value in to_gpu(case).items()}
+    out = core.mixture_of_experts(**elsewhere)
+    assert out.device.index == 1 and torch.cuda.current_device() == 0
+    assert_same_bits(to_numpy(out), expected)
+    with pytest.raises(ValueError, match="down_weights must be on the device"):
+        core.mixture_of_experts(**{**elsewhere, "down_weights": elsewhere["down_weights"].to("cuda:0")})
+    assert torch.cuda.current_device() == 0
 
 
 @half
