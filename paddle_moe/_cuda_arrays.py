@@ -1,4 +1,4 @@
-"""What _core needs from the library of a CUDA array: its current stream, and new arrays on that stream."""
+"""What _core needs from the library of a CUDA array: its current stream and device, and new arrays there."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def current_stream(array: Any) -> int:
     if _library(array) == "torch":
         return sys.modules["torch"].cuda.current_stream(array.device).cuda_stream
     return sys.modules["cupy"].cuda.get_current_stream(array.device.id).ptr
+
+
+def device_of(array: Any) -> Any:
+    """A context in which the device of `array` is the current one of its library."""
+    return sys.modules["torch"].cuda.device(array.device) if _library(array) == "torch" else array.device
 
 
 def empty(array: Any, dtype: str, shape: list[int]) -> Any:

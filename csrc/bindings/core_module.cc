@@ -122,6 +122,33 @@ struct Array {
   py::object owner;
 };
 
+py::module_ library() { return py::module_::import("paddle_moe._cuda_arrays"); }
+
+// While it lives, the device of an array is the current one of the array's library: PyTorch exports no others.
+class LibraryDevice {
+ public:
+  LibraryDevice() = default;
+  ~LibraryDevice() {
+    if (!context_) return;
+    try {
+      context_.attr("__exit__")(py::none(), py::none(), py::none());
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("the device that was current before a call of paddle_moe.core");
+    }
+  }
+  LibraryDevice(const LibraryDevice&) = delete;
+  LibraryDevice& operator=(const LibraryDevice&) = delete;
+
+  void enter(const py::object& array) {
+    const py::object context = library().attr("device_of")(array);
+    context.attr("__enter__")();
+    context_ = context;
+  }
+
+ private:
+  py::object context_;
+};
+
 // Reads the arrays of one call. The first one decides on which device the call runs, and on a GPU the current
 // stream of its library is the stream of the call. All others must lie there too.
 class Reader {
@@ -147,8 +174,6 @@ class Reader {
 
  private:
   bool on_gpu() const { return device_.kind == Device::Kind::kCuda; }
-  static py::module_ library() { return py::module_::import("paddle_moe._cuda_arrays"); }
-
   static std::string text(dlpack::Device device) {
     if (device.type == dlpack::kCpu) return "the CPU";
     if (device.type == dlpack::kCuda) return "the GPU " + std::to_string(device.id);
@@ -162,6 +187,7 @@ class Reader {
         device_ = dispatch::cuda_device(name.c_str(), device.id, nullptr);
         const auto stream = library().attr("current_stream")(object).cast<uintptr_t>();
         device_.stream = reinterpret_cast<cuda::Stream>(stream);
+        library_device_.enter(object);
       } else if (device.type != dlpack::kCpu) {
         fail(name + " must be on the CPU or on a CUDA GPU, got " + text(device));
       }
@@ -205,10 +231,7 @@ class Reader {
     settle(name, object, dlpack_device_of(name, object));
     Array result;
     try {
-      // The library makes the stream wait for the array if it is still being computed on another one. DLPack
-      // calls the default stream, whose handle is null, 1.
-      const auto stream = reinterpret_cast<uintptr_t>(device_.stream);
-      result.owner = on_gpu() ? object.attr("__dlpack__")(py::arg("stream") = stream == 0 ? 1 : stream)
+      result.owner = on_gpu() ? object.attr("__dlpack__")(py::arg("stream") = stream_for(object))
                               : object.attr("__dlpack__")();
     } catch (const py::error_already_set& error) {
       fail(name + " cannot be read through DLPack: " + error.what());
@@ -226,7 +249,17 @@ class Reader {
     return result;
   }
 
+  // The stream that the library of an array makes wait for it, in DLPack's numbers. The library of the first
+  // array is asked for no order, -1: the call runs on its current stream. DLPack calls the default stream,
+  // whose handle is null, 1.
+  int64_t stream_for(const py::object& object) const {
+    if (py::type::of(object).is(py::type::of(first_))) return -1;
+    const auto stream = reinterpret_cast<intptr_t>(device_.stream);
+    return stream == 0 ? 1 : stream;
+  }
+
   Device device_ = dispatch::cpu_device();
+  LibraryDevice library_device_;
   dlpack::Device dlpack_device_{dlpack::kCpu, 0};
   py::object first_;
   std::string first_name_;
