@@ -6,6 +6,7 @@
 //
 // Nothing depends on the order in which warps run, so neither do the positions.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/router.cuh"
 #include "cuda/sort.h"
@@ -25,12 +26,12 @@ constexpr int kManyExperts = 36;
 #else
 constexpr int kManyExperts = 320;
 #endif
-constexpr int kFewExperts = 32;
+constexpr int kFewExperts = 32, kSomeExperts = kManyExperts < 128 ? kManyExperts : 128;
 
 template <int kCapacity>
 struct ExpertBatch {
   int32_t first = 0, count = 0;
-  Expert experts[kCapacity];
+  alignas(16) Expert experts[kCapacity];
 };
 static_assert(sizeof(ExpertBatch<kManyExperts>) + sizeof(Sort) + sizeof(RouteProblem) + 64 <= 32764,
               "the limit of kernel parameters");
@@ -48,7 +49,11 @@ __device__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; 
 
 template <int kCapacity>
 __device__ void store(const ExpertBatch<kCapacity>& batch, Expert* experts) {
-  for (int i = threadIdx.x; i < batch.count; i += blockDim.x) experts[batch.first + i] = batch.experts[i];
+  constexpr int kPieces = sizeof(Expert) / sizeof(uint4);
+  static_assert(sizeof(Expert) % sizeof(uint4) == 0, "copied in whole pieces");
+  const auto* from = forget_origin(reinterpret_cast<const uint4*>(batch.experts));
+  auto* to = reinterpret_cast<uint4*>(experts + batch.first);
+  for (int i = threadIdx.x; i < batch.count * kPieces; i += blockDim.x) to[i] = from[i];
 }
 
 __device__ int local_expert(const Sort& s, int slot) {
@@ -224,13 +229,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kCapacity>
 __device__ void sort(const Sort& s, const ExpertBatch<kCapacity>& batch, int ranges, int range_size) {
   auto& begins = *static_cast<Begins*>(shared_memory());
-  store(batch, s.experts);
   if (warp_index() < ranges) count(s, warp_index(), range_size);
   __syncthreads();
   scan_few_ranges(s, ranges);
   scan_experts(s, s.expert_rows, begins);
   write_tiles(s, begins);
   if (warp_index() < ranges) place(s, warp_index(), range_size, begins);
+  store(batch, s.experts);  // last: only later kernels read it
 }
 
 template <int kCapacity>
@@ -267,9 +272,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 __global__ void __launch_bounds__(kThreads, 1)
     count_slots(const __grid_constant__ Sort s, const __grid_constant__ ExpertBatch<kManyExperts> batch,
                 int ranges, int range_size) {
-  if (blockIdx.x == 0) store(batch, s.experts);
   const int range = blockIdx.x * kWarps + warp_index();
   if (range < ranges) count(s, range, range_size);
+  if (blockIdx.x == 0) store(batch, s.experts);
 }
 
 __global__ void __launch_bounds__(kThreads, 1) scan_counts(const __grid_constant__ Sort s, int ranges) {
@@ -310,6 +315,14 @@ void route_then_sort_few(const RouteProblem& route, float* router_weights, uint3
          static_cast<int>(range_size(s.num_slots)));
 }
 
+// Calls body with the capacity, as a constant, of the smallest batch that takes so many.
+template <class Body>
+void with_capacity(size_t num_experts, Body body) {
+  if (num_experts <= kFewExperts) return body(std::integral_constant<int, kFewExperts>{});
+  if (num_experts <= kSomeExperts) return body(std::integral_constant<int, kSomeExperts>{});
+  body(std::integral_constant<int, kManyExperts>{});
+}
+
 void store_experts_from(size_t first, const std::vector<Expert>& experts, Expert* table, Stream stream) {
   for (size_t e = first; e < experts.size(); e += kManyExperts) {
     launch("store_experts", store_batch<kManyExperts>, 1, kThreads, 0, stream,
@@ -332,9 +345,9 @@ void sort_slots(const Sort& s, const std::vector<Expert>& experts, Stream stream
   const int ranges = static_cast<int>(num_ranges(s.num_slots));
   store_experts_from(kManyExperts, experts, s.experts, stream);
   if (s.num_slots <= kSlotsOfOneBlock) {
-    const bool few = experts.size() <= kFewExperts;
-    (few ? sort_few<kFewExperts> : sort_few<kManyExperts>)(s, experts, ranges, size, stream);
-    return;
+    return with_capacity(experts.size(), [&](auto capacity) {
+      sort_few<decltype(capacity)::value>(s, experts, ranges, size, stream);
+    });
   }
   const int64_t blocks = divide_up(ranges, kWarps);
   launch("count_slots", count_slots, blocks, kThreads, 0, stream, s, batch_of<kManyExperts>(experts, 0),
@@ -346,10 +359,10 @@ void sort_slots(const Sort& s, const std::vector<Expert>& experts, Stream stream
 
 void route_and_sort_slots(const RouteProblem& route, float* router_weights, uint32_t* blocks_done,
                           const Sort& s, const std::vector<Expert>& experts, Stream stream) {
-  const bool few = experts.size() <= kFewExperts;
   store_experts_from(kManyExperts, experts, s.experts, stream);
-  (few ? route_then_sort_few<kFewExperts>
-       : route_then_sort_few<kManyExperts>)(route, router_weights, blocks_done, s, experts, stream);
+  with_capacity(experts.size(), [&](auto capacity) {
+    route_then_sort_few<decltype(capacity)::value>(route, router_weights, blocks_done, s, experts, stream);
+  });
 }
 
 }  // namespace cuda

@@ -1,4 +1,6 @@
 // The sort against a plain loop: one block and several, few experts and more than kernel parameters hold.
+#include <cstring>
+
 #include "cuda/sort.h"
 #include "emulated.h"
 
@@ -21,7 +23,7 @@ void check(Random& random, int num_slots, int num_experts, int block_m) {
   for (int i = 0; i < num_slots / 3; ++i) ids[i] = first_expert + num_experts / 2;  // one hot expert
 
   std::vector<Expert> experts(num_experts);
-  for (int e = 0; e < num_experts; ++e) experts[e].down.in_stride = e;
+  for (Expert& expert : experts) expert.gate_bias = expert.down_bias = expert.down.data = &expert;
   const int64_t most_tiles = cuda::max_tiles(num_slots, num_experts, block_m);
   const Array<int32_t> local(num_slots), position(num_slots), row_slot(num_slots), rows(num_experts),
       first_row(num_experts);
@@ -53,7 +55,7 @@ void check(Random& random, int num_slots, int num_experts, int block_m) {
 
   int wrong = 0, row = 0, tile = 0;
   for (int e = 0; e < num_experts; ++e) {
-    wrong += table[e].down.in_stride != e;
+    wrong += std::memcmp(&table[e], &experts[e], sizeof(Expert)) != 0;
     const int begin = row;
     for (int slot = 0; slot < num_slots; ++slot) {
       if (ids[slot] - first_expert != e) continue;
@@ -82,6 +84,7 @@ int main() {
     check(random, 1, 1, 16);
     check(random, 31, 3, 16);
     check(random, 1000, 33, 64);
+    check(random, 100, 129, 64);
     check(random, 700, 1500, 16);
   });
   emulator::order = emulator::Order::kRandom;
