@@ -11,7 +11,7 @@ constexpr int kWarps = 8;
 
 template <class T>
 __global__ void __launch_bounds__(kWarps* kWarpSize)
-    activation_backward_rows(const __grid_constant__ ActivationBackward p) {
+    activation_backward_rows(const __grid_constant__ ActivationBackward p, bool aligned) {
   const int64_t slot = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   if (slot >= p.num_slots) return;
@@ -26,18 +26,34 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     T* gate_grads = static_cast<T*>(p.gate_up_grad) + slot * 2 * p.intermediate_size;
     T* up_grads = gate_grads + p.intermediate_size;
     T* intermediate = static_cast<T*>(p.weighted_intermediate) + slot * p.weighted_intermediate_stride;
-    for (int64_t c = lane; c < p.intermediate_size; c += kWarpSize) {
-      const float gate = to_float(gates[c]), up = to_float(ups[c]);
-      // What the forward multiplied with: rounded to the dtype.
-      const float value = to_float(from_float<T>(activate<T>(p.activation, gate, up)));
-      if (p.weighted_intermediate != nullptr) intermediate[c] = from_float<T>(weight * value);
-      if (grads == nullptr) continue;
-      sum = fmaf(grads[c], value, sum);
-      if (p.gate_up_grad != nullptr) {
-        const Slopes slopes = activation_slopes<T>(p.activation, gate, up);
-        gate_grads[c] = from_float<T>(weight * grads[c] * slopes.by_gate);
-        up_grads[c] = from_float<T>(weight * grads[c] * slopes.by_up);
+    constexpr int kColumns = kColumnsOfThread;
+    for (int64_t c = lane * kColumns; c < p.intermediate_size; c += kWarpSize * kColumns) {
+      const int64_t columns = p.intermediate_size - c;
+      float gate[kColumns], up[kColumns], grad[kColumns], value[kColumns], weighted[kColumns];
+      load_columns(gates + c, gate, columns, aligned);
+      load_columns(ups + c, up, columns, aligned);
+      if (grads != nullptr) load_columns(grads + c, grad, columns, aligned);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        // What the forward multiplied with: rounded to the dtype.
+        value[i] = to_float(from_float<T>(activate<T>(p.activation, gate[i], up[i])));
+        weighted[i] = weight * value[i];
       }
+      if (p.weighted_intermediate != nullptr) store_columns(intermediate + c, weighted, columns, aligned);
+      if (grads == nullptr) continue;
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        if (i < columns) sum = fmaf(grad[i], value[i], sum);
+      }
+      if (p.gate_up_grad == nullptr) continue;
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        const Slopes slopes = activation_slopes<T>(p.activation, gate[i], up[i]);
+        gate[i] = weight * grad[i] * slopes.by_gate;
+        up[i] = weight * grad[i] * slopes.by_up;
+      }
+      store_columns(gate_grads + c, gate, columns, aligned);
+      store_columns(up_grads + c, up, columns, aligned);
     }
     if (p.router_weights_grad != nullptr && p.experts != nullptr) {
       const void* bias = p.experts[p.local_expert[slot]].down_bias;
@@ -56,9 +72,12 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 }  // namespace
 
 void activation_backward(const ActivationBackward& p, DType dtype, Stream stream) {
+  // The rows of the workspace are aligned where those of the caller's pre-activations are.
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(p.pre_activations) % 16 == 0 && p.intermediate_size % kColumnsOfThread == 0;
   with_element(dtype, [&](auto element) {
     launch("activation_backward_rows", activation_backward_rows<decltype(element)>,
-           divide_up(p.num_slots, kWarps), kWarps * kWarpSize, 0, stream, p);
+           divide_up(p.num_slots, kWarps), kWarps * kWarpSize, 0, stream, p, aligned);
   });
 }
 

@@ -6,27 +6,10 @@ namespace paddle_moe {
 namespace cuda {
 namespace {
 
-constexpr int kColumns = 8;  // of one thread: 16 bytes of a half precision result
+constexpr int kColumns = kColumnsOfThread;
 constexpr int kMaxThreads = 256;
-
-// out is written in whole 16-byte pieces where `aligned`, else element by element.
-template <class T>
-__device__ void store_columns(T* out, const float (&sum)[kColumns], int64_t columns, bool aligned) {
-  T value[kColumns];
-#pragma unroll
-  for (int c = 0; c < kColumns; ++c) value[c] = from_float<T>(sum[c]);
-  if (aligned && columns >= kColumns) {
-#pragma unroll
-    for (int c = 0; c < kColumns; c += 16 / sizeof(T)) {
-      store_vector(out + c, value, c);
-    }
-    return;
-  }
-#pragma unroll
-  for (int c = 0; c < kColumns; ++c) {
-    if (c < columns) out[c] = value[c];
-  }
-}
+constexpr int kFewTokens = 64, kFewThreads = 64;
+constexpr int kAtOnce = 4;  // slots whose rows are on their way together
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads)
@@ -37,24 +20,44 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (column >= p.hidden_size) return;
   const int64_t columns = p.hidden_size - column;
   float sum[kColumns] = {};
-  for (int64_t slot = token * p.top_k; slot < (token + 1) * p.top_k; ++slot) {
-    const int32_t position = p.position[slot];
-    if (position < 0) continue;
-    const float weight =
-        p.router_weights == nullptr ? 1.0f : load_as_float(p.router_weights, slot, p.router_weights_dtype);
-    // Rows are padded to whole vectors; what is read past the last column is never stored.
-    const auto* row = reinterpret_cast<const float4*>(p.rows + position * p.rows_stride + column);
-    const float4 low = row[0], high = row[1];
-    float value[kColumns] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    if (p.experts != nullptr) {
-      const void* bias = p.experts[p.local_expert[slot]].down_bias;
+  const int64_t first_slot = token * p.top_k;
+  for (int32_t first = 0; first < p.top_k; first += kAtOnce) {
+    // All positions, then all rows, then the sums in the order of k: one wait for memory each, not kAtOnce.
+    int32_t position[kAtOnce];
+    float weight[kAtOnce];
+    float4 low[kAtOnce], high[kAtOnce];
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        if (c < columns) value[c] += load_as_float(bias, column + c, p.bias_dtype);
-      }
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t slot = first_slot + first + i;
+      const bool is_slot = first + i < p.top_k;
+      position[i] = is_slot ? p.position[slot] : -1;
+      weight[i] = is_slot && p.router_weights != nullptr
+                      ? load_as_float(p.router_weights, slot, p.router_weights_dtype)
+                      : 1.0f;
     }
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) sum[c] = fmaf(weight, value[c], sum[c]);
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (position[i] < 0) continue;
+      // Rows are padded to whole vectors; what is read past the last column is never stored.
+      const auto* row = reinterpret_cast<const float4*>(p.rows + position[i] * p.rows_stride + column);
+      low[i] = row[0];
+      high[i] = row[1];
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (position[i] < 0) continue;
+      float value[kColumns] = {low[i].x,  low[i].y,  low[i].z,  low[i].w,
+                               high[i].x, high[i].y, high[i].z, high[i].w};
+      if (p.experts != nullptr) {
+        const void* bias = p.experts[p.local_expert[first_slot + first + i]].down_bias;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          if (c < columns) value[c] += load_as_float(bias, column + c, p.bias_dtype);
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) sum[c] = fmaf(weight[i], value[c], sum[c]);
+    }
   }
   store_columns(static_cast<T*>(p.out) + token * p.hidden_size + column, sum, columns, aligned);
 }
@@ -63,7 +66,9 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 void combine(const Combine& p, DType dtype, Stream stream) {
   const int64_t vectors = divide_up(p.hidden_size, kColumns);
-  const int64_t blocks_per_token = divide_up(vectors, kMaxThreads);
+  // Few tokens are spread over more blocks, so that more multiprocessors read.
+  const int64_t most = p.num_tokens <= kFewTokens ? kFewThreads : kMaxThreads;
+  const int64_t blocks_per_token = divide_up(vectors, most);
   const int threads =
       static_cast<int>(round_up(divide_up(vectors, blocks_per_token), kWarpSize));  // equal shares
   with_element(dtype, [&](auto element) {

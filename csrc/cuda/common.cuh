@@ -108,5 +108,42 @@ __device__ inline void store_vector(T* destination, const T (&values)[kCount], i
   *reinterpret_cast<uint4*>(destination) = bytes;
 }
 
+// What a thread of the kernels that only move rows takes: 16 bytes of half precision elements. In whole 16-byte
+// pieces where `aligned`, else element by element; only the first `columns` are there.
+constexpr int kColumnsOfThread = 8;
+
+template <class T>
+__device__ void load_columns(const T* in, float (&value)[kColumnsOfThread], int64_t columns, bool aligned) {
+  if (aligned && columns >= kColumnsOfThread) {
+    T element[kColumnsOfThread];
+#pragma unroll
+    for (int c = 0; c < kColumnsOfThread; c += 16 / sizeof(T)) {
+      const uint4 bytes = *reinterpret_cast<const uint4*>(in + c);
+      memcpy(element + c, &bytes, sizeof bytes);
+    }
+#pragma unroll
+    for (int c = 0; c < kColumnsOfThread; ++c) value[c] = to_float(element[c]);
+    return;
+  }
+#pragma unroll
+  for (int c = 0; c < kColumnsOfThread; ++c) value[c] = c < columns ? to_float(in[c]) : 0.0f;
+}
+
+template <class T>
+__device__ void store_columns(T* out, const float (&value)[kColumnsOfThread], int64_t columns, bool aligned) {
+  T element[kColumnsOfThread];
+#pragma unroll
+  for (int c = 0; c < kColumnsOfThread; ++c) element[c] = from_float<T>(value[c]);
+  if (aligned && columns >= kColumnsOfThread) {
+#pragma unroll
+    for (int c = 0; c < kColumnsOfThread; c += 16 / sizeof(T)) store_vector(out + c, element, c);
+    return;
+  }
+#pragma unroll
+  for (int c = 0; c < kColumnsOfThread; ++c) {
+    if (c < columns) out[c] = element[c];
+  }
+}
+
 }  // namespace cuda
 }  // namespace paddle_moe

@@ -15,6 +15,7 @@ struct Fp32Tile {
   static constexpr int kBlockM = 64, kHalfN = 32, kBlockDepth = 16, kThreads = 256;
   static constexpr int kRows = 4, kColumns = 2;  // of one thread, the columns in each half
   static constexpr int kThreadsN = kHalfN / kColumns;
+  static constexpr int kLoadsA = kBlockM * kBlockDepth / kThreads, kLoadsB = kHalfN * kBlockDepth / kThreads;
   static_assert(kThreadsN * kBlockM / kRows == kThreads, "the threads cover the tile");
   static_assert(kSumBlock % kBlockDepth == 0, "a block of a sum ends with a step");
 
@@ -33,21 +34,42 @@ struct Fp32Tile {
   template <class A, class B>
   __device__ void multiply(Shared& shared, int64_t depth, bool weights_along_depth, A a, B b) {
     float block[2][kRows][kColumns] = {};
-    for (int64_t k = 0; k < depth; k += kBlockDepth) {
-      __syncthreads();
-      for (int i = threadIdx.x; i < kBlockM * kBlockDepth; i += kThreads) {
-        const int row = i / kBlockDepth, d = i % kBlockDepth;
-        shared.a[d][row] = k + d < depth ? a(row, k + d) : 0.0f;
+    float next_a[kLoadsA], next_b[2][kLoadsB];
+    const auto index = [](int i) { return static_cast<int>(threadIdx.x) + i * kThreads; };
+    const auto depth_of_b = [&](int i) { return weights_along_depth ? i % kBlockDepth : i / kHalfN; };
+    const auto column_of_b = [&](int i) { return weights_along_depth ? i / kBlockDepth : i % kHalfN; };
+    // The next step's elements are on their way while this step's are multiplied.
+    const auto fetch = [&](int64_t k) {
+#pragma unroll
+      for (int n = 0; n < kLoadsA; ++n) {
+        const int row = index(n) / kBlockDepth, d = index(n) % kBlockDepth;
+        next_a[n] = k + d < depth ? a(row, k + d) : 0.0f;
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        for (int i = threadIdx.x; i < kHalfN * kBlockDepth; i += kThreads) {
-          const int d = weights_along_depth ? i % kBlockDepth : i / kHalfN;
-          const int column = weights_along_depth ? i / kBlockDepth : i % kHalfN;
-          shared.b[half][d][column] = k + d < depth ? b(half, k + d, column) : 0.0f;
+#pragma unroll
+        for (int n = 0; n < kLoadsB; ++n) {
+          const int d = depth_of_b(index(n));
+          next_b[half][n] = k + d < depth ? b(half, k + d, column_of_b(index(n))) : 0.0f;
+        }
+      }
+    };
+    fetch(0);
+    for (int64_t k = 0; k < depth; k += kBlockDepth) {
+      __syncthreads();
+#pragma unroll
+      for (int n = 0; n < kLoadsA; ++n) {
+        shared.a[index(n) % kBlockDepth][index(n) / kBlockDepth] = next_a[n];
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < kLoadsB; ++n) {
+          shared.b[half][depth_of_b(index(n))][column_of_b(index(n))] = next_b[half][n];
         }
       }
       __syncthreads();
+      fetch(k + kBlockDepth);
 #pragma unroll
       for (int d = 0; d < kBlockDepth; ++d) {
 #pragma unroll

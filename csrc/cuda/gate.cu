@@ -7,7 +7,8 @@ namespace paddle_moe {
 namespace cuda {
 namespace {
 
-constexpr int64_t kFewTokens = 128;
+// Up to kVeryFewTokens a block for each, so that there are enough blocks; then the reads count.
+constexpr int64_t kVeryFewTokens = 32, kFewTokens = 128;
 constexpr int kWarps = 16;  // of a block of gate_few: so many blocks of a sum run side by side
 
 __device__ void set_to_zero(uint32_t* word) {
@@ -43,44 +44,63 @@ __global__ void __launch_bounds__(Fp32Tile::kThreads)
   });
 }
 
-// A block computes 32 logits of one token, one per lane; warp w the blocks w, w + kWarps, ... of each sum.
-template <class Hidden, class Weight>
+// A block computes 32 logits, one per lane, of kTokens tokens, which share the reads of the weight; warp w the
+// blocks w, w + kWarps, ... of each sum. Warp t adds those of token t.
+template <class Hidden, class Weight, int kTokens>
 __global__ void __launch_bounds__(kWarps* kWarpSize)
     gate_few(const __grid_constant__ GateProblem p, int blocks_n, float* logits, uint32_t* zeroed) {
+  static_assert(kTokens <= kWarps, "a warp for each token");
   set_to_zero(zeroed);
-  auto* sums = static_cast<float (*)[kWarpSize]>(shared_memory());
+  auto* sums = static_cast<float (*)[kTokens][kWarpSize]>(shared_memory());
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int64_t token = blockIdx.x / blocks_n;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) / blocks_n * kTokens;
   const int64_t expert = static_cast<int64_t>(blockIdx.x) % blocks_n * kWarpSize + lane;
-  const auto* hidden = static_cast<const Hidden*>(p.hidden_states) + token * p.hidden_states_stride;
+  const Hidden* hidden[kTokens];
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    const int64_t token = first_token + t < p.num_tokens ? first_token + t : p.num_tokens - 1;
+    hidden[t] = static_cast<const Hidden*>(p.hidden_states) + token * p.hidden_states_stride;
+  }
   const auto* weight = static_cast<const Weight*>(p.weight.data) + expert * p.weight.out_stride;
   float total = 0.0f;
   for (int64_t round = 0; round < p.hidden_size; round += kWarps * kSumBlock) {
     const int64_t first = round + warp * kSumBlock;
     const int64_t end = first + kSumBlock < p.hidden_size ? first + kSumBlock : p.hidden_size;
-    float sum = 0.0f;
+    float sum[kTokens] = {};
     if (expert < p.num_experts) {
-#pragma unroll 16
+#pragma unroll (16 / kTokens)
       for (int64_t k = first; k < end; ++k) {
-        sum = fmaf(to_float(hidden[k]), to_float(weight[k * p.weight.in_stride]), sum);
+        const float factor = to_float(weight[k * p.weight.in_stride]);
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) sum[t] = fmaf(to_float(hidden[t][k]), factor, sum[t]);
       }
     }
-    sums[warp][lane] = sum;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) sums[warp][t][lane] = sum[t];
     __syncthreads();
-    for (int w = 0; w < kWarps && round + w * kSumBlock < p.hidden_size; ++w) total += sums[w][lane];
+    if (warp < kTokens) {
+      for (int w = 0; w < kWarps && round + w * kSumBlock < p.hidden_size; ++w) total += sums[w][warp][lane];
+    }
     __syncthreads();
   }
-  if (warp == 0 && expert < p.num_experts) logits[token * p.num_experts + expert] = total;
+  const int64_t token = first_token + warp;
+  if (warp < kTokens && token < p.num_tokens && expert < p.num_experts) {
+    logits[token * p.num_experts + expert] = total;
+  }
+}
+
+template <class Hidden, class Weight, int kTokens>
+void start_few(const GateProblem& p, Stream stream, float* logits, uint32_t* zeroed) {
+  const int64_t blocks_n = divide_up(p.num_experts, kWarpSize);
+  launch("gate_few", gate_few<Hidden, Weight, kTokens>, divide_up(p.num_tokens, kTokens) * blocks_n,
+         kWarps * kWarpSize, kTokens * kWarps * kWarpSize * sizeof(float), stream, p,
+         static_cast<int>(blocks_n), logits, zeroed);
 }
 
 template <class Hidden, class Weight>
 void start(const GateProblem& p, Stream stream, float* logits, uint32_t* zeroed) {
-  if (p.num_tokens <= kFewTokens) {
-    const int64_t blocks_n = divide_up(p.num_experts, kWarpSize);
-    launch("gate_few", gate_few<Hidden, Weight>, p.num_tokens * blocks_n, kWarps * kWarpSize,
-           kWarps * kWarpSize * sizeof(float), stream, p, static_cast<int>(blocks_n), logits, zeroed);
-    return;
-  }
+  if (p.num_tokens <= kVeryFewTokens) return start_few<Hidden, Weight, 1>(p, stream, logits, zeroed);
+  if (p.num_tokens <= kFewTokens) return start_few<Hidden, Weight, 4>(p, stream, logits, zeroed);
   const int64_t blocks_n = divide_up(p.num_experts, 2 * Fp32Tile::kHalfN);
   launch("gate_tiles", gate_tiles<Hidden, Weight>, divide_up(p.num_tokens, Fp32Tile::kBlockM) * blocks_n,
          Fp32Tile::kThreads, sizeof(Fp32Tile::Shared), stream, p, static_cast<int>(blocks_n), logits, zeroed);

@@ -99,6 +99,7 @@ void past_block_sizes() {
   Random random(2);
   check(random, 150, 136, 72, 1, 1, DType::kBFloat16, ::Layout::kStacked, false);
   check(random, 150, 37, 41, 1, 1, DType::kBFloat16, ::Layout::kSeparate, true);
+  check(random, 9, 8, 280, 2, 2, DType::kFloat16, ::Layout::kList, false);
   check(random, 300, 8, 8, 1, 1, DType::kFloat32, ::Layout::kList, false);
 }
 

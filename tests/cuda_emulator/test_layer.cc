@@ -1,8 +1,11 @@
 // The whole layer on small integers against the naive loop, where every result must be exact, under every
-// schedule; the call that routes too against the three calls; what a launch that is refused says; how many
+// schedule; the call that routes too against the three calls; combine and gate against
+// their sums in the documented order; what a launch that is refused says; how many
 // launches a call takes.
+#include <cmath>
 #include <stdexcept>
 
+#include "cuda/combine.h"
 #include "emulated.h"
 
 using namespace paddle_moe;
@@ -64,6 +67,92 @@ void launches() {
   }
   CHECK(text.find("route_tokens with 2147483648 blocks of 256 threads") != std::string::npos, "'%s'",
         text.c_str());
+}
+
+float fraction(Random& random) { return pick(random, -999, 999) / 997.0f; }
+
+// Random numbers, whose sum has other bits in another order. Rows of slots that are not local do not exist.
+void check_combine(Random& random, int tokens, int hidden, int top_k, bool weighted) {
+  const int slots = tokens * top_k, stride = (hidden + 7) / 8 * 8;
+  std::vector<int32_t> position(slots, -1);
+  int rows = 0;
+  for (int32_t& p : position) {
+    if (pick(random, 0, 2) > 0) p = rows++;
+  }
+  for (int i = 0; i < slots; ++i) std::swap(position[i], position[pick(random, 0, i)]);
+  Numbers row(static_cast<size_t>(rows) * stride, std::nanf("")), weight(slots, std::nanf(""));
+  for (int r = 0; r < rows; ++r) {
+    for (int h = 0; h < hidden; ++h) row[r * stride + h] = fraction(random);
+  }
+  for (int i = 0; i < slots; ++i) {
+    if (position[i] >= 0) weight[i] = fraction(random);
+  }
+  const Fenced out(sizeof(float) * tokens * hidden);
+  cuda::Combine task;
+  task.num_tokens = tokens;
+  task.hidden_size = hidden;
+  task.top_k = top_k;
+  task.rows = row.data();
+  task.rows_stride = stride;
+  task.position = position.data();
+  task.router_weights = weighted ? weight.data() : nullptr;
+  task.router_weights_dtype = DType::kFloat32;
+  task.out = out.get();
+  cuda::combine(task, DType::kFloat32, nullptr);
+  int wrong = 0;
+  for (int t = 0; t < tokens; ++t) {
+    for (int h = 0; h < hidden; ++h) {
+      float sum = 0;
+      for (int slot = t * top_k; slot < (t + 1) * top_k; ++slot) {
+        if (position[slot] < 0) continue;
+        sum = std::fmaf(weighted ? weight[slot] : 1.0f, row[position[slot] * stride + h], sum);
+      }
+      wrong += !(get(out.get(), DType::kFloat32, int64_t{t} * hidden + h) == sum);
+    }
+  }
+  CHECK(wrong == 0, "%d sums differ for T=%d H=%d K=%d", wrong, tokens, hidden, top_k);
+}
+
+void sums_of_combine() {
+  Random random(5);
+  emulator::order = emulator::Order::kRandom;
+  for (int top_k = 1; top_k <= 9; ++top_k) {
+    check_combine(random, 7, 20, top_k, true);
+    check_combine(random, 65, 8, top_k, false);
+  }
+  check_combine(random, 2, 1000, 3, true);
+  check_combine(random, 70, 2056, 2, true);
+}
+
+// Chains of 256 multiply-adds, added in order, by the tile and by one and by four tokens to a block.
+void sums_of_gate() {
+  constexpr int kTokens = 130, kHidden = 600, kExperts = 40;
+  Random random(6);
+  Numbers hidden, weight;
+  for (int i = 0; i < kTokens * kHidden; ++i) hidden.push_back(fraction(random));
+  for (int i = 0; i < kHidden * kExperts; ++i) weight.push_back(fraction(random));
+  Numbers expected;
+  for (int t = 0; t < kTokens; ++t) {
+    for (int e = 0; e < kExperts; ++e) {
+      float total = 0;
+      for (int first = 0; first < kHidden; first += 256) {
+        float sum = 0;
+        for (int k = first; k < std::min(first + 256, kHidden); ++k) {
+          sum = std::fmaf(hidden[t * kHidden + k], weight[k * kExperts + e], sum);
+        }
+        total += sum;
+      }
+      expected.push_back(total);
+    }
+  }
+  for (int tokens : {1, 3, 33, 130}) {
+    const GateProblem gate = resolve_gate({hidden.data(), DType::kFloat32, {tokens, kHidden}, {}},
+                                          {weight.data(), DType::kFloat32, {kHidden, kExperts}, {}});
+    const Fenced logits(sizeof(float) * tokens * kExperts);
+    cuda::gate(gate, nullptr, reinterpret_cast<float*>(logits.get()));
+    CHECK(std::memcmp(logits.get(), expected.data(), sizeof(float) * tokens * kExperts) == 0,
+          "the logits of %d tokens differ", tokens);
+  }
 }
 
 struct Routed {
@@ -141,6 +230,8 @@ int main() {
   small_shapes();
   on_every_schedule(past_block_sizes);
   launches();
+  sums_of_combine();
+  on_every_schedule(sums_of_gate);
   routed();
   return finish();
 }
