@@ -121,6 +121,17 @@ __device__ void multiply(const Stages& stages, int consumer, int32_t steps, Ring
   if (signals) mbarrier_arrive(&stages.empty[previous]);
 }
 
+// The same steps through the ring without products, for a warpgroup that has no row of the tile. Every lane
+// waits for every stage: one that was left behind by two phases would take the parity of the next for its own.
+template <class Config>
+__device__ void pass(const Stages& stages, int32_t steps, Ring<Config::kStages>* ring) {
+  for (int32_t step = 0; step < steps; ++step, ring->advance()) {
+    mbarrier_wait(&stages.full[ring->stage], ring->phase);
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) mbarrier_arrive(&stages.empty[ring->stage]);
+  }
+}
+
 template <class T>
 __device__ uint32_t pack(float first, float second) {
   return from_float<T>(first).bits | static_cast<uint32_t>(from_float<T>(second).bits) << 16;
