@@ -124,7 +124,7 @@ struct Array {
 
 py::module_ library() { return py::module_::import("paddle_moe._cuda_arrays"); }
 
-// While it lives, the device of an array is the current one of the array's library: PyTorch exports no others.
+// While it lives, the device of an array is the current one of its library: PyTorch exports no others.
 class LibraryDevice {
  public:
   LibraryDevice() = default;

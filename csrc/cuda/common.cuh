@@ -108,8 +108,8 @@ __device__ inline void store_vector(T* destination, const T (&values)[kCount], i
   *reinterpret_cast<uint4*>(destination) = bytes;
 }
 
-// What a thread of the kernels that only move rows takes: 16 bytes of half precision elements. In whole 16-byte
-// pieces where `aligned`, else element by element; only the first `columns` are there.
+// What a thread of the kernels that only move rows takes: 16 bytes of half precision elements. In whole
+// 16-byte pieces where `aligned`, else element by element; only the first `columns` are there.
 constexpr int kColumnsOfThread = 8;
 
 template <class T>

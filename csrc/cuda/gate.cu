@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(Fp32Tile::kThreads)
   });
 }
 
-// A block computes 32 logits, one per lane, of kTokens tokens, which share the reads of the weight; warp w the
-// blocks w, w + kWarps, ... of each sum. Warp t adds those of token t.
+// A block computes 32 logits, one per lane, of kTokens tokens, which share the reads of the weight; warp w
+// the blocks w, w + kWarps, ... of each sum. Warp t adds those of token t.
 template <class Hidden, class Weight, int kTokens>
 __global__ void __launch_bounds__(kWarps* kWarpSize)
     gate_few(const __grid_constant__ GateProblem p, int blocks_n, float* logits, uint32_t* zeroed) {

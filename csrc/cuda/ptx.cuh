@@ -54,8 +54,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The same address, of which the compiler does not know that it leads to kernel parameters: it would read them
-// as constants, one by one where the lanes of a warp differ.
+// The same address, of which the compiler does not know that it leads to kernel parameters: it would read
+// them as constants, one by one where the lanes of a warp differ.
 template <class T>
 __device__ __forceinline__ const T* forget_origin(const T* pointer) {
   asm("" : "+l"(pointer));

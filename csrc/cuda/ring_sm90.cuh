@@ -122,7 +122,7 @@ __device__ void multiply(const Stages& stages, int consumer, int32_t steps, Ring
 }
 
 // The same steps through the ring without products, for a warpgroup that has no row of the tile. Every lane
-// waits for every stage: one that was left behind by two phases would take the parity of the next for its own.
+// waits for every stage: one left behind by two phases would take the parity of the next for its own.
 template <class Config>
 __device__ void pass(const Stages& stages, int32_t steps, Ring<Config::kStages>* ring) {
   for (int32_t step = 0; step < steps; ++step, ring->advance()) {

@@ -3,7 +3,8 @@
 //
 // Both operands lie row by row, that is term by term, which wgmma reads as MN-major. Rows are gathered, and
 // their number is only known on the device, so all loads are 16-byte cp.async, with zeros past the last row
-// and the last column. As in grouped_gemm_sm90.cuh one warpgroup loads and two multiply, in a persistent grid.
+// and the last column. One warpgroup loads and two multiply, in a persistent grid, as in
+// grouped_gemm_sm90.cuh.
 #include <algorithm>
 #include <utility>
 

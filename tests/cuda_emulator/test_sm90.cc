@@ -40,8 +40,8 @@ void check_layer(Random& random, int tokens, int hidden, int inter, int experts,
         hidden, inter, experts, top_k, dtype_name(dtype), static_cast<int>(layout), permuted);
 }
 
-// Tiles of 128 rows of which the second warpgroup has all, half, or nothing: it has to go through the ring with
-// the first one, and nobody may read the rows that are not there, which are NaN or those of a tile before.
+// Tiles of 128 rows of which the second warpgroup has all, one, or nothing: it has to go through the ring
+// with the first one, and nobody may use rows that are not there, which are NaN or those of a tile before.
 void check_short_tiles(Random& random, DType dtype, bool permuted) {
   constexpr int kRows[] = {192, 1, 7, 65};
   Layer layer(random, 265, 328, 136, 4, 1, dtype, ::Layout::kStacked, permuted);
