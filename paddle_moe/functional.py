@@ -8,9 +8,12 @@ before ``paddle.jit.load`` or ``paddle.inference`` reads a program.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any, Callable, NoReturn, Union
 
@@ -141,13 +144,53 @@ def _needs_a_graph(arguments: list) -> bool:
     return paddle.is_grad_enabled() and not all(getattr(item, "stop_gradient", True) for item in tensors)
 
 
+_own_autocast: ContextVar[paddle.dtype | None] = ContextVar("_own_autocast", default=None)
+
+
 def _autocast_dtype() -> paddle.dtype | None:
     """What paddle.amp.auto_cast computes matrix products in; None outside of it."""
+    return _own_autocast.get() or _paddle_autocast_dtype()
+
+
+def _paddle_autocast_dtype() -> paddle.dtype | None:
+    """The same for Paddle's own operators."""
     pir = in_dynamic_or_pir_mode() and not in_dynamic_mode()
     state = core._get_amp_attrs() if pir else _dygraph_tracer()
     if state is None or state._amp_level == core.AmpLevel.O0 or state._amp_dtype == "float32":
         return None
     return getattr(paddle, state._amp_dtype)
+
+
+@unified
+def own_autocast() -> contextlib.AbstractContextManager[None]:
+    """Within it paddle.amp.auto_cast holds for the operators of this module alone.
+
+    Paddle's own compute in the dtypes of their inputs: O2 may round what a router has to compute in float32.
+    """
+    dtype = _paddle_autocast_dtype()
+    return contextlib.nullcontext() if dtype is None else _autocast_without_paddle(dtype)
+
+
+@contextlib.contextmanager
+def _autocast_without_paddle(dtype: paddle.dtype) -> Iterator[None]:
+    token = _own_autocast.set(dtype)
+    try:  # the dtype because a GradScaler asks for that of the last auto_cast
+        with paddle.amp.auto_cast(enable=False, dtype=str(dtype).rpartition(".")[2]):
+            yield
+    finally:
+        _own_autocast.reset(token)
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` within own_autocast, and not rewritten by paddle.jit.to_static."""
+
+    @unified
+    @functools.wraps(function)
+    def run(*arguments, **options):
+        with own_autocast():
+            return function(*arguments, **options)
+
+    return run
 
 
 def _cast(tensor: Any, dtype: paddle.dtype) -> Any:

@@ -198,7 +198,7 @@ class FusedMoE(nn.Layer):
         self.activation, self.dispatch = activation, dispatch
         self.reduce, self.fp32_reduce = reduce, fp32_reduce
         self.shared_intermediate_size = shared_intermediate_size
-        self.recompute, self.chunk_size = recompute, chunk_size
+        self.recompute, self.chunk_size, self._gate_dtype = recompute, chunk_size, gate_dtype
         # Groups of `parallel` whose ranks hold parts of the same output.
         if dispatch == "alltoall":
             self._partial_groups = ("tp",)
@@ -274,6 +274,7 @@ class FusedMoE(nn.Layer):
         # Tokens per expert since the last update_correction_bias.
         counts = paddle.zeros([num_experts], "int64") if bias_update_speed else None
         self.register_buffer("expert_counts", counts, persistable=False)
+        self.gate_weight.is_gate = True
         self._mark_shards()
         if seed is not None:
             self._draw_weights(seed)
@@ -387,6 +388,19 @@ class FusedMoE(nn.Layer):
             parameter.shard_group = "grid"
             parameter.color = color
 
+    def _apply(self, func, device, dtype, blocking, include_sublayers=True):
+        """Conversions, also that of paddle.amp.decorate, leave the dtype of buffers and of float32 gates."""
+        kept = [buffer for buffer in self._buffers.values() if buffer is not None]
+        if self._gate_dtype == "float32":
+            gates = [gate for gate in (self.gate_weight, self.shared_gate_weight) if gate is not None]
+            kept += gates + [gate.grad for gate in gates if gate.grad is not None]
+        places = {tensor.data_ptr() for tensor in kept}
+
+        def convert(tensor, device, dtype, blocking):
+            return func(tensor, device, tensor.dtype if tensor.data_ptr() in places else dtype, blocking)
+
+        super()._apply(convert, device, dtype, blocking, include_sublayers)
+
     def parts(self, *, dense: bool = False) -> dict[str, Part]:
         """Which part of the dense weights each parameter and buffer is; with dense, on a single rank.
 
@@ -435,7 +449,9 @@ class FusedMoE(nn.Layer):
         Arguments are [T, H], [T, K], [T, K]. The gradients of hidden_states, router_weights and the shared
         gate are sums over the same ranks, so all of them run the backward together.
         """
-        return self._partial_output(hidden_states, routing_table, router_weights).output
+        with functional.own_autocast():
+            output = self._partial_output(hidden_states, routing_table, router_weights).output
+        return output
 
     def _partial_output(
         self,
@@ -584,9 +600,25 @@ class FusedMoE(nn.Layer):
                 "hidden_states must have the shape [..., S, H] for balance_loss='sequence', "
                 f"got {list(hidden_states.shape)}"
             )
+        with functional.own_autocast():
+            result = self._forward(
+                hidden_states, routing_table, router_weights, return_routing, return_aux_loss, return_amax
+            )
+        return result
+
+    def _forward(
+        self,
+        hidden_states: paddle.Tensor,
+        routing_table: paddle.Tensor | None,
+        router_weights: paddle.Tensor | None,
+        return_routing: bool,
+        return_aux_loss: bool,
+        return_amax: bool,
+    ) -> paddle.Tensor | tuple[paddle.Tensor, ...]:
+        """`forward` of arguments that fit."""
         tokens = hidden_states.reshape([-1, self.hidden_size])
         aux_loss = None
-        if replayed:
+        if routing_table is not None:
             routing_table = routing_table.reshape([-1, routing_table.shape[-1]])
             router_weights = router_weights.reshape([-1, router_weights.shape[-1]])
         else:
@@ -594,7 +626,8 @@ class FusedMoE(nn.Layer):
             routing_table, router_weights = self.router.choose(logits, self.correction_bias)
             if return_aux_loss:
                 aux_loss = self.router.aux_loss(logits, routing_table, hidden_states.shape[:-1])
-            # Recompute runs the forward twice, the first time without gradients.
+            # Recompute runs the forward twice, the first time without gradients. With use_reentrant=False it
+            # has them both times: all counts double, and the bias moves the same way.
             if self.training and self.expert_counts is not None and paddle.is_grad_enabled():
                 self.router.add_counts(self.expert_counts, routing_table)
             routing_table, router_weights = self.router.drop(routing_table, router_weights, self.training)

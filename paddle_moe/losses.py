@@ -1,6 +1,7 @@
 """Auxiliary losses of the router. Add them to the loss of the model, each times a small weight.
 
-T tokens, E experts over all ranks, K experts per token. All of them are float32 scalars.
+T tokens, E experts over all ranks, K experts per token. All of them are float32 scalars, computed in float32
+under paddle.amp.auto_cast too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from paddle.autograd import PyLayer
 from paddle.nn import functional as F
 
 from paddle_moe.collectives import sum_over
-from paddle_moe.functional import unified
+from paddle_moe.functional import without_autocast
 from paddle_moe.policies import count_ids
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["load_balancing_loss", "router_z_loss"]
 
 
-@unified
+@without_autocast
 def load_balancing_loss(
     logits: paddle.Tensor,
     routing_table: paddle.Tensor,
@@ -84,6 +85,7 @@ def load_balancing_loss(
                 "sequence_length must be an integer that is at least 1 and divides the number of tokens, "
                 f"got {sequence_length} for {logits.shape[0]} tokens"
             )
+    logits = logits.astype("float32")
     if scoring == "sigmoid":
         scores = F.sigmoid(logits)
         probabilities = scores / scores.sum(axis=-1, keepdim=True)
@@ -127,6 +129,7 @@ class _SumOverReplicas(PyLayer):
         return gradient * ctx.num_replicas
 
 
+@without_autocast
 def router_z_loss(logits: paddle.Tensor) -> paddle.Tensor:
     r"""Keeps the logits small, where float32 and half precision are precise.
 
@@ -141,5 +144,5 @@ def router_z_loss(logits: paddle.Tensor) -> paddle.Tensor:
     Returns:
         Scalar float32; 0 without tokens.
     """
-    squares = paddle.logsumexp(logits, axis=-1) ** 2
+    squares = paddle.logsumexp(logits.astype("float32"), axis=-1) ** 2
     return squares.sum() / paddle.ones_like(squares).sum().clip(min=1)

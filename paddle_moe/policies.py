@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import paddle
 
 from paddle_moe.collectives import sum_over
+from paddle_moe.functional import without_autocast
 
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
@@ -41,6 +42,7 @@ def tokens_per_expert(routing_table: paddle.Tensor, num_experts: int) -> paddle.
     return count_ids(routing_table, num_experts)
 
 
+@without_autocast
 def jitter(
     hidden_states: paddle.Tensor,
     epsilon: float,
@@ -66,13 +68,15 @@ def jitter(
     """
     if not 0 <= epsilon < 1:
         raise ValueError(f"epsilon must be at least 0 and below 1, got {epsilon}")
-    noise = paddle.uniform(hidden_states.shape, "float32", min=1 - epsilon, max=1 + epsilon)
+    shape = hidden_states.shape if paddle.in_dynamic_mode() else paddle.shape(hidden_states)
+    noise = paddle.uniform(shape, "float32", min=1 - epsilon, max=1 + epsilon)
     if parallel is not None:
         first = parallel.tp_rank == 0 and (group == "tp" or parallel.ep_rank == 0)
         noise = parallel.all_reduce(noise if first else paddle.zeros_like(noise), group)
     return (hidden_states.astype("float32") * noise).astype(hidden_states.dtype)
 
 
+@without_autocast
 def limit_capacity(
     routing_table: paddle.Tensor,
     router_weights: paddle.Tensor,
@@ -134,6 +138,7 @@ def check_capacity(capacity_factor: float, policy: str, policy_name: str = "poli
         raise ValueError(f"{policy_name} must be one of {', '.join(DROP_POLICIES)}, got {policy!r}")
 
 
+@without_autocast
 @paddle.no_grad()
 def balanced_correction_bias(
     correction_bias: paddle.Tensor,

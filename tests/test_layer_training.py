@@ -5,14 +5,17 @@ from __future__ import annotations
 import numpy as np
 import paddle
 import pytest
-from layer_cases import EXPERTS, HIDDEN, INTER, TOKENS, TOP_K, tokens
+from layer_cases import EVERYTHING, EXPERTS, HIDDEN, INTER, TOKENS, TOP_K, tokens
+from paddle.amp.auto_cast import amp_global_state, amp_initialize
+from paddle.base.framework import _dygraph_tracer
 from paddle.nn import functional as F
-from training_cases import assert_close, autocast, gradients, make_layer
+from training_cases import assert_close, autocast, gradients, make_layer, native_operators
 
 from paddle_moe import (
     FusedMoE,
     balanced_correction_bias,
     gate,
+    jitter,
     limit_capacity,
     load_balancing_loss,
     router_z_loss,
@@ -230,6 +233,68 @@ def test_mixed_precision(level):
         assert_close(actual[name], value, 2e-2, name)
     assert (actual["output"] != expected["output"]).any()
     assert layer(x.astype(layer.down_weight.dtype)).dtype == layer.down_weight.dtype
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_autocast_leaves_the_router_in_float32(dtype):
+    """Under O2 Paddle's own operators would compute in half precision; all of a layer see no autocast."""
+    options = dict(balance_loss_weight=0.5, z_loss_weight=0.1, bias_update_speed=1e-3)
+    layer, x = make_layer(jitter_epsilon=0.1, capacity_factor=0.9, **options), trained_tokens()
+    logits = gate(x.detach(), layer.gate_weight)
+    ids, weights = layer.eval().route(x)
+    layer.train()
+    level = _dygraph_tracer()._amp_level
+    calls = {
+        "jitter": lambda: jitter(x, 0.1),
+        "limit_capacity": lambda: limit_capacity(ids, weights, EXPERTS, 0.9),
+        "load_balancing_loss": lambda: load_balancing_loss(logits, ids),
+        "load_balancing_loss, half": lambda: load_balancing_loss(logits.astype(dtype), ids),
+        "router_z_loss": lambda: router_z_loss(logits),
+        "router_z_loss, half": lambda: router_z_loss(logits.astype(dtype)),
+        "route": lambda: layer.route(x),
+        "partial_output": lambda: layer.partial_output(x, ids, weights),
+        "forward": lambda: layer(x, return_aux_loss=True, return_amax=True),
+        "update_correction_bias": lambda: layer.update_correction_bias(),
+    }
+    for name, call in calls.items():
+        with autocast("O2", dtype), native_operators() as seen:
+            result = call()
+            assert _dygraph_tracer()._amp_level.name == "O2" and _dygraph_tracer()._amp_dtype == dtype
+        # The test's own cast of the argument, and zeroing integers.
+        allowed = {"cast"} if name.endswith("half") else {"fill_"} if name.startswith("update") else set()
+        assert seen.pop("O2", set()) <= allowed and seen["O0"], (name, seen)
+        if "loss" in name:
+            assert result.dtype == paddle.float32
+    assert _dygraph_tracer()._amp_level == level
+    with autocast("O2", dtype):  # the experts compute in half precision all the same
+        assert layer.partial_output(x, ids, weights).dtype == getattr(paddle, dtype)
+    assert amp_global_state().amp_dtype == dtype  # a GradScaler asks for it
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_conversions_leave_what_has_to_stay_in_float32(dtype):
+    """What paddle.amp.decorate(level="O2") does on a GPU; on a CPU it returns at once."""
+    options = dict(bias_update_speed=1e-3, parts=EVERYTHING)
+    kept = {"gate_weight", "shared_gate_weight", "correction_bias"}
+    x = paddle.to_tensor(tokens()).astype(dtype)
+    for convert in (lambda model: amp_initialize([model], dtype, []), lambda model: model.to(dtype=dtype)):
+        layer = make_layer(**options)
+        (layer(trained_tokens()) ** 2).sum().backward()
+        model = paddle.nn.Sequential(layer, paddle.nn.Linear(HIDDEN, HIDDEN))
+        convert(model)
+        found = {name for name, value in layer.state_dict().items() if value.dtype == paddle.float32}
+        assert found == kept and model[1].weight.dtype == getattr(paddle, dtype)
+        assert layer.gate_weight.grad.dtype == paddle.float32
+        assert layer.expert_counts.dtype == paddle.int64
+        for name in kept:
+            original = make_layer(**options).state_dict()[name]
+            np.testing.assert_array_equal(layer.state_dict()[name].numpy(), original.numpy())
+        layer.clear_gradients()
+        layer(x).sum().backward()
+        layer.update_correction_bias()
+    half = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, gate_dtype=dtype, dtype=dtype)
+    half.to(dtype="float32")
+    assert half.gate_weight.dtype == paddle.float32
 
 
 @pytest.mark.parametrize("shape", [[None, HIDDEN], [None, 4, HIDDEN]])

@@ -113,6 +113,32 @@ def autocast(level: str, dtype: str = "bfloat16") -> Iterator[None]:
         tracer._amp_level, tracer._amp_dtype = before
 
 
+@contextlib.contextmanager
+def native_operators() -> Iterator[dict[str, set[str]]]:
+    """The names of Paddle's own operators that are called from Python, by the level of autocast at the call.
+
+    On a GPU the level says what they compute in; here they have no half precision that could show.
+    """
+    seen: dict[str, set[str]] = {}
+
+    def watched(name, function):
+        def call(*arguments, **options):
+            seen.setdefault(_dygraph_tracer()._amp_level.name, set()).add(name)
+            return function(*arguments, **options)
+
+        return call
+
+    names = [name for name in dir(paddle._C_ops) if not name.startswith("_")]
+    functions = {name: getattr(paddle._C_ops, name) for name in names}
+    for name, function in functions.items():
+        setattr(paddle._C_ops, name, watched(name, function))
+    try:
+        yield seen
+    finally:
+        for name, function in functions.items():
+            setattr(paddle._C_ops, name, function)
+
+
 class Model(paddle.nn.Layer):
     """Two layers of experts between dense ones, with biases, a shared expert and every loss."""
 
