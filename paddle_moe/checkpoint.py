@@ -48,6 +48,7 @@ from paddle_moe.tensor_files import (
     exchange,
     execute,
 )
+from paddle_moe.training import parameters_of
 
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
@@ -119,10 +120,7 @@ def _optimizer_holdings(
     """
     if not isinstance(optimizer, paddle.optimizer.Optimizer):
         raise ValueError(f"optimizer must be a paddle.optimizer.Optimizer, got {type(optimizer).__name__}")
-    trained = []
-    for one in optimizer._parameter_list:
-        trained += one["params"] if isinstance(one, dict) else [one]
-    trained = [parameter for parameter in trained if not parameter.stop_gradient]
+    trained = [parameter for parameter in parameters_of(optimizer) if not parameter.stop_gradient]
     optimizer._create_accumulators(paddle.static.default_main_program().global_block(), trained)
     name_of = {tensor.name: name for name, (tensor, _, _) in holdings.items() if tensor is not None}
     foreign = [parameter.name for parameter in trained if parameter.name not in name_of]

@@ -185,6 +185,11 @@ class ParallelContext:
         """
         self.deep_ep = import_buffer()
 
+    @property
+    def grid_ranks(self) -> list[int]:
+        """The global ranks of this rank's EP x TP grid, in order."""
+        return sorted(self._grid.ravel().tolist())
+
     def size(self, group: str) -> int:
         """Ranks in the "ep", "tp", "grid" or "dp" group."""
         return self.ep_size * self.tp_size if group == "grid" else self._groups()[group].nranks

@@ -1,5 +1,5 @@
-"""What an optimizer step needs on EP x TP x DP ranks: gradients averaged over replicas, and clipped by a norm
-that counts every parameter once.
+"""What an optimizer step needs on EP x TP x DP ranks: gradients averaged over replicas, clipped by a norm
+that counts every parameter once, and a step that all ranks take or none.
 
 Dense parameters are the same on every rank, and so are their gradients within a grid. The parameters of the
 experts are sharded over the grid (FusedMoE sets `is_distributed` and `expert` on them) and the same at the
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import paddle
 from paddle.nn.clip import ClipGradBase
@@ -23,7 +23,16 @@ from paddle_moe.collectives import sum_over
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
 
-__all__ = ["ClipGradByGlobalNorm", "average_gradients", "broadcast_parameters"]
+    Gradients = list[tuple[paddle.Tensor, paddle.Tensor | None]]  # each parameter with its gradient
+
+__all__ = [
+    "ClipGradByGlobalNorm",
+    "agree_on_overflow",
+    "average_gradients",
+    "broadcast_parameters",
+    "check_optimizer",
+    "clip_gradients",
+]
 
 _BUCKET_ELEMENTS = 2**23  # 32 MB in float32: large enough for the network, small beside the gradients
 
@@ -130,34 +139,170 @@ class ClipGradByGlobalNorm(ClipGradBase):
 
     def __init__(self, clip_norm: float, parallel: ParallelContext):
         super().__init__()
-        if not clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+        _check_clip_norm(clip_norm)
         self.clip_norm, self.parallel = float(clip_norm), parallel
 
     def __str__(self) -> str:
         return f"ClipGradByGlobalNorm(clip_norm={self.clip_norm}) over the EP x TP grid"
 
-    @paddle.no_grad()
-    def _dygraph_clip(
-        self, params_grads: list[tuple[paddle.Tensor, paddle.Tensor | None]]
-    ) -> list[tuple[paddle.Tensor, paddle.Tensor | None]]:
-        squares = {shard_group: paddle.zeros([1]) for shard_group in ("", "tp", "grid")}
-        clipped = [grad is not None and getattr(param, "need_clip", True) for param, grad in params_grads]
-        for (parameter, gradient), clips in zip(params_grads, clipped):
-            if not clips:
-                continue
-            group = getattr(parameter, "shard_group", None if parameter.is_distributed else "")
-            if group is None:
-                raise ValueError(
-                    f"the parameter {parameter.name} is sharded (is_distributed), but not by FusedMoE; only"
-                    " experts of FusedMoE and replicated parameters can be clipped together"
-                )
-            squares[group] = squares[group] + gradient.astype("float32").square().sum()
-        for group in ("tp", "grid"):
-            self.parallel.all_reduce(squares[group], group)
-        norm = (squares[""] + squares["tp"] + squares["grid"]).sqrt()
-        factor = self.clip_norm / norm.clip(min=self.clip_norm)
-        return [
-            (parameter, (gradient.astype("float32") * factor).astype(gradient.dtype) if clips else gradient)
-            for (parameter, gradient), clips in zip(params_grads, clipped)
-        ]
+    def _dygraph_clip(self, params_grads: Gradients) -> Gradients:
+        return _clipped(params_grads, self.clip_norm, self.parallel)[0]
+
+
+def clip_gradients(
+    parameters: Iterable[paddle.Tensor], clip_norm: float, parallel: ParallelContext
+) -> paddle.Tensor:
+    """What ClipGradByGlobalNorm does, on the gradients of `parameters` at once: for several optimizers.
+
+    An optimizer clips what it has itself. Where experts and dense parameters have optimizers of their own, or
+    each rank steps a part of the dense parameters (ZeRO), make them without grad_clip. Call this after
+    average_gradients and before their step, on every rank.
+
+    Args:
+        parameters: all of the model. clip_norm, parallel: as in ClipGradByGlobalNorm.
+
+    Returns:
+        The norm before, [1] float32, the same on every rank of a grid.
+
+    Raises:
+        ValueError: as ClipGradByGlobalNorm.
+    """
+    _check_clip_norm(clip_norm)
+    params_grads = [(parameter, parameter.grad) for parameter in parameters]
+    clipped, norm = _clipped(params_grads, clip_norm, parallel)
+    for parameter, gradient in clipped:
+        if gradient is not None:
+            parameter.grad = gradient
+    return norm
+
+
+def _check_clip_norm(clip_norm: float) -> None:
+    if not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+
+
+@paddle.no_grad()
+def _clipped(
+    params_grads: Gradients, clip_norm: float, parallel: ParallelContext
+) -> tuple[Gradients, paddle.Tensor]:
+    """(the same with gradients that are scaled, their norm before [1])"""
+    squares = {shard_group: paddle.zeros([1]) for shard_group in ("", "tp", "grid")}
+    counted = [grad is not None and getattr(param, "need_clip", True) for param, grad in params_grads]
+    for (parameter, gradient), counts in zip(params_grads, counted):
+        if not counts:
+            continue
+        group = getattr(parameter, "shard_group", None if parameter.is_distributed else "")
+        if group is None:
+            raise ValueError(
+                f"the parameter {parameter.name} is sharded (is_distributed), but not by FusedMoE; only"
+                " experts of FusedMoE and replicated parameters can be clipped together"
+            )
+        squares[group] = squares[group] + gradient.astype("float32").square().sum()
+    for group in ("tp", "grid"):
+        parallel.all_reduce(squares[group], group)
+    norm = (squares[""] + squares["tp"] + squares["grid"]).sqrt()
+    factor = clip_norm / norm.clip(min=clip_norm)
+    clipped = [
+        (parameter, (gradient.astype("float32") * factor).astype(gradient.dtype) if counts else gradient)
+        for (parameter, gradient), counts in zip(params_grads, counted)
+    ]
+    return clipped, norm
+
+
+def parameters_of(optimizer: Any) -> list[paddle.Tensor]:
+    """Those of an optimizer, also where it has groups of them; with fleet's sharding, those of all ranks."""
+    names = ("_origin_parameter_list", "_local_params", "_parameter_list")
+    entries = next(filter(None, (getattr(optimizer, name, None) for name in names)), [])
+    lists = [entry["params"] if isinstance(entry, dict) else [entry] for entry in entries]
+    return [parameter for part in lists for parameter in part]
+
+
+def check_optimizer(optimizer: Any, parallel: ParallelContext) -> None:
+    """Raises where an optimizer would take the shards of different experts for copies of the same parameter.
+
+    Paddle's own wrappers do not look at the flags of the parameters: they broadcast one rank's shard to all,
+    or clip each rank by another norm, and training goes on with wrong weights. Call it before the first step,
+    on the optimizer with all of its wrappers.
+
+    Args:
+        optimizer: of paddle.optimizer, or from fleet.distributed_optimizer or group_sharded_parallel.
+
+    Raises:
+        ValueError: it names the parameter and what to do.
+    """
+    wrappers = _with_what_it_wraps(optimizer)
+    shards = [parameter for parameter in parameters_of(optimizer) if hasattr(parameter, "shard_group")]
+    sharding = {}
+    for one in wrappers:
+        kind = type(one).__name__
+        if kind.startswith("DygraphSharding"):
+            sharding[kind] = one._hcg.get_sharding_parallel_group().ranks
+        elif kind.startswith("GroupSharded"):
+            sharding[kind] = one._group.ranks
+    joined = dict(sharding)
+    if vars(optimizer).get("_dp_enable"):  # fleet's, where it averages gradients itself
+        joined[type(optimizer).__name__] = optimizer._hcg.get_data_parallel_group().ranks
+    for kind, ranks in joined.items():
+        if shards and not set(ranks) <= set(parallel.dp_group.ranks):
+            raise ValueError(
+                f"optimizer: {kind} takes the parameter {shards[0].name} for the same one on the ranks"
+                f" {list(ranks)}, which hold shards of different experts; give it the parameters without"
+                " is_distributed, and the others an optimizer of their own"
+            )
+    for clip in _clips_of(wrappers[-1]):
+        kind = type(clip).__name__
+        if isinstance(clip, ClipGradByGlobalNorm) and sharding:
+            raise ValueError(
+                f"optimizer: grad_clip, {clip}, sees other parameters on each rank of {next(iter(sharding))},"
+                " and the ranks would clip by different norms; make the optimizer without grad_clip, and call"
+                " paddle_moe.clip_gradients before its step"
+            )
+        of_paddle = isinstance(clip, paddle.nn.ClipGradByGlobalNorm) or kind == "GroupShardedClipGrad"
+        if kind == "HybridParallelClipGrad":  # which adds up the shards of fleet's model-parallel group
+            of_paddle = clip._hcg.get_model_parallel_group().ranks != parallel.grid_ranks
+        if shards and of_paddle:
+            raise ValueError(
+                f"optimizer: grad_clip, {kind} of Paddle, takes the norm of what one rank holds, but"
+                f" {shards[0].name} is a shard of the experts, and the ranks would clip by different norms;"
+                " pass grad_clip=paddle_moe.ClipGradByGlobalNorm(clip_norm, parallel)"
+            )
+
+
+def _with_what_it_wraps(optimizer: Any) -> list[Any]:
+    """The optimizer, what that wraps, and so on to the optimizer of paddle.optimizer."""
+    found = [optimizer]
+    while True:  # not getattr: the wrappers pass on what they do not have
+        inner = vars(found[-1]).get("_inner_opt") or vars(found[-1]).get("_optim")
+        if inner is None:
+            return found
+        found.append(inner)
+
+
+def _clips_of(optimizer: paddle.optimizer.Optimizer) -> list[Any]:
+    groups = [group for group in optimizer._param_groups or [] if isinstance(group, dict)]
+    return [optimizer._grad_clip, *[group.get("grad_clip") for group in groups]]
+
+
+def agree_on_overflow(scaler: paddle.amp.GradScaler, parallel: ParallelContext) -> paddle.amp.GradScaler:
+    """Has all ranks skip a step, and lower the scale, when the gradients of one of them are not finite.
+
+    A GradScaler looks at the shards of its own rank alone, and would skip a step that the other ranks take.
+
+    Args:
+        scaler: changed in place. All ranks call its step and unscale_ together.
+
+    Returns:
+        scaler.
+    """
+    unscale = scaler._unscale
+
+    def unscale_everywhere(optimizer: Any) -> None:
+        unscale(optimizer)
+        if scaler.is_enable():
+            found = scaler._found_inf.astype("int32")
+            for group in ("grid", "dp"):
+                parallel.all_reduce(found, group, "max")
+            scaler._found_inf = found.astype("bool")
+
+    scaler._unscale = unscale_everywhere
+    return scaler

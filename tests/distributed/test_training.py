@@ -12,7 +12,7 @@ JOBS = {
     "ep2_tp2": (
         (2, 2, 1),
         "gradients losses faults stop_gradient shared_weights dropped_all_reduces recompute jitter amax "
-        "mixed_precision clipping flags all_to_all_output all_to_all_steps",
+        "mixed_precision clipping overflow flags all_to_all_output all_to_all_steps",
     ),
     "ep4": (
         (4, 1, 1),

@@ -6,6 +6,7 @@ Every rank also trains the whole layer by itself and compares. Prints "CHECK pas
 import itertools
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import paddle
@@ -29,8 +30,11 @@ from training_cases import (
 from paddle_moe import (
     ClipGradByGlobalNorm,
     ParallelContext,
+    agree_on_overflow,
     average_gradients,
     broadcast_parameters,
+    check_optimizer,
+    clip_gradients,
     init_distributed,
     load_balancing_loss,
     rank_grid,
@@ -525,9 +529,21 @@ def fleet_topology():
         assert_same_gradients(make_layer(adopted), make_layer(), trained_tokens())
 
 
+def refused(text, optimizer):
+    """`optimizer` is an error where a grid has several ranks, and fine elsewhere."""
+    if ep_size * tp_size == 1:
+        return check_optimizer(optimizer, parallel)
+    try:
+        check_optimizer(optimizer, parallel)
+    except ValueError as error:
+        assert all(part in str(error) for part in ("optimizer: ", *text)), error
+    else:
+        raise AssertionError(f"accepted: {text}")
+
+
 @check
 def sharded_optimizer():
-    """fleet's sharding stage 1 holds the optimizer states of the dense parameters."""
+    """fleet's sharding stage 1 for the dense parameters; one norm clips everything; misuse is refused."""
     from paddle.distributed import fleet
 
     strategy = fleet.DistributedStrategy()
@@ -541,13 +557,20 @@ def sharded_optimizer():
         fleet.distributed_optimizer(paddle.optimizer.AdamW(1e-2, parameters=others)),
         *[paddle.optimizer.AdamW(1e-2, parameters=part) for part in (shards,) if part],
     ]
-    whole = [paddle.optimizer.AdamW(1e-2, parameters=dense.parameters())]
+    for optimizer in optimizers:
+        check_optimizer(optimizer, parallel)
+    clip = paddle.nn.ClipGradByGlobalNorm(0.5)
+    whole = [paddle.optimizer.AdamW(1e-2, parameters=dense.parameters(), grad_clip=clip)]
     for step in range(3):
         x, target = batch(step)
         mine = [np.split(part, dp_size)[parallel.dp_rank] for part in (x, target)]
         loss_of(wrapped, *mine).backward()
-        average_gradients(shards, parallel)
+        average_gradients(model.parameters(), parallel)
+        norm = clip_gradients(model.parameters(), 0.5, parallel)
         loss_of(dense, x, target).backward()
+        expected = sum((parameter.grad**2).sum() for parameter in dense.parameters()).sqrt()
+        np.testing.assert_allclose(norm.item(), expected.item(), rtol=1e-5)
+        assert norm.item() > 0.5, "nothing was clipped"
         for optimizer in optimizers + whole:
             optimizer.step()
             optimizer.clear_grad()
@@ -555,6 +578,54 @@ def sharded_optimizer():
             experts.update_correction_bias()
     assert len(optimizers[0].state_dict()) < 4 * len(others)
     assert_same_model(model, dense)
+
+    def sharding(parameters, clip=None):
+        inner = paddle.optimizer.AdamW(1e-2, parameters=parameters, grad_clip=clip)
+        return fleet.distributed_optimizer(inner)
+
+    name = (shards or others)[0].name
+    everything = [parameter for parameter in model.parameters() if parameter.size]
+    refused(["DygraphShardingOptimizer takes the parameter", name, "of their own"], sharding(everything))
+    check_optimizer(sharding(others, paddle.nn.ClipGradByGlobalNorm(1.0)), parallel)
+    inner = sharding(others, ClipGradByGlobalNorm(1.0, parallel))
+    try:
+        check_optimizer(inner, parallel)
+    except ValueError as error:
+        assert "call paddle_moe.clip_gradients before its step" in str(error), error
+    else:
+        raise AssertionError("a norm of a part of the parameters was accepted")
+    groups = [{"params": others[:1]}, {"params": others[1:] + shards, "learning_rate": 0.1}]
+    for parameters in (model.parameters(), groups):
+        own = paddle.optimizer.AdamW(1e-2, parameters=parameters, grad_clip=clip)
+        refused(["ClipGradByGlobalNorm of Paddle", name, "grad_clip=paddle_moe.ClipGradByGlobal"], own)
+        own = paddle.optimizer.AdamW(
+            1e-2, parameters=parameters, grad_clip=ClipGradByGlobalNorm(1.0, parallel)
+        )
+        check_optimizer(own, parallel)
+
+
+@check
+def overflow():
+    """Infinity in a shard of one rank: all ranks skip the step and lower the scale, and go on together."""
+    with mock.patch("paddle.amp.grad_scaler.in_dynamic_mode", lambda: False):  # it turns itself off on a CPU
+        scaler = paddle.amp.GradScaler(init_loss_scaling=4.0)
+    assert scaler.is_enable() and agree_on_overflow(scaler, parallel) is scaler
+    layer = make_layer(parallel)
+    optimizer = paddle.optimizer.SGD(0.125, parameters=layer.parameters())
+    for place in (None, 0, parallel.world_size - 1, None):
+        before = [parameter.numpy() for parameter in layer.parameters()]
+        scale = scaler._scale.item()
+        (layer(trained_tokens()).sum() * scale).backward()
+        if place == parallel.rank:
+            layer.down_weight.grad[0, 0, 0] = float("inf")
+        if place == 0:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.clear_grad()
+        moved = [bool((p.numpy() != old).any()) for p, old in zip(layer.parameters(), before) if old.size]
+        assert moved == [place is None] * len(moved), (place, moved)
+        assert scaler._scale.item() == (scale if place is None else scale / 2)
 
 
 for name in sys.argv[4:]:
