@@ -31,6 +31,7 @@ import numpy as np
 import paddle
 from paddle import nn
 from paddle.base.core import GeneratorState
+from paddle.distributed.fleet.meta_parallel.meta_parallel_base import MetaParallelBase
 from paddle.optimizer.lr import LRScheduler
 from safetensors import SafetensorError, safe_open
 from safetensors.paddle import save_file
@@ -66,6 +67,13 @@ _KEY = re.compile(r"(?P<name>[^\[]+)(\[(?P<ranges>.*)\])?")
 
 
 # ---------------------------------------------------------------- what a rank holds
+
+
+def _unwrapped(model: nn.Layer) -> nn.Layer:
+    """The model without paddle.DataParallel or fleet's wrappers, in which its parts have other names."""
+    while isinstance(model, (paddle.DataParallel, MetaParallelBase)):
+        model = model._layers
+    return model
 
 
 def parallel_of(model: nn.Layer, parallel: ParallelContext | None) -> ParallelContext | None:
@@ -167,6 +175,7 @@ def save_checkpoint(
     Args:
         path: the directory, made when missing.
         model: any layer; its FusedMoE layers may be split over ranks, everything else is the same on all.
+            paddle.DataParallel and fleet's wrappers are looked through.
         optimizer: its moments, master weights and learning rate scheduler are saved.
         state: what else the job needs to go on, for example the step and the position in the data; anything
             that JSON can hold. `load_checkpoint` returns it.
@@ -177,6 +186,7 @@ def save_checkpoint(
             outside FusedMoE is split over ranks, or the optimizer keeps something of another shape.
         RuntimeError: a rank could not write, on every rank, with the reason.
     """
+    model = _unwrapped(model)
     path, parallel = Path(path), parallel_of(model, parallel)
     _refuse_foreign_index(path)
     holdings = _holdings(model)
@@ -361,6 +371,7 @@ def load_checkpoint(
             for all that is missing, unmatched, doubled, truncated, of another shape or dtype. Nothing was
             assigned.
     """
+    model = _unwrapped(model)
     path, parallel = Path(path), parallel_of(model, parallel)
     holdings = _holdings(model)
     kept = {"weight_map": holdings}

@@ -304,5 +304,5 @@ def agree_on_overflow(scaler: paddle.amp.GradScaler, parallel: ParallelContext) 
                 parallel.all_reduce(found, group, "max")
             scaler._found_inf = found.astype("bool")
 
-    scaler._unscale = unscale_everywhere
+    scaler._unscale = scaler.unscale_ = unscale_everywhere
     return scaler

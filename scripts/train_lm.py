@@ -10,8 +10,8 @@ Any grid, for example EP 2 x TP 1 x DP 2 on four processes:
     PADDLE_DISTRI_BACKEND=gloo python -m paddle.distributed.launch --nproc_per_node 4 --log_dir log/train \\
         scripts/train_lm.py --ep 2 --dp 2 --out log/train_lm
 
-The same command again goes on from the last checkpoint in --out, also with other --ep, --tp and --dp. On one
-process the losses are then, bit by bit, those of a run that was never interrupted.
+The same command again goes on from the last checkpoint in --out. The losses are then, bit by bit, those of a
+run that was never interrupted. --ep, --tp and --dp may change, which changes the order of additions alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -37,6 +38,11 @@ from paddle_moe.params import random_expert, random_gate_weight
 NUM_BYTES = 256
 VALIDATION_SHARE = 0.1
 VALIDATION_WINDOWS = 32
+# What makes it another run. --steps, which says how fast the learning rate falls, may change with a warning.
+OF_THE_RUN = (
+    *("batch", "sequence", "layers", "hidden", "heads", "experts", "top_k", "ffn", "learning_rate"),
+    *("balance_loss", "seed", "eager", "steps"),
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -219,6 +225,7 @@ class Trainer:
             parameters=self.model.parameters(),
             grad_clip=paddle_moe.ClipGradByGlobalNorm(1.0, parallel),
         )
+        paddle_moe.check_optimizer(self.optimizer, parallel)
         self.losses: list[float] = []
 
     @property
@@ -226,9 +233,26 @@ class Trainer:
         return self.arguments.out / "checkpoint"
 
     def resume(self) -> None:
-        """Goes on from the checkpoint, if there is one."""
-        if not (self.checkpoint / "model.safetensors.index.json").exists():
+        """Goes on from the checkpoint, if there is one.
+
+        Raises:
+            ValueError: it is that of a run with other arguments.
+        """
+        index = self.checkpoint / "model.safetensors.index.json"
+        if not index.exists():
             return
+        saved, now = json.loads(index.read_text())["state"]["arguments"], self.of_the_run()
+        changed = [name for name in now if saved.get(name) != now[name]]
+        flags = [f"--{n.replace('_', '-')} was {saved.get(n)} and is {now[n]}" for n in changed]
+        if set(changed) - {"steps"}:
+            raise ValueError(
+                f"{self.checkpoint} is that of another run: {'; '.join(flags)}; pass the same to go on"
+                " with it, or another --out to start a new one"
+            )
+        if changed:
+            self.say(
+                f"WARNING: {flags[0]}: from here on the learning rate falls as for the new number of steps"
+            )
         state = paddle_moe.load_checkpoint(
             self.checkpoint, self.model, self.optimizer, parallel=self.parallel, progress=self.is_first
         )
@@ -236,10 +260,13 @@ class Trainer:
         self.say(f"resumed from {self.checkpoint} at step {len(self.losses)}")
 
     def save(self) -> None:
-        state = {"losses": self.losses}
+        state = {"losses": self.losses, "arguments": self.of_the_run()}
         paddle_moe.save_checkpoint(
             self.checkpoint, self.model, self.optimizer, state=state, parallel=self.parallel
         )
+
+    def of_the_run(self) -> dict[str, Any]:
+        return {name: getattr(self.arguments, name) for name in OF_THE_RUN}
 
     @property
     def is_first(self) -> bool:

@@ -122,6 +122,24 @@ def test_gradients_accumulate_over_calls_and_uses_of_one_weight():
     assert_same_bits(both["hidden_states"].grad.numpy(), once.hidden_states)
 
 
+def test_one_tensor_twice_in_a_list_gets_the_sum_of_both_gradients():
+    case = random_case(33, 20, 16, 4, 2, layout="list")
+    for name in ("gate_up_weights", "down_weights"):
+        case[name][2] = case[name][0]
+    grad_out = paddle.to_tensor(grad_out_of(case))
+    apart, shared = to_paddle(case), to_paddle(case)
+    for name in ("gate_up_weights", "down_weights"):
+        shared[name][2] = shared[name][0]
+    for tensors in (apart, shared):
+        paddle_moe.mixture_of_experts(**tensors).backward(grad_out)
+    apart, shared = grads_of(apart), grads_of(shared)
+    for name in ("gate_up_weights", "down_weights"):
+        total = apart[name][0] + apart[name][2]
+        assert_same_bits(shared[name][0], total)
+        assert_same_bits(shared[name][2], total)
+        assert_same_bits(shared[name][1], apart[name][1])
+
+
 def test_paddle_grad_transposed_gradients_and_no_grad():
     case = random_case(20, 20, 16, 4, 2)
     tensors = to_paddle(case)

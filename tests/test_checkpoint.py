@@ -50,6 +50,21 @@ def test_every_bit_comes_back(dtype, tmp_path):
     assert_loaded(weights_only, None, model)
 
 
+@pytest.mark.filterwarnings("ignore:The program will return to single-card operation")
+@pytest.mark.parametrize(
+    "saves, loads", [(paddle.DataParallel, lambda model: model), (lambda m: m, paddle.DataParallel)]
+)
+def test_a_wrapped_model_is_the_model(saves, loads, tmp_path):
+    model = Model(seed=3)
+    optimizer = make_optimizer(model)
+    fill_moments(model, optimizer)
+    save_checkpoint(tmp_path, saves(model), optimizer)
+    other = Model()
+    other_optimizer = make_optimizer(other)
+    load_checkpoint(tmp_path, loads(other), other_optimizer)
+    assert_loaded(other, other_optimizer, model)
+
+
 def test_training_goes_on_as_if_never_interrupted(tmp_path):
     """Every kind of state matters: moments, their powers, learning rate, random numbers."""
 

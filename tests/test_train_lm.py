@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import runpy
 import shutil
@@ -12,12 +13,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launcher import environment, launch
+from launcher import start as start_job
+
+from paddle_moe import init_distributed
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_lm.py"
 STEPS = 24
@@ -109,6 +114,55 @@ def test_a_grid_goes_on_with_the_losses_of_one_process(uninterrupted, killed, tm
     result = json.loads((tmp_path / "grid" / "result.json").read_text())
     np.testing.assert_allclose(result["losses"], expected["losses"], rtol=1e-3)
     assert result["losses"] != expected["losses"], "the grid adds in another order"
+
+
+def test_a_killed_grid_goes_on_with_the_same_bits(uninterrupted, tmp_path):
+    """With two ranks to a group a sum has one order; with more, gloo's ring has a fixed one too."""
+    _, expected, _ = uninterrupted
+    out = tmp_path / "grid"
+    options = ["--ep", 2, *SMALL, "--save-every", 10, "--out", out]
+    process = start_job(tmp_path / "killed", SCRIPT, *options, ranks=2)
+    try:
+        deadline = time.monotonic() + 100
+        while not any(event["step"] >= 14 for event in events(out, "step")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:  # the ranks, then the launcher, which is not in their process groups
+        for pid in [event["pid"] for event in events(out, "start")]:
+            os.kill(pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    before = {event["step"]: event["loss"] for event in events(out, "step")}
+    assert max(before) < STEPS, "killed too late to test anything"
+    job = launch(tmp_path / "logs", SCRIPT, *options, ranks=2)
+    assert job.returncode == 0, job
+    resumed_at = int(re.search(r"resumed from .* at step (\d+)", job.logs[0])[1])
+    assert 10 <= resumed_at < max(before), "no step was taken twice"
+    losses = json.loads((out / "result.json").read_text())["losses"]
+    for step, loss in before.items():
+        assert loss == losses[step - 1], f"step {step}, resumed at {resumed_at}"
+    np.testing.assert_allclose(losses, expected["losses"], rtol=1e-3)
+
+
+def test_another_run_is_not_gone_on_with(uninterrupted, tmp_path, monkeypatch):
+    script = runpy.run_path(str(SCRIPT))
+
+    def resume(*options):
+        monkeypatch.setattr(sys, "argv", ["train_lm.py", *SMALL, "--out", str(uninterrupted[0]), *options])
+        arguments = script["parse_arguments"]()
+        said = []
+        trainer = script["Trainer"](arguments, init_distributed(), SimpleNamespace(info=said.append))
+        trainer.resume()
+        return said
+
+    with pytest.raises(ValueError, match="another run: --batch was 4 and is 2; --seed was 0 and is 7; pass"):
+        resume("--seed", "7", "--batch", "2")
+    for name, value in (("--top-k", "3"), ("--hidden", "64"), ("--learning-rate", "0.1")):
+        with pytest.raises(ValueError, match=f"{name} was .* and is {value}"):
+            resume(name, value)
+    (warning, resumed) = resume("--steps", "48")
+    assert warning.startswith("WARNING: --steps was 24 and is 48: ") and "resumed from" in resumed
+    assert len(resume()) == 1
 
 
 def test_nothing_is_left_to_do(uninterrupted):

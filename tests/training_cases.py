@@ -168,6 +168,22 @@ class Model(paddle.nn.Layer):
         return self.last(x), losses
 
 
+class Block(paddle.nn.Layer):
+    """A dense layer and one of experts, which hand on their losses [1]: a part of a pipeline."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.linear = paddle.nn.Linear(HIDDEN, HIDDEN)
+        weight = np.random.default_rng(seed).standard_normal((HIDDEN, HIDDEN)) / HIDDEN**0.5
+        self.linear.weight.set_value(weight.astype(np.float32))
+        self.experts = make_layer(seed=seed, balance_loss_weight=0.1, z_loss_weight=0.01)
+
+    def forward(self, inputs):
+        x, losses = inputs if isinstance(inputs, tuple) else (inputs, None)
+        y, loss = self.experts(paddle.tanh(self.linear(x)), return_aux_loss=True)
+        return x + y, loss.reshape([1]) if losses is None else losses + loss
+
+
 def batch(step):
     """[sequences, length, H] inputs and targets of a step."""
     rng = np.random.default_rng([11, step])

@@ -12,7 +12,7 @@ JOBS = {
     "ep2_tp2": (
         (2, 2, 1),
         "gradients losses faults stop_gradient shared_weights dropped_all_reduces recompute jitter amax "
-        "mixed_precision clipping overflow flags all_to_all_output all_to_all_steps",
+        "mixed_precision clipping overflow flags all_to_all_output all_to_all_steps all_to_all_training",
     ),
     "ep4": (
         (4, 1, 1),
@@ -21,11 +21,13 @@ JOBS = {
     ),
     "tp4": ((1, 4, 1), "gradients branches dropped_all_reduces flags"),
     "dp2": ((1, 1, 2), "sharded_optimizer data_parallel flags"),
+    "dp2_fleet_pipeline": ((1, 1, 2), "fleet_pipeline"),
     "ep2_fleet": ((2, 1, 1), "sharded_optimizer"),
     "ep2_fleet_topology": ((2, 1, 1), "fleet_topology"),
     "ep2_dp2": (
         (2, 1, 2),
-        "accumulation data_parallel averages replica_without_tokens global_balance pipeline",
+        "accumulation data_parallel averages replica_without_tokens global_balance pipeline "
+        "all_to_all_steps all_to_all_training",
     ),
     "ep2_tp2_dp2": ((2, 2, 2), "groups optimizer_steps"),
 }

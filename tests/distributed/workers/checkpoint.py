@@ -11,6 +11,7 @@ import paddle
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from checkpoint_cases import LAYOUT, Model, assert_loaded, fill_moments, make_optimizer
+from layer_cases import HIDDEN
 
 from paddle_moe import init_distributed, load_checkpoint, load_moe_weights, save_checkpoint, save_moe_weights
 from paddle_moe.distributed import ParallelContext
@@ -54,6 +55,20 @@ except CheckpointError as error:
 else:
     raise AssertionError("a truncated file on one rank was not noticed on this one")
 assert [tensor.numpy().tobytes() for tensor in model.state_dict().values()] == before
+# Keys that are missing, and keys of no tensor: a model without its head and with a second norm.
+other = Model(parallel=own)
+other.second_norm = paddle.nn.LayerNorm(HIDDEN)
+del other.head
+try:
+    load_checkpoint(target / "float32", other)
+except CheckpointError as error:
+    found = {problem.key: (problem.expected, problem.found) for problem in error.problems}
+    assert set(found) == {"head.weight", "head.bias", "second_norm.weight", "second_norm.bias"}, error
+    assert found["head.bias"][0] == "no tensor of this name" and found["second_norm.bias"][1] == "nothing", (
+        error
+    )
+else:
+    raise AssertionError("keys that do not match were loaded")
 try:  # one rank cannot write
     save_checkpoint("/dev/null/here" if own.rank == 0 else target / "refused", model)
 except RuntimeError as error:

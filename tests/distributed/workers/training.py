@@ -3,6 +3,7 @@
 Every rank also trains the whole layer by itself and compares. Prints "CHECK passed" after each check.
 """
 
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import paddle
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from layer_cases import EXPERTS, HIDDEN, TOP_K, tokens
 from training_cases import (
+    SEQUENCES,
+    Block,
     Model,
     as_float32,
     assert_close,
@@ -74,6 +77,9 @@ def losses():
     called = dict(return_aux_loss=options.pop("return_aux_loss"))
     for kind in ("batch", "global"):
         assert_same_gradients(*both(balance_loss=kind, **options), trained_tokens(), **called)
+    layers = both(balance_loss="sequence", **options)
+    calls = [lambda x, layer=layer: layer(x.reshape([3, 4, HIDDEN]), **called) for layer in layers]
+    assert_same_gradients(*layers, trained_tokens(num_tokens=12), call=calls[0], dense_call=calls[1])
     for policy in ("probability", "position"):
         layers = both(capacity_factor=0.8, drop_policy=policy, **options)
         assert_same_gradients(*layers, trained_tokens(), **called)
@@ -199,8 +205,11 @@ def recompute():
         assert_same_gradients(
             layer, dense, trained_tokens(), call=run, dense_call=lambda x: dense(x, return_aux_loss=True)
         )
-        if reentrant:
-            assert layer.expert_counts.tolist() == dense.expert_counts.tolist()
+        # Without reentry both forwards record gradients and count; the bias moves the same way.
+        assert layer.expert_counts.tolist() == ((2 - reentrant) * dense.expert_counts).tolist()
+        layer.update_correction_bias()
+        dense.update_correction_bias()
+        np.testing.assert_array_equal(layer.correction_bias.numpy(), dense.correction_bias.numpy())
 
 
 @check
@@ -320,6 +329,56 @@ def all_to_all_stop_gradient():
                 assert_close(mine[name], expected[name], 2e-6, f"{name} {fixed}")
             else:  # only what this rank holds nothing of may have no gradient
                 assert expected[name].size == 0, f"{name} {fixed}"
+
+
+@check
+def all_to_all_training():
+    """Each EP rank trains on its own tokens, one of them on none: micro-batches, recompute, policies."""
+    from paddle.distributed.fleet.utils import recompute
+
+    replica, replicas = parallel.dp_rank * ep_size + parallel.ep_rank, dp_size * ep_size
+    sizes = [0, 5, 3, 4][:replicas]
+    ends = np.cumsum([0, *sizes])
+    batches = [np.split(tokens(num_tokens=ends[-1], seed=seed), ends[1:-1]) for seed in (1, 2)]
+    factors = np.random.default_rng(7).standard_normal(HIDDEN).astype(np.float32)
+
+    def backward(layer, part, seed, reentrant):
+        """Of both micro-batches; (outputs, gradients of the hidden states)"""
+        paddle.seed(seed)
+        found = []
+        for parts in batches:
+            x = paddle.to_tensor(parts[part], stop_gradient=False)
+            options = {} if reentrant is None else dict(use_reentrant=reentrant)
+            call = layer if reentrant is None else functools.partial(recompute, layer)
+            output, loss = call(x, return_aux_loss=True, **options)
+            ((output * paddle.to_tensor(factors)).sum() + loss).backward()
+            found += [output.numpy(), x.grad.numpy()]
+        return found
+
+    policies = (
+        {},
+        dict(capacity_factor=0.7, drop_policy="position"),
+        dict(capacity_factor=0.7, jitter_epsilon=0.3),
+        dict(jitter_epsilon=0.3, recompute=True, num_experts=2),
+    )
+    for policy, reentrant in itertools.product(policies, (None, True)):
+        options = dict(balance_loss_weight=0.5, z_loss_weight=0.1, bias_update_speed=1e-3, **policy)
+        layer, dense = make_layer(parallel, dispatch="alltoall", **options), make_layer(**options)
+        # The noise of a token is that of the first rank that has it.
+        found = backward(layer, replica, replica + 100 * parallel.tp_rank, reentrant)
+        average_gradients(layer.parameters(), parallel, replicas=("dp", "ep"))
+        expected = [backward(dense, part, part, None) for part in range(replicas)][replica]
+        for mine, whole in zip(found, expected):
+            assert_close(mine, whole, 2e-6, f"{policy} {reentrant}")
+        gradients = {name: p.grad.numpy() / replicas for name, p in dense.named_parameters()}
+        for name, value in shard_like(layer, gradients).items():
+            mine = getattr(layer, name)
+            assert mine.size == 0 or np.isfinite(mine.grad.numpy()).all()
+            if mine.size:
+                assert_close(mine.grad.numpy(), value, 3e-6, f"{name} {policy} {reentrant}")
+        layer.update_correction_bias()
+        dense.update_correction_bias()
+        np.testing.assert_array_equal(layer.correction_bias.numpy(), dense.correction_bias.numpy())
 
 
 @check
@@ -516,7 +575,7 @@ def pipeline():
 
 @check
 def fleet_topology():
-    """The groups of fleet's hybrid topology, where its model-parallel group holds all ranks."""
+    """The groups of fleet's hybrid topology, its model-parallel group with all ranks, and its steps."""
     from paddle.distributed import fleet
 
     strategy = fleet.DistributedStrategy()
@@ -527,6 +586,68 @@ def fleet_topology():
     for groups in ((single, everyone), (everyone, single)):
         adopted = ParallelContext.from_groups(*groups, dp_group=single)
         assert_same_gradients(make_layer(adopted), make_layer(), trained_tokens())
+
+        # fleet's own clipping adds up what its model-parallel group has, which is the grid here.
+        for clip in (ClipGradByGlobalNorm(0.5, adopted), paddle.nn.ClipGradByGlobalNorm(0.5)):
+            model, dense = Model(adopted), Model()
+            inner = paddle.optimizer.AdamW(1e-2, parameters=model.parameters(), grad_clip=clip)
+            wrapped, optimizer = fleet.distributed_model(model), fleet.distributed_optimizer(inner)
+            assert wrapped is not model and optimizer is not inner
+            check_optimizer(optimizer, adopted)
+            train(dense, 3)
+            for step in range(3):
+                loss_of(wrapped, *batch(step)).backward()
+                optimizer.step()
+                optimizer.clear_grad()
+                for experts in model.experts:
+                    experts.update_correction_bias()
+            assert_same_model(model, dense)
+
+
+@check
+def fleet_pipeline():
+    """fleet's PipelineLayer: two stages with experts and their losses in each, two micro-batches."""
+    from paddle.distributed import fleet
+    from paddle.distributed.fleet.meta_parallel import LayerDesc, PipelineLayer
+
+    paddle.distributed.ParallelEnv._device_id = 0  # PipelineLayer asks for it, and on a CPU nobody sets it
+    strategy = fleet.DistributedStrategy()
+    strategy.hybrid_configs = {"dp_degree": 1, "pp_degree": 2}
+    strategy.hybrid_configs["pp_configs"].use_batch_p2p_comm = False
+    strategy.pipeline_configs = {"micro_batch_size": SEQUENCES // 2, "accumulate_steps": 2}
+    fleet.init(is_collective=True, strategy=strategy)
+
+    def cost(results, target):
+        output, losses = results
+        return ((output - target) ** 2).mean() + losses.sum()
+
+    model = PipelineLayer(
+        [LayerDesc(Block, seed) for seed in range(4)], num_stages=2, loss_fn=cost, seg_method="layer:Block"
+    )
+    stage = fleet.get_hybrid_communicate_group().get_stage_id()
+    assert stage == parallel.rank
+    dense = paddle.nn.LayerList([Block(seed) for seed in range(4)])
+    pipeline = fleet.distributed_model(model)
+    optimizer = fleet.distributed_optimizer(paddle.optimizer.AdamW(1e-2, parameters=model.parameters()))
+    whole = paddle.optimizer.AdamW(1e-2, parameters=dense.parameters())
+    for step in range(3):
+        x, target = map(paddle.to_tensor, batch(step))
+        loss = pipeline.train_batch([x, target], optimizer)
+        total = 0.0
+        for part, wanted in zip(x.chunk(2), target.chunk(2)):
+            results = part
+            for block in dense:
+                results = block(results)
+            micro = cost(results, wanted) / 2
+            micro.backward()
+            total += micro.item()
+        whole.step()
+        whole.clear_grad()
+        np.testing.assert_allclose(loss.item(), total, rtol=1e-6)
+    own = [p.numpy() for block in list(dense)[2 * stage : 2 * stage + 2] for p in block.parameters()]
+    assert len(own) == len(model.parameters())
+    for parameter, expected in zip(model.parameters(), own):
+        assert_close(parameter.numpy(), expected, 1e-5, parameter.name)
 
 
 def refused(text, optimizer):
@@ -545,6 +666,9 @@ def refused(text, optimizer):
 def sharded_optimizer():
     """fleet's sharding stage 1 for the dense parameters; one norm clips everything; misuse is refused."""
     from paddle.distributed import fleet
+    from paddle.distributed.fleet.meta_parallel.sharding.group_sharded_optimizer_stage2 import (
+        GroupShardedOptimizerStage2,
+    )
 
     strategy = fleet.DistributedStrategy()
     strategy.hybrid_configs = {"dp_degree": 1, "sharding_degree": parallel.world_size}
@@ -594,6 +718,11 @@ def sharded_optimizer():
         assert "call paddle_moe.clip_gradients before its step" in str(error), error
     else:
         raise AssertionError("a norm of a part of the parameters was accepted")
+    stage_2 = GroupShardedOptimizerStage2.__new__(GroupShardedOptimizerStage2)  # its __init__ refuses a CPU
+    stage_2._optim = paddle.optimizer.AdamW(1e-2, parameters=model.parameters())
+    stage_2._local_params = model.parameters()
+    stage_2._group = paddle.distributed.collective._get_global_group()
+    refused(["GroupShardedOptimizerStage2 takes the parameter", name], stage_2)
     groups = [{"params": others[:1]}, {"params": others[1:] + shards, "learning_rate": 0.1}]
     for parameters in (model.parameters(), groups):
         own = paddle.optimizer.AdamW(1e-2, parameters=parameters, grad_clip=clip)
@@ -606,16 +735,15 @@ def sharded_optimizer():
 
 @check
 def overflow():
-    """Infinity in a shard of one rank: all ranks skip the step and lower the scale, and go on together."""
+    """Infinity in a shard of one rank: all ranks skip the step and count it, and go on together."""
     with mock.patch("paddle.amp.grad_scaler.in_dynamic_mode", lambda: False):  # it turns itself off on a CPU
-        scaler = paddle.amp.GradScaler(init_loss_scaling=4.0)
+        scaler = paddle.amp.GradScaler(init_loss_scaling=4.0, decr_every_n_nan_or_inf=100)
     assert scaler.is_enable() and agree_on_overflow(scaler, parallel) is scaler
     layer = make_layer(parallel)
     optimizer = paddle.optimizer.SGD(0.125, parameters=layer.parameters())
-    for place in (None, 0, parallel.world_size - 1, None):
+    for count, place in enumerate((None, 0, parallel.world_size - 1, None)):
         before = [parameter.numpy() for parameter in layer.parameters()]
-        scale = scaler._scale.item()
-        (layer(trained_tokens()).sum() * scale).backward()
+        (layer(trained_tokens()).sum() * scaler._scale).backward()
         if place == parallel.rank:
             layer.down_weight.grad[0, 0, 0] = float("inf")
         if place == 0:
@@ -625,7 +753,7 @@ def overflow():
         optimizer.clear_grad()
         moved = [bool((p.numpy() != old).any()) for p, old in zip(layer.parameters(), before) if old.size]
         assert moved == [place is None] * len(moved), (place, moved)
-        assert scaler._scale.item() == (scale if place is None else scale / 2)
+        assert scaler._decr_count == (0 if place is None else count)
 
 
 for name in sys.argv[4:]:
