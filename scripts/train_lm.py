@@ -10,8 +10,8 @@ Any grid, for example EP 2 x TP 1 x DP 2 on four processes:
     PADDLE_DISTRI_BACKEND=gloo python -m paddle.distributed.launch --nproc_per_node 4 --log_dir log/train \\
         scripts/train_lm.py --ep 2 --dp 2 --out log/train_lm
 
-The same command again goes on from the last checkpoint in --out. The losses are then, bit by bit, those of a
-run that was never interrupted. --ep, --tp and --dp may change, which changes the order of additions alone.
+The same command again goes on from the last checkpoint in --out, bit by bit as if it had never been
+interrupted. --ep, --tp and --dp may change, which changes the order of additions alone.
 """
 
 from __future__ import annotations

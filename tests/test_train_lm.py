@@ -117,7 +117,7 @@ def test_a_grid_goes_on_with_the_losses_of_one_process(uninterrupted, killed, tm
 
 
 def test_a_killed_grid_goes_on_with_the_same_bits(uninterrupted, tmp_path):
-    """With two ranks to a group a sum has one order; with more, gloo's ring has a fixed one too."""
+    """With two ranks to a group, every sum has one order."""
     _, expected, _ = uninterrupted
     out = tmp_path / "grid"
     options = ["--ep", 2, *SMALL, "--save-every", 10, "--out", out]

@@ -254,6 +254,7 @@ def amax():
 def flags():
     layer = make_layer(parallel)
     for name, parameter in layer.named_parameters():
+        assert getattr(parameter, "is_gate", False) == (name == "gate_weight")
         sharded = name not in ("gate_weight", "shared_gate_weight") and ep_size * tp_size > 1
         assert parameter.is_distributed == sharded, name
         assert getattr(parameter, "no_sync", False) == getattr(parameter, "expert", False) == sharded, name
@@ -467,6 +468,18 @@ def groups():
         assert "joins ranks at different places of their grids" in str(error), error
     else:
         raise AssertionError("wrong groups were accepted")
+    with mock.patch(
+        "paddle.distributed.all_reduce", lambda *arguments, **options: None
+    ):  # as gloo now and then
+        try:
+            ParallelContext.from_groups(parallel.ep_group, parallel.tp_group)
+        except RuntimeError as error:
+            ranks = list(parallel.ep_group.ranks)
+            assert f"should sum over the ranks {ranks}, but a test sum of their ids came from" in str(
+                error
+            ), error
+        else:
+            raise AssertionError("a group that does not sum was accepted")
 
 
 @check
