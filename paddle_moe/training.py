@@ -287,6 +287,8 @@ def agree_on_overflow(scaler: paddle.amp.GradScaler, parallel: ParallelContext) 
     """Has all ranks skip a step, and lower the scale, when the gradients of one of them are not finite.
 
     A GradScaler looks at the shards of its own rank alone, and would skip a step that the other ranks take.
+    With several optimizers, call ``scaler.unscale_`` for all of them before the first ``scaler.step``: they
+    then skip together too.
 
     Args:
         scaler: changed in place. All ranks call its step and unscale_ together.
@@ -297,12 +299,15 @@ def agree_on_overflow(scaler: paddle.amp.GradScaler, parallel: ParallelContext) 
     unscale = scaler._unscale
 
     def unscale_everywhere(optimizer: Any) -> None:
+        if not scaler.is_enable():
+            return
+        others = any(key != id(optimizer) for key in scaler._optimizer_states)  # since the last update
+        before = scaler._found_inf.astype("int32") if others else 0
         unscale(optimizer)
-        if scaler.is_enable():
-            found = scaler._found_inf.astype("int32")
-            for group in ("grid", "dp"):
-                parallel.all_reduce(found, group, "max")
-            scaler._found_inf = found.astype("bool")
+        found = scaler._found_inf.astype("int32") + before
+        for group in ("grid", "dp"):
+            parallel.all_reduce(found, group, "max")
+        scaler._found_inf = found.astype("bool")
 
     scaler._unscale = scaler.unscale_ = unscale_everywhere
     return scaler

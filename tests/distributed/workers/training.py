@@ -758,20 +758,27 @@ def overflow():
         scaler = paddle.amp.GradScaler(init_loss_scaling=4.0, decr_every_n_nan_or_inf=100)
     assert scaler.is_enable() and agree_on_overflow(scaler, parallel) is scaler
     layer = make_layer(parallel)
-    optimizer = paddle.optimizer.SGD(0.125, parameters=layer.parameters())
-    for count, place in enumerate((None, 0, parallel.world_size - 1, None)):
+    one = [paddle.optimizer.SGD(0.125, parameters=layer.parameters())]
+    halves = layer.parameters()[1:], layer.parameters()[:1]  # the optimizer asked last has no infinity
+    two = [paddle.optimizer.SGD(0.125, parameters=half) for half in halves]
+    cases = itertools.product((one, two), (None, 0, parallel.world_size - 1, None))
+    skipped = 0
+    for optimizers, place in cases:
         before = [parameter.numpy() for parameter in layer.parameters()]
         (layer(trained_tokens()).sum() * scaler._scale).backward()
         if place == parallel.rank:
             layer.down_weight.grad[0, 0, 0] = float("inf")
-        if place == 0:
-            scaler.unscale_(optimizer)
-        scaler.step(optimizer)
+        if place == 0 or optimizers is two:
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.clear_grad()
         scaler.update()
-        optimizer.clear_grad()
         moved = [bool((p.numpy() != old).any()) for p, old in zip(layer.parameters(), before) if old.size]
         assert moved == [place is None] * len(moved), (place, moved)
-        assert scaler._decr_count == (0 if place is None else count)
+        skipped = 0 if place is None else skipped + 1
+        assert scaler._decr_count == skipped
 
 
 for name in sys.argv[4:]:
