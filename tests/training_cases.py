@@ -117,7 +117,8 @@ def autocast(level: str, dtype: str = "bfloat16") -> Iterator[None]:
 def native_operators() -> Iterator[dict[str, set[str]]]:
     """The names of Paddle's own operators that are called from Python, by the level of autocast at the call.
 
-    On a GPU the level says what they compute in; here they have no half precision that could show.
+    Not those behind + or *, which Paddle calls from C++. On a GPU the level says what they compute in; here
+    they have no half precision that could show.
     """
     seen: dict[str, set[str]] = {}
 

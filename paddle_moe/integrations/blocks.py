@@ -399,6 +399,17 @@ class MoEBlock:
         Returns:
             Shape and dtype of ``hidden_states``.
         """
+        with functional.own_autocast():
+            output = self._mix(hidden_states, routing_table, router_weights, shared_weights)
+        return output
+
+    def _mix(
+        self,
+        hidden_states: Tensor,
+        routing_table: Tensor,
+        router_weights: Tensor,
+        shared_weights: Tensor | None,
+    ) -> Tensor:
         parallel, groups = self.parallel, ["tp" if self.dispatch == "alltoall" else "grid"]
         tokens = self.tokens(hidden_states).astype(self._compute_dtype())
         entering = [tokens, router_weights]

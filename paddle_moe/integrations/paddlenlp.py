@@ -16,7 +16,7 @@ import sys
 import paddle
 from paddle.nn import functional as F
 
-from paddle_moe.functional import gate, route
+from paddle_moe.functional import gate, route, without_autocast
 from paddle_moe.integrations.blocks import MoEBlock
 from paddle_moe.integrations.models import Holdings, Integration, turned
 from paddle_moe.losses import load_balancing_loss
@@ -71,7 +71,7 @@ class Qwen2Moe(MoEBlock):
         routing_table, router_weights = route(
             logits, self.top_k, renormalize=self.norm_topk_prob, renormalize_eps=0.0
         )
-        shared_weights = F.sigmoid(gate(tokens, self.shared_expert_gate.weight))
+        shared_weights = without_autocast(F.sigmoid)(gate(tokens, self.shared_expert_gate.weight))
         output = self.mix(hidden_states, routing_table, router_weights, shared_weights)
         return output, logits.astype(hidden_states.dtype)
 

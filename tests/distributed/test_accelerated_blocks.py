@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import paddle
 import pytest
 from launcher import WORKERS, launch
+from small_blocks import HIDDEN, Block, accelerate
+from training_cases import autocast, native_operators
 
 GRID = ("graphs_of_one_shape", "half_precision", "all_to_all", "steps_of_an_optimizer")
 FLEET = ("all_to_all", "steps_of_an_optimizer", "divided_by_fleet")
@@ -17,3 +20,15 @@ def test_accelerated_blocks(ep_size, tp_size, ranks, checks, tmp_path):
     assert job.returncode == 0, job
     for name in checks:
         assert all(f"{name} passed" in log for log in job.logs), job
+
+
+def test_autocast_leaves_the_sums_in_float32():
+    """Of Paddle's own operators O2 reaches those of the block's forward alone, which only reshapes here."""
+    model = paddle.nn.Sequential(Block(5, 12, shared=9))
+    accelerate(model)
+    x = paddle.randn([7, HIDDEN])
+    expected = model(x)
+    with autocast("O2"), native_operators() as seen:
+        output = model(x)
+    assert seen["O2"] <= {"reshape"} and {"cast", "full_like"} <= seen["O0"], seen
+    assert output.dtype == x.dtype and 0 < (output - expected).abs().max() < 0.1
