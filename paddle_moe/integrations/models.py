@@ -18,7 +18,7 @@ from paddle import nn
 
 from paddle_moe.checkpoint import part_key
 from paddle_moe.distributed import ParallelContext, init_distributed
-from paddle_moe.integrations.blocks import MoEBlock, listed_weights
+from paddle_moe.integrations.blocks import MoEBlock, Slice, listed_weights
 from paddle_moe.params import Part, shard_range
 from paddle_moe.pretrained import LAYOUTS, stored_tensors, write_stored
 from paddle_moe.tensor_files import LoadReport, Plan, Source, Target, TensorFiles, execute
@@ -42,6 +42,7 @@ class Integration:
             known. It may name the dimensions of a whole for that.
         stand_ins: what patch() replaces in the package, by "module:name", because it builds another block
             under fleet: (the block to build, what to put there, given the stock class of that block).
+        unpublished: endings of the published names that files may lack; the model keeps what it has there.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class Integration:
         blocks: list[type[MoEBlock]],
         published: Callable[[nn.Layer, Holdings], list[Source] | None],
         stand_ins: dict[str, tuple[type[MoEBlock], Callable[[type[nn.Layer]], Any]]] | None = None,
+        unpublished: tuple[str, ...] = (),
     ):
-        self.package = package
+        self.package, self._unpublished = package, unpublished
         self._published, self._stand_ins = published, stand_ins or {}
         self._blocks = {block.stock: block for block in blocks}
         self._original_init: dict[type, Any] = {}
@@ -229,7 +231,15 @@ class Integration:
         holdings, sources = candidates[layout]
         if sources is None:
             raise ValueError(self._unknown_names(model))
-        targets = {name: Target(tensor, part) for name, (tensor, part, _) in holdings.items()}
+        lacking = {
+            source.target
+            for source in sources
+            if source.key not in files and layout == "huggingface" and source.key.endswith(self._unpublished)
+        }
+        sources = [source for source in sources if source.target not in lacking]
+        targets = {
+            name: Target(tensor, part) for name, (tensor, part, _) in holdings.items() if name not in lacking
+        }
         asked = {source.key for source in sources}
         inside = tuple({key.partition(".experts.")[0] + "." for key in asked if ".experts." in key})
         plan = Plan(
@@ -293,8 +303,9 @@ class Integration:
 
     def _unknown_names(self, model: nn.Layer) -> str:
         return (
-            f"layout must be 'paddle' for {type(model).__name__}, got 'huggingface': its published names are "
-            "known only when all of its blocks are accelerated and listed in docs/integrations.md"
+            f"layout must be 'paddle' for {type(model).__name__}, got 'huggingface': published names are "
+            f"known only of models of {self.package}, with all of their blocks accelerated and listed "
+            "in docs/integrations.md"
         )
 
     def _sources(self, model: nn.Layer, layout: str) -> tuple[Holdings, list[Source] | None]:
@@ -362,6 +373,55 @@ def turned(part: Part) -> Part:
     """The same part, stored with the dimensions of the array in reverse order."""
     dimensions = re.findall(r"\([^)]*\)|\S+", part.pattern)
     return Part(" ".join(reversed(dimensions)), part.ranges)
+
+
+# Layers that hold several of the published files in one: the dimensions of their columns, the one that tells
+# the parts apart, and what their names become.
+_FUSED = {
+    "qkv_proj": ("(K R D)", "R", ("q_proj", "k_proj", "v_proj")),
+    "up_gate_proj": ("(G I)", "G", ("gate_proj", "up_proj")),
+    "gate_up_fused_proj": ("(G I)", "G", ("gate_proj", "up_proj")),
+}
+
+
+def published_parts(
+    name: str, layers: dict[str, nn.Layer], holdings: Holdings, key_of: Callable[[str], str]
+) -> list[Source]:
+    """What published files have of a tensor: matrices of nn.Linear turned, and fused layers in their parts.
+
+    Args:
+        layers: of the model, by name.
+        holdings: of the model; the dimensions of fused columns get names there.
+        key_of: the published name of an unfused tensor.
+    """
+    tensor, _, whole = holdings[name]
+    path, _, leaf = name.rpartition(".")
+    parent, _, last = path.rpartition(".")
+    if last not in _FUSED:
+        is_matrix = leaf == "weight" and isinstance(layers.get(path), nn.Linear)
+        return [Source(key_of(name), name, turned(whole) if is_matrix else whole)]
+    columns, cut, parts = _FUSED[last]
+    spans = [(number, number + 1) for number in range(len(parts))]
+    if cut not in whole.ranges:  # not of a block
+        ranges = {"G": (0, 2)}
+        if cut == "R":  # the heads of a key follow each other: those of its queries, the key, the value
+            config = layers[parent].config
+            repeats = config.num_attention_heads // config.num_key_value_heads
+            ranges = {"K": (0, config.num_key_value_heads), "R": (0, repeats + 2)}
+        pattern = f"H {columns}" if len(whole.names) == 2 else columns
+        whole = Slice.of(tensor, name, pattern, **ranges).whole
+        holdings[name] = tensor, whole, whole
+    if cut == "R":
+        repeats = whole.length("R") - 2
+        spans = [(0, repeats), (repeats, repeats + 1), (repeats + 1, repeats + 2)]
+    return [
+        Source(
+            key_of(f"{parent}.{part}.{leaf}" if parent else f"{part}.{leaf}"),
+            name,
+            turned(Part(whole.pattern, {**whole.ranges, cut: span})),
+        )
+        for part, span in zip(parts, spans)
+    ]
 
 
 def _parallel_of(model: nn.Layer) -> ParallelContext | None:

@@ -15,9 +15,8 @@ from paddle.nn import functional as F
 
 from paddle_moe.functional import gate, route
 from paddle_moe.integrations.blocks import MoEBlock, Slice, Weights
-from paddle_moe.integrations.models import Holdings, Integration, published_by_blocks, turned
+from paddle_moe.integrations.models import Holdings, Integration, published_by_blocks, published_parts
 from paddle_moe.losses import load_balancing_loss, router_z_loss
-from paddle_moe.params import Part
 from paddle_moe.tensor_files import Source
 
 Tensor = paddle.Tensor
@@ -254,38 +253,21 @@ def _published(model, holdings: Holdings) -> list[Source] | None:
     """Hugging Face's names: those of the blocks from their layouts, the others by what the layers are.
 
     Most names are the model's own, with the matrices of nn.Linear turned. What PaddleFormers fuses has the
-    names of its parts: query, key and value, whose heads alternate, and gate and up.
+    names of its parts.
     """
     sources = published_by_blocks(model)
     if sources is None:
         return None
     done, layers = {source.target for source in sources}, dict(model.named_sublayers())
-    for name, (tensor, _, whole) in list(holdings.items()):
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    for name, (_, _, whole) in list(holdings.items()):
         path, _, leaf = name.rpartition(".")
         if name in done or path.endswith("rotary_emb") or leaf == "expert_usage":  # the latter: not in files
             continue
-        layer, (parent, _, last) = layers.get(path), path.rpartition(".")
-        is_matrix = leaf == "weight" and isinstance(layer, paddle.nn.Linear)
-        if last in ("qkv_proj", "up_gate_proj"):
-            if last == "qkv_proj":
-                config = layers[parent].config
-                repeats = config.num_attention_heads // config.num_key_value_heads
-                ranges = {"K": (0, config.num_key_value_heads), "R": (0, repeats + 2)}
-                columns, cut = "(K R D)", "R"
-                parts = {"q": (0, repeats), "k": (repeats, repeats + 1), "v": (repeats + 1, repeats + 2)}
-            else:
-                columns, cut, ranges, parts = "(G I)", "G", {"G": (0, 2)}, {"gate": (0, 1), "up": (1, 2)}
-            whole = Slice.of(tensor, name, f"H {columns}" if is_matrix else columns, **ranges).whole
-            holdings[name] = tensor, whole, whole
-            pattern = (columns if cut == "R" else "I") + (" H" if is_matrix else "")
-            sources += [
-                Source(f"{parent}.{part}_proj.{leaf}", name, Part(pattern, {**whole.ranges, cut: span}))
-                for part, span in parts.items()
-            ]
-        elif name == "lm_head.weight" and model.config.tie_word_embeddings:
+        if name == "lm_head.weight" and tied:
             sources.append(Source("model.embed_tokens.weight", name, whole))
         else:
-            sources.append(Source(name, name, turned(whole) if is_matrix else whole))
+            sources += published_parts(name, layers, holdings, lambda name: name)
     return sources
 
 

@@ -18,7 +18,7 @@ from paddle.nn import functional as F
 
 from paddle_moe.functional import gate, route, without_autocast
 from paddle_moe.integrations.blocks import MoEBlock
-from paddle_moe.integrations.models import Holdings, Integration, turned
+from paddle_moe.integrations.models import Holdings, Integration, published_parts, turned
 from paddle_moe.losses import load_balancing_loss
 from paddle_moe.tensor_files import Source
 
@@ -127,18 +127,49 @@ class Deepseek(MoEBlock):
         return output
 
 
-def _published(model, holdings: Holdings) -> list[Source]:
-    """From PaddleNLP's own table, which depends on the class that a model was saved from."""
+def _published(model, holdings: Holdings) -> list[Source] | None:
+    """From PaddleNLP's own table, which depends on the class that a model was saved from.
+
+    The table lacks tensors of some options; they are named as those that it has.
+    """
+    if not hasattr(model, "_get_name_mappings"):
+        return None
+    prefix = f"{model.base_model_prefix}."
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    if not any(name.startswith(prefix) for name in holdings):
+        # A model without a head, which the table knows by its name, DeepSeek-V2 by that of DeepSeek-V3.
+        config.architectures.append(getattr(model, "base_model_class", type(model)).__name__)
     table = {one.target_name: one for one in model._get_name_mappings(config)}
-    return [
-        Source(table[name].source_name, name, turned(whole) if table[name].action == "transpose" else whole)
-        for name, (_, _, whole) in holdings.items()
-    ]
+    layers, sources = dict(model.named_sublayers()), []
+
+    def key_of(name: str) -> str:
+        if name in table:
+            return table[name].source_name
+        return f"model.{name[len(prefix) :]}" if name.startswith(prefix) else name
+
+    for name, (tensor, _, whole) in list(holdings.items()):
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            embedding = f"{prefix}embed_tokens.weight"
+            rows = holdings[embedding][2]
+            if tensor.shape != holdings[embedding][0].shape:  # PaddleNLP ties those that it loads
+                whole = turned(rows)
+                holdings[name] = tensor, whole, whole
+            sources.append(Source(key_of(embedding), name, rows))
+        elif name in table:
+            is_turned = table[name].action == "transpose"
+            sources.append(Source(key_of(name), name, turned(whole) if is_turned else whole))
+        else:
+            sources += published_parts(name, layers, holdings, key_of)
+    return sources
 
 
-_integration = Integration("paddlenlp", [Mixtral, Qwen2Moe, Deepseek, Jamba], _published)
+_integration = Integration(
+    "paddlenlp",
+    [Mixtral, Qwen2Moe, Deepseek, Jamba],
+    _published,
+    unpublished=(".eh_proj.bias",),  # of a Linear that has none in the published DeepSeek-V3
+)
 load_checkpoint, save_checkpoint = _integration.load_checkpoint, _integration.save_checkpoint
 accelerate, restore = _integration.accelerate, _integration.restore
 patch, unpatch = _integration.patch, _integration.unpatch

@@ -82,6 +82,15 @@ def assert_same_gradients(actual: dict[str, np.ndarray], expected: dict[str, np.
         assert error < 1e-5 * np.linalg.norm(gradient) + 1e-7 * largest, name
 
 
+def split_qkv(value: np.ndarray, config) -> dict[str, np.ndarray]:
+    """The columns of queries, keys and values, which a fused layer has in groups of one key each."""
+    keys = config.num_key_value_heads
+    groups = config.num_attention_heads // keys
+    heads = value.reshape([*value.shape[:-1], keys, groups + 2, -1])
+    parts = {"q": heads[..., :groups, :], "k": heads[..., groups, :], "v": heads[..., groups + 1, :]}
+    return {name: part.reshape([*value.shape[:-1], -1]) for name, part in parts.items()}
+
+
 def write_files(tensors: dict[str, np.ndarray], path: Path) -> None:
     """Two safetensors files and an index."""
     path.mkdir(parents=True)

@@ -10,7 +10,7 @@ from importlib import import_module
 import dense
 import numpy as np
 import paddle
-from families import VOCABULARY, Family, draw_weights, in_no_file, tokens
+from families import VOCABULARY, Family, draw_weights, in_no_file, split_qkv, tokens
 
 _SIZES = dict(
     vocab_size=VOCABULARY,
@@ -146,7 +146,6 @@ _TURNED = re.compile(  # matrices that PaddleFormers has as [in, out]
 def published_tensors(model) -> dict[str, np.ndarray]:
     """By the names, and as the [out, in] matrices, of Hugging Face's files."""
     config, tensors = model.config, {}
-    groups = config.num_attention_heads // config.num_key_value_heads
     gpt_oss = type(model).__name__.startswith("GptOss")
     for name, tensor in model.state_dict().items():
         path, leaf = name.rsplit(".", 1)
@@ -154,10 +153,8 @@ def published_tensors(model) -> dict[str, np.ndarray]:
         if in_no_file(name):
             continue
         if path.endswith("qkv_proj"):
-            heads = value.reshape([*value.shape[:-1], config.num_key_value_heads, groups + 2, -1])
-            parts = {"q": heads[..., :groups, :], "k": heads[..., groups, :], "v": heads[..., groups + 1, :]}
-            for part, columns in parts.items():
-                tensors[f"{parent}.{part}_proj.{leaf}"] = columns.reshape([*value.shape[:-1], -1]).T
+            for part, columns in split_qkv(value, config).items():
+                tensors[f"{parent}.{part}_proj.{leaf}"] = columns.T
         elif path.endswith("up_gate_proj"):
             for part, columns in zip(("gate", "up"), np.split(value, 2, axis=1)):
                 tensors[f"{parent}.{part}_proj.weight"] = columns.T

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import re
 
 import dense
 import numpy as np
 import paddle
-from families import VOCABULARY, Family, draw_weights, tokens
+from families import VOCABULARY, Family, draw_weights, split_qkv, tokens
 from paddlenlp import transformers
 
 _SIZES = dict(
@@ -142,13 +142,24 @@ def generated(model) -> list[list[int]]:
     return out.tolist()
 
 
+_TURNED = re.compile(  # matrices that PaddleNLP has as [in, out]
+    r"\b(w1|w2|w3|\w+_proj|kv_a_proj_with_mqa|gate|router|shared_expert_gate|score|lm_head)\.weight$"
+)
+
+
 def published_tensors(model) -> dict[str, np.ndarray]:
     """By the names, and as the [out, in] matrices, of the published files."""
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    state, tensors = model.state_dict(), {}
-    for one in model._get_name_mappings(config):
-        if one.target_name in state:
-            value = state[one.target_name].numpy()
-            tensors[one.source_name] = value.T if one.action == "transpose" else value
+    config, tensors = model.config, {}
+    for name, tensor in model.state_dict().items():
+        name, value = re.sub(r"^(mixtral|qwen2_moe|deepseek_v[23]|jamba)\.", "model.", name), tensor.numpy()
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if "qkv_proj" in name:
+            for part, columns in split_qkv(value, config).items():
+                tensors[name.replace("qkv", part)] = columns.T
+        elif "gate_up_fused_proj" in name:
+            for part, columns in zip(("gate", "up"), np.split(value, 2, axis=1)):
+                tensors[name.replace("gate_up_fused", part)] = columns.T
+        else:
+            tensors[name] = value.T if _TURNED.search(name) else value
     return tensors

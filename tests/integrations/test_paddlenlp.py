@@ -25,6 +25,7 @@ from families import (
     write_files,
     wrong_files,
 )
+from paddlenlp import transformers
 from paddlenlp_models import FAMILIES, build, generated, published_tensors
 
 from paddle_moe.integrations.blocks import MoEBlock
@@ -190,9 +191,77 @@ def test_checkpoints_are_interchangeable(family, tmp_path):
     np.testing.assert_array_equal(logits(model), expected)
 
 
+_EXPERTS = "mlp.gate.weight mlp.experts.{0..7}.gate_proj.weight mlp.experts.{0..7}.up_proj.weight "
+_EXPERTS += "mlp.experts.{0..7}.down_proj.weight "
+_DEEPSEEK = """
+    self_attn.q_a_proj.weight self_attn.q_a_layernorm.weight self_attn.q_b_proj.weight
+    self_attn.kv_a_proj_with_mqa.weight self_attn.kv_a_layernorm.weight self_attn.kv_b_proj.weight
+    self_attn.o_proj.weight input_layernorm.weight post_attention_layernorm.weight
+    mlp.shared_experts.gate_proj.weight mlp.shared_experts.up_proj.weight mlp.shared_experts.down_proj.weight
+"""
+# The names that the published files have for the second layer, from the indexes of those models.
+PUBLISHED_NAMES = {
+    "mixtral": """
+        self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight self_attn.o_proj.weight
+        input_layernorm.weight post_attention_layernorm.weight block_sparse_moe.gate.weight
+        block_sparse_moe.experts.{0..4}.w1.weight block_sparse_moe.experts.{0..4}.w2.weight
+        block_sparse_moe.experts.{0..4}.w3.weight
+    """,
+    "qwen2_moe": _EXPERTS.replace("7", "5")
+    + """
+        self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight self_attn.o_proj.weight
+        self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias
+        input_layernorm.weight post_attention_layernorm.weight
+        mlp.shared_expert.gate_proj.weight mlp.shared_expert.up_proj.weight mlp.shared_expert.down_proj.weight
+        mlp.shared_expert_gate.weight
+    """,
+    "deepseek_v2": _EXPERTS + _DEEPSEEK,
+    "deepseek_v3": _EXPERTS + _DEEPSEEK + "mlp.gate.e_score_correction_bias",
+    "jamba": """
+        self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight self_attn.o_proj.weight
+        input_layernorm.weight pre_ff_layernorm.weight feed_forward.router.weight
+        feed_forward.experts.{0..3}.gate_proj.weight feed_forward.experts.{0..3}.up_proj.weight
+        feed_forward.experts.{0..3}.down_proj.weight
+    """,
+}
+
+
 @each_family
-def test_published_files(family, tmp_path):
-    model = build(family)
+def test_published_names(family, tmp_path):
+    save_checkpoint(accelerate(build(family)), tmp_path / "saved")
+    expected = set()
+    for name in PUBLISHED_NAMES[family.name].split():
+        start, _, rest = name.partition("{0..")
+        last, _, end = rest.partition("}")
+        expected |= {f"{start}{number}{end}" for number in range(int(last) + 1)} if last else {name}
+    keys = read_files(tmp_path / "saved").keys()
+    inside = {key.removeprefix("model.layers.1.") for key in keys if key.startswith("model.layers.1.")}
+    assert inside == expected
+    norm = "model.final_layernorm.weight" if family.name == "jamba" else "model.norm.weight"
+    assert {key for key in keys if ".layers." not in key} == {
+        "model.embed_tokens.weight",
+        norm,
+        "lm_head.weight",
+    }
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        *((family.name, {}) for family in FAMILIES),
+        ("qwen2_moe", dict(fuse_attention_ffn=True, fuse_attention_qkv=True, num_key_value_heads=2)),
+        ("mixtral", dict(tie_word_embeddings=True)),
+        ("deepseek_v2", dict(tie_word_embeddings=True)),
+        ("deepseek_v2", dict(attention_bias=True)),
+        ("deepseek_v3", dict(num_nextn_predict_layers=1)),
+    ],
+)
+def test_published_files(name, options, tmp_path):
+    if name not in family_of:
+        pytest.skip(f"this version of PaddleNLP has no {name}")
+    model = build(family_of[name], **options)
+    if options.get("tie_word_embeddings"):
+        model.tie_weights()  # as from_pretrained does
     files, expected = (
         published_tensors(model),
         {name: one.numpy() for name, one in model.state_dict().items()},
@@ -201,10 +270,85 @@ def test_published_files(family, tmp_path):
     accelerate(model)
     save_checkpoint(model, tmp_path / "saved")
     assert_same_tensors(read_files(tmp_path / "saved"), files)
+    for layout in ("huggingface", "auto"):
+        set_to_zero(model)
+        report = load_checkpoint(model, tmp_path / "files", layout=layout)
+        assert report.unmatched == [] and report.bytes_read == sum(one.nbytes for one in expected.values())
+        assert_same_tensors({name: one.numpy() for name, one in model.state_dict().items()}, expected)
+
+
+def test_a_head_that_is_tied_in_the_files_alone(tmp_path):
+    """Of a model that PaddleNLP has built, and not loaded: the two are tensors of their own."""
+    model = accelerate(build(family_of["mixtral"], tie_word_embeddings=True))
+    files = published_tensors(model)
+    write_files(files, tmp_path / "files")
     set_to_zero(model)
-    report = load_checkpoint(model, tmp_path / "files")
-    assert report.unmatched == [] and report.bytes_read == sum(one.nbytes for one in expected.values())
-    assert_same_tensors({name: one.numpy() for name, one in model.state_dict().items()}, expected)
+    load_checkpoint(model, tmp_path / "files")
+    assert model.lm_head.weight.shape == [64, 128]
+    np.testing.assert_array_equal(model.lm_head.weight.numpy().T, files["model.embed_tokens.weight"])
+
+
+@pytest.mark.skipif("deepseek_v3" not in family_of, reason="this version of PaddleNLP has no DeepSeek-V3")
+def test_published_layers_that_predict_further_tokens_have_no_bias(tmp_path):
+    model = accelerate(build(family_of["deepseek_v3"], num_nextn_predict_layers=1))
+    files, bias = published_tensors(model), model.deepseek_v3.layers[2].eh_proj.bias
+    del files["model.layers.2.eh_proj.bias"]
+    write_files(files, tmp_path / "files")
+    kept = bias.numpy()
+    load_checkpoint(model, tmp_path / "files")
+    np.testing.assert_array_equal(bias.numpy(), kept)
+
+
+class WithScores(transformers.MixtralPretrainedModel):
+    """A head that PaddleNLP's table of names does not know."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mixtral = transformers.MixtralModel(config)
+        self.score = paddle.nn.Linear(config.hidden_size, 3, bias_attr=False)
+
+
+class Around(paddle.nn.Layer):
+    def __init__(self, model):
+        super().__init__()
+        self.block = blocks_of(model, family_of["mixtral"])[0]
+
+
+def mixtral_with_scores():
+    config = transformers.MixtralConfig(**build(family_of["mixtral"]).config.to_dict())
+    return WithScores(config)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(pytest.param(lambda f=f: without_a_head(f), id=f"{f.name} without a head") for f in FAMILIES),
+        pytest.param(mixtral_with_scores, id="another head"),
+        pytest.param(lambda: Around(build(family_of["mixtral"])), id="a layer around a block"),
+        pytest.param(lambda: Around(build(family_of["mixtral"])).block, id="a block"),
+    ],
+)
+def test_files_of_other_models_with_such_blocks(make, tmp_path):
+    model = accelerate(make())
+    expected = {name: one.numpy() for name, one in model.state_dict().items()}
+    whole = isinstance(model, transformers.PretrainedModel)
+    for layout in ("paddle", "huggingface") if whole else ("paddle",):
+        path = tmp_path / layout
+        save_checkpoint(model, path, layout=layout)
+        files = read_files(path)
+        if layout == "huggingface":
+            assert_same_tensors(files, published_tensors(model))
+        set_to_zero(model)
+        load_checkpoint(model, path)
+        assert_same_tensors({name: one.numpy() for name, one in model.state_dict().items()}, expected)
+    if not whole:
+        with pytest.raises(ValueError, match="layout must be 'paddle' for .* known only of models"):
+            load_checkpoint(model, path, layout="huggingface")
+
+
+def without_a_head(family):
+    model = build(family)
+    return getattr(transformers, family.model.replace("ForCausalLM", "Model"))(model.config)
 
 
 @each_family
