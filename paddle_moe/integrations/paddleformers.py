@@ -80,7 +80,7 @@ class DeepseekV3(MoEBlock):
             self.logits(self.tokens(hidden_states)),
             router.top_k,
             scoring="sigmoid",
-            correction_bias=router.e_score_correction_bias,
+            correction_bias=router.e_score_correction_bias.astype("float32"),
             num_groups=router.n_group,
             topk_groups=router.topk_group,
             group_score="top2_sum",
@@ -102,8 +102,7 @@ class Glm4Moe(DeepseekV3):
         return [Slice.of(weight.parameter, "gate_weight", "E H"), bias]
 
     def logits(self, tokens: Tensor) -> Tensor:
-        # The weight is [E, H]; gate() takes [H, E], and transposing costs more than this.
-        return paddle.matmul(tokens.astype("float32"), self.gate.weight, transpose_y=True)
+        return _gate_by_rows(tokens, self.gate.weight)
 
 
 class GptOss(MoEBlock):
@@ -152,14 +151,19 @@ class GptOss(MoEBlock):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         router, tokens = self.router, self.tokens(hidden_states)
-        logits = paddle.matmul(tokens.astype("float32"), router.weight.astype("float32"), transpose_y=True)
-        logits = logits + router.bias.astype("float32")
+        logits = _gate_by_rows(tokens, router.weight) + router.bias.astype("float32")
         routing_table, router_weights = route(logits, router.top_k, scoring="softmax_topk")
         output = self.mix(hidden_states, routing_table, router_weights)
         scores = paddle.put_along_axis(
             paddle.zeros_like(logits), routing_table.astype("int64"), router_weights, axis=1
         )
         return output, scores.astype(hidden_states.dtype)
+
+
+def _gate_by_rows(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Router logits for a weight [E, H]; gate() takes [H, E], and transposing costs more than this."""
+    with paddle.amp.auto_cast(False):  # which would lower the product
+        return paddle.matmul(tokens.astype("float32"), weight.astype("float32"), transpose_y=True)
 
 
 def _gates_then_ups(alternating: Tensor) -> Tensor:
@@ -215,7 +219,9 @@ class Ernie45Moe(MoEBlock):
         if token_type_ids is not None or use_dense_expert:
             raise ValueError("token_type_ids and use_dense_expert are for multimodal experts; got them here")
         logits = gate(self.tokens(input), self.gate.weight)
-        bias = self.moe_statics.e_score_correction_bias[0].detach() if config.moe_use_aux_free else None
+        bias = None
+        if config.moe_use_aux_free:
+            bias = self.moe_statics.e_score_correction_bias[0].detach().astype("float32")
         routing_table, router_weights = route(
             logits,
             self.top_k,

@@ -105,7 +105,7 @@ class Deepseek(MoEBlock):
         if options:
             options.update(num_groups=router.n_group, topk_groups=router.topk_group)
         if router.topk_method == "noaux_tc":
-            options.update(correction_bias=router.e_score_correction_bias)
+            options.update(correction_bias=router.e_score_correction_bias.astype("float32"))
         routing_table, router_weights = route(
             logits,
             router.top_k,

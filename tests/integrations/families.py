@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,13 @@ from typing import Any, Callable
 import dense
 import numpy as np
 import paddle
+import pytest
+from checks import relative_l2
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from training_cases import autocast
+
+from paddle_moe import functional
 
 TEXT = b"A mixture of experts sends each token to a few of its many experts and adds up what they say. "
 VOCABULARY = 128  # the tokens are the bytes of the text
@@ -80,6 +86,45 @@ def assert_same_gradients(actual: dict[str, np.ndarray], expected: dict[str, np.
     for name, gradient in expected.items():
         error = np.linalg.norm(actual[name] - gradient)
         assert error < 1e-5 * np.linalg.norm(gradient) + 1e-7 * largest, name
+
+
+def assert_routes_as_in_float32(integration, family: Family, models, how: str) -> None:
+    """Of one block, with weights and tokens of `how`, against their values in float32."""
+    model, twin = (integration.accelerate(models.build(family)) for _ in range(2))
+    x = paddle.to_tensor(np.random.default_rng(3).standard_normal([2, 150, 64]).astype("float32"))
+    mode = contextlib.nullcontext()
+    if how == "bfloat16":
+        x = x.astype("bfloat16")
+        model.to(dtype="bfloat16")
+        rounded = {name: one.astype("bfloat16") for name, one in twin.state_dict().items()}
+        twin.set_state_dict({name: one.astype("float32") for name, one in rounded.items()})
+    else:
+        mode = autocast(how)
+    outputs, routings, route = [], [], integration.route
+
+    def recorded(logits, *arguments, **options):
+        assert logits.dtype == paddle.float32
+        routings.append(route(logits, *arguments, **options))
+        return routings[-1]
+
+    def lowered(*factors, **options):  # as auto_cast does on a GPU alone
+        dtype = functional._autocast_dtype()
+        return matmul(*(factors if dtype is None else [one.astype(dtype) for one in factors]), **options)
+
+    matmul = paddle.matmul
+    with pytest.MonkeyPatch.context() as patched, paddle.no_grad():
+        patched.setattr(integration, "route", recorded)
+        patched.setattr(paddle, "matmul", lowered)
+        for one, values, inside in ((model, x, mode), (twin, x.astype("float32"), contextlib.nullcontext())):
+            with inside:
+                out = blocks_of(one, family)[0](values)
+            out = out[0] if isinstance(out, tuple) else out
+            assert out.dtype == values.dtype
+            outputs.append(out.astype("float32").numpy())
+    (ids, weights), (expected_ids, expected_weights) = routings
+    np.testing.assert_array_equal(ids.numpy(), expected_ids.numpy())
+    np.testing.assert_allclose(weights.numpy(), expected_weights.numpy(), rtol=1e-5)
+    assert relative_l2(*outputs) < 1e-2
 
 
 def split_qkv(value: np.ndarray, config) -> dict[str, np.ndarray]:

@@ -9,7 +9,9 @@ from checks import relative_l2
 
 pytest.importorskip("paddleformers", reason="paddleformers is not installed: see docs/integrations.md")
 
+import paddleformers_models as models
 from families import (
+    assert_routes_as_in_float32,
     assert_same_gradients,
     assert_same_tensors,
     blocks_of,
@@ -24,6 +26,7 @@ from families import (
 )
 from paddleformers_models import FAMILIES, build, generated, published_tensors
 
+from paddle_moe.integrations import paddleformers as integration
 from paddle_moe.integrations.blocks import MoEBlock
 from paddle_moe.integrations.paddleformers import (
     accelerate,
@@ -86,6 +89,12 @@ def test_stacked_experts_have_gradients():
     expected_loss, expected = loss_and_gradients(dense_model(family, fd_fallback=True))
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert_same_gradients(gradients, expected)
+
+
+@each_family
+@pytest.mark.parametrize("how", ["bfloat16", "O1", "O2"])
+def test_the_router_computes_in_float32(family, how):
+    assert_routes_as_in_float32(integration, family, models, how)
 
 
 # ---------------------------------------------------------------- the stock blocks

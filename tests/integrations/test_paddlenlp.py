@@ -12,7 +12,9 @@ from checks import relative_l2
 
 pytest.importorskip("paddlenlp", reason="paddlenlp is not installed: see docs/integrations.md")
 
+import paddlenlp_models as models
 from families import (
+    assert_routes_as_in_float32,
     assert_same_gradients,
     assert_same_tensors,
     blocks_of,
@@ -28,6 +30,7 @@ from families import (
 from paddlenlp import transformers
 from paddlenlp_models import FAMILIES, build, generated, published_tensors
 
+from paddle_moe.integrations import paddlenlp as integration
 from paddle_moe.integrations.blocks import MoEBlock
 from paddle_moe.integrations.paddlenlp import (
     accelerate,
@@ -107,6 +110,12 @@ def test_recompute(family):
         block.clear_gradients()
     for plain, again in zip(*gradients):
         np.testing.assert_array_equal(plain, again)
+
+
+@each_family
+@pytest.mark.parametrize("how", ["bfloat16", "O1", "O2"])
+def test_the_router_computes_in_float32(family, how):
+    assert_routes_as_in_float32(integration, family, models, how)
 
 
 # ---------------------------------------------------------------- the stock blocks
