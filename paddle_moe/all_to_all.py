@@ -65,8 +65,8 @@ def all_to_all_experts(
         (out [T, H] in the dtype of hidden_states, the result of `meanwhile`).
 
     Raises:
-        ValueError: expert_ranges does not have one entry per EP rank, `experts` returns another shape or
-            dtype, or the groups on gloo have more than two ranks and are not those of init_distributed.
+        ValueError: expert_ranges does not have one entry per EP rank, or `experts` returns another shape or
+            dtype.
         NotImplementedError: a static program is being built.
         RuntimeError: the transport failed.
     """
@@ -74,12 +74,6 @@ def all_to_all_experts(
         raise ValueError(
             f"expert_ranges must have one (first, end) for each of the {parallel.ep_size} EP ranks, "
             f"got {len(expert_ranges)}"
-        )
-    if parallel.ep_group.backend == "GLOO" and len(parallel.ep_pairs) != parallel.ep_size - 1:
-        raise ValueError(
-            "parallel must be what init_distributed returned: on gloo, an EP group of "
-            f"{parallel.ep_size} ranks needs a further group for each pair of them, which from_groups does "
-            "not make"
         )
     if not paddle.in_dynamic_mode():
         raise NotImplementedError(
@@ -226,7 +220,14 @@ class _Exchange:
     ) -> Callable[[], list[Tensor]]:
         results = [paddle.empty([sum(received), *t.shape[1:]], t.dtype) for t in tensors]
         tasks = [
-            dist.alltoall_single(to, t.contiguous(), sent, received, group=self._group, sync_op=False)
+            dist.alltoall_single(  # by name: Paddle 2.6 has the input first, 3 the output
+                in_tensor=t.contiguous(),
+                out_tensor=to,
+                in_split_sizes=sent,
+                out_split_sizes=received,
+                group=self._group,
+                sync_op=False,
+            )
             for to, t in zip(results, tensors)
         ]
 

@@ -28,9 +28,10 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 import paddle
@@ -124,8 +125,7 @@ class ParallelContext:
             then EP followed by TP.
         ep_pairs: on gloo, by global rank, the groups of this rank and one other of ep_group, for send and
             recv. Paddle numbers the messages of a gloo group in each rank for itself, so two ranks can talk
-            only after equally many calls; in a group of two that is always so. Missing for groups of more
-            than two that init_distributed did not make.
+            only after equally many calls; in a group of two that is always so.
 
     The groups are paddle.distributed groups and work with its functions. Those of size 1 communicate nothing.
     """
@@ -173,7 +173,29 @@ class ParallelContext:
         """
         if tp_group is None:
             tp_group = Group(0, 0, [dist.get_rank()])
-        return cls(ep_group, tp_group, grid_group, dp_group)
+        context = cls(ep_group, tp_group, grid_group, dp_group)
+        if ep_group.backend == "GLOO" and ep_group.nranks > 2:
+            context._pair_up()
+        return context
+
+    def _pair_up(self) -> None:
+        """Builds ep_pairs for a group of more than two ranks."""
+        ranks = list(self.ep_group.ranks)
+
+        def exchange(value: Any, what: str) -> dict[int, Any]:
+            gathered: list[Any] = []
+            dist.all_gather_object(gathered, value, group=self.ep_group)
+            return dict(zip(ranks, gathered))
+
+        address = os.environ.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0] or "127.0.0.1"
+        groups = _build_gloo_groups(
+            [list(pair) for pair in itertools.combinations(ranks, 2)],
+            self.ep_group,
+            exchange,
+            lambda *_: contextlib.nullcontext(),
+            exchange(address, "addresses"),
+        )
+        self.ep_pairs = {next(one for one in pair if one != self.rank): groups[pair] for pair in groups}
 
     def use_deep_ep(self) -> None:
         """Has all-to-all layers exchange their tokens over the EP group by DeepEP. All of its ranks call it.
@@ -440,9 +462,12 @@ def init_distributed(
     rank_lists |= {one.dp_group for one in grid} | {one.grid_group for one in grid}
     if on_gloo:
         rank_lists |= {pair for one in grid for pair in itertools.combinations(one.ep_group, 2)}
-    build = _build_gloo_groups if on_gloo else _build_groups
-    addresses = [address or host for address in hosts]
-    groups = build([list(ranks) for ranks in sorted(rank_lists)], world_group, watchdog, addresses)
+    lists = [list(ranks) for ranks in sorted(rank_lists)]
+    if on_gloo:
+        addresses = dict(enumerate(address or host for address in hosts))
+        groups = _build_gloo_groups(lists, world_group, watchdog.exchange, watchdog.waiting, addresses)
+    else:
+        groups = _build_groups(lists, world_group, watchdog)
     own_groups = (groups[ranks] for ranks in (own.ep_group, own.tp_group, own.grid_group, own.dp_group))
     context = ParallelContext(*own_groups, watchdog)
     if on_gloo and ep_size > 2:
@@ -518,33 +543,39 @@ def _let_gloo_use_the_route_to(host: str, port: int) -> None:
 
 
 def _build_gloo_groups(
-    rank_lists: list[list[int]], world_group: Group, watchdog: Watchdog, hosts: list[str]
+    rank_lists: list[list[int]],
+    everyone: Group,
+    exchange: Callable[[Any, str], Any],
+    waiting: Callable[[str, str], contextlib.AbstractContextManager[None]],
+    hosts: Mapping[int, str],
 ) -> dict[tuple[int, ...], Group]:
-    """The groups of this rank, by their global ranks.
+    """The groups of this rank, by their global ranks. All ranks of `everyone` call it with the same lists.
+
+    exchange: of watchdog.exchange's kind, over `everyone`. hosts: their addresses, by global rank.
 
     Paddle connects a gloo group through the keys "0", "1", ... of its store, so two groups on one store read
     each other's addresses. Here the first rank of each group opens a store that serves this group alone.
     """
-    rank = world_group.rank
+    rank = everyone.ranks[everyone.rank]
     own_stores = {}
     for index, ranks in enumerate(rank_lists):
-        if rank == ranks[0] and 1 < len(ranks) < world_group.nranks:
-            own_stores[index] = _open_store(hosts[rank])
-    ports_of = watchdog.exchange({index: port for index, (_, port) in own_stores.items()}, "building groups")
+        if rank == ranks[0] and 1 < len(ranks) < everyone.nranks:
+            own_stores[str(index)] = _open_store(hosts[rank])
+    ports_of = exchange({index: port for index, (_, port) in own_stores.items()}, "building groups")
 
     groups = {}
     for index, ranks in enumerate(rank_lists):
         group_id = collective._new_ring_id()  # on every rank, so that a group has the same id everywhere
         if rank not in ranks:
             continue
-        if len(ranks) == world_group.nranks:
-            groups[tuple(ranks)] = world_group
+        if len(ranks) == everyone.nranks:
+            groups[tuple(ranks)] = everyone
             continue
         process_group = None
         if len(ranks) > 1:
-            with watchdog.waiting("world", f"building the group {ranks}"):
-                if index in own_stores:
-                    store = own_stores[index][0]
+            with waiting("world", f"building the group {ranks}"):
+                if str(index) in own_stores:
+                    store = own_stores[str(index)][0]
                 else:
                     store = core.TCPStore(hosts[ranks[0]], ports_of[ranks[0]][str(index)], False, 0)
                 process_group = core.ProcessGroupGloo.create(store, ranks.index(rank), len(ranks), group_id)
@@ -582,7 +613,7 @@ def _register(ranks: list[int], rank: int, group_id: int, process_group: Any) ->
 
 
 def _build_groups(
-    rank_lists: list[list[int]], world_group: Group, watchdog: Watchdog, hosts: list[str]
+    rank_lists: list[list[int]], world_group: Group, watchdog: Watchdog
 ) -> dict[tuple[int, ...], Group]:
     groups = {}
     for ranks in rank_lists:

@@ -33,6 +33,8 @@ def cases(ep_size: int) -> list[Case]:
         Case("one expert", uneven, one_expert=True),
         Case("nobody", uneven, nobody=True),
         Case("fewer experts than ranks", uneven, num_experts=ep_size - 1),
+        Case("equally many experts", uneven, num_experts=2 * ep_size, dtype="bfloat16"),
+        Case("equally many experts, empty rank", [0, 4, 0, 6][:ep_size], 2 * ep_size, "bfloat16"),
     ]
 
 
