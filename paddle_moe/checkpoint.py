@@ -112,7 +112,7 @@ def _holdings(model: nn.Layer) -> dict[str, tuple[paddle.Tensor | None, Part, Pa
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        if getattr(tensor, "is_distributed", False):
+        if getattr(tensor, "is_distributed", False) or hasattr(tensor, "shard_group"):
             raise ValueError(f"model: {name} is split over ranks, which is supported in FusedMoE layers only")
         holdings[name] = tensor, *[Part.whole(tensor.shape)] * 2
     return holdings
@@ -361,7 +361,7 @@ def load_checkpoint(
 
     Args:
         path: the directory. model, optimizer, parallel: as in save_checkpoint.
-        progress: show a bar in a terminal.
+        progress: show a bar on the first rank, outside a terminal lines.
 
     Returns:
         `state` of save_checkpoint.

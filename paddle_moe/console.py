@@ -79,16 +79,19 @@ def print_status(status: str, name: str, detail: str, advice: str = "") -> None:
 
 @contextlib.contextmanager
 def progress_bar(description: str | None, total: int, unit: str = "") -> Iterator[Callable[..., None]]:
-    """Yields advance(amount, description=None), which moves a bar that a terminal with rich shows.
+    """Yields advance(amount, description=None), which moves a bar, or prints lines without rich or terminal.
 
     Args:
-        description: the text beside the bar, which `advance` may change. None: no bar.
+        description: the text beside the bar, which `advance` may change. None: nothing is shown.
         total: what the amounts add up to.
         unit: "bytes" shows megabytes and their rate, "" the count.
     """
-    console = rich_console() if description is not None else None
-    if console is None:
+    if description is None:
         yield lambda amount, description=None: None
+        return
+    console = rich_console()
+    if console is None:
+        yield _progress_in_lines(description, total, unit)
         return
     from rich.progress import (
         BarColumn,
@@ -105,3 +108,19 @@ def progress_bar(description: str | None, total: int, unit: str = "") -> Iterato
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total)
         yield lambda amount, description=None: progress.update(task, advance=amount, description=description)
+
+
+def _progress_in_lines(label: str, total: int, unit: str) -> Callable[..., None]:
+    """A line for each tenth of the way."""
+    done, shown = 0, 0
+
+    def advance(amount: int, description: str | None = None) -> None:
+        nonlocal done, shown, label
+        done, label = done + amount, label if description is None else description
+        tenths = 10 * done // total if total else 10
+        if tenths > shown:
+            shown = tenths
+            sizes = f"{done / 1e6:.1f} of {total / 1e6:.1f} MB" if unit == "bytes" else f"{done} of {total}"
+            print(f"{label}: {10 * tenths} % ({sizes})", flush=True)
+
+    return advance

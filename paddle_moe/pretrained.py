@@ -184,7 +184,7 @@ def load_moe_weights(
         cast: "lossless": float16 and bfloat16 may become float32. "any": every floating dtype may become
             every other, with rounding. "none": dtypes must be equal.
         parallel: the ranks; None: those of the layers.
-        progress: show a bar in a terminal.
+        progress: show a bar on the first rank, outside a terminal lines.
 
     Returns:
         LoadReport: the keys loaded, the keys of the files that nothing asked for, the bytes read.

@@ -376,7 +376,7 @@ def execute(
     Args:
         path: for messages.
         problems: of this rank, beside those of the plans.
-        progress: the text of a progress bar, None: no bar.
+        progress: the text of a progress bar of the first rank, None: no bar.
 
     Raises:
         CheckpointError: on every rank, with the problems of all ranks; nothing was assigned.
@@ -384,6 +384,8 @@ def execute(
     raise_together(path, [*problems, *(one for plan in plans for one in plan.problems)], parallel)
     report = LoadReport()
     total = sum(plan.num_bytes(name) for plan in plans for name in plan.targets)
+    if parallel is not None and parallel.rank > 0:
+        progress = None
     with progress_bar(progress, total, "bytes") as advance:
         for plan in plans:
             report.loaded += plan.loaded

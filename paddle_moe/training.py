@@ -91,9 +91,11 @@ def broadcast_parameters(parameters: Iterable[paddle.Tensor], parallel: Parallel
     """
     for parameter in parameters:
         groups = {"dp": parallel.dp_rank}
-        if not parameter.is_distributed:
+        # What is cut while its model is still being built is not yet is_distributed.
+        shard_group = getattr(parameter, "shard_group", "grid" if parameter.is_distributed else "")
+        if not shard_group:
             groups["grid"] = parallel.ep_rank + parallel.tp_rank
-        elif getattr(parameter, "shard_group", None) == "tp":
+        elif shard_group == "tp":
             groups["ep"] = parallel.ep_rank
         for group, place in groups.items():
             value = parameter.detach().clone() if place == 0 else paddle.zeros_like(parameter)

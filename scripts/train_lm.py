@@ -301,7 +301,7 @@ class Trainer:
         arguments = self.arguments
         done = len(self.losses)
         tokens, started = 0, time.perf_counter()
-        title = "training" if self.is_first else None
+        title = "training" if self.is_first and sys.stdout.isatty() else None
         with progress_bar(title, arguments.steps) as advance:
             advance(done)
             while len(self.losses) < arguments.steps:

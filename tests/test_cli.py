@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import paddle_moe
+from paddle_moe.console import progress_bar
 from paddle_moe.logs import get_rank_logger
 
 PACKAGE = Path(paddle_moe.__file__).parent
@@ -179,3 +181,29 @@ def test_doctor_reports_groups_that_cannot_form(tmp_path):
         "nosuch0" in checks["gloo groups"]["detail"]
         and "GLOO_SOCKET_IFNAME" in checks["gloo groups"]["advice"]
     )
+
+
+def test_progress_without_a_terminal_is_printed_in_lines(capsys):
+    with progress_bar("loading", 40_000_000, "bytes") as advance:
+        for _ in range(40):
+            advance(1_000_000)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "loading: 10 % (4.0 of 40.0 MB)" and lines[-1] == "loading: 100 % (40.0 of 40.0 MB)"
+    with progress_bar("steps", 3) as advance:
+        advance(1, "loss 2")
+        advance(0)
+    with progress_bar(None, 3) as advance:
+        advance(3)
+    assert capsys.readouterr().out.splitlines() == ["loss 2: 30 % (1 of 3)"]
+
+
+def test_progress_in_a_terminal_is_a_bar(monkeypatch, capsys):
+    rich = pytest.importorskip("rich.console", reason="rich is not installed")
+    screen = io.StringIO()
+    console = rich.Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr("paddle_moe.console.rich_console", lambda: console)
+    with progress_bar("loading", 10, "bytes") as advance:
+        advance(10, "loaded")
+    assert "loaded" in screen.getvalue() and "10/10 bytes" in screen.getvalue()
+    assert capsys.readouterr().out == ""

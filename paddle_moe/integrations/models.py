@@ -107,7 +107,7 @@ class Integration:
             stock = type(layer)
             layer.__class__ = _accelerated(block, stock)
             try:
-                _check(layer, ep_size * tp_size > 1, parallel, dispatch)
+                _check(layer, ep_size * tp_size > 1, parallel, dispatch, getattr(model, "config", None))
             finally:
                 layer.__class__ = stock
         parallel = _context(ep_size, tp_size, parallel)
@@ -200,7 +200,7 @@ class Integration:
                 package's own files. "auto": whichever names the files have.
             cast: "lossless": float16 and bfloat16 may become float32. "any": every floating-point dtype may
                 become every other, with rounding. "none": dtypes must be equal.
-            progress: show a bar in a terminal.
+            progress: show a bar on the first rank, outside a terminal lines.
 
         Returns:
             LoadReport: the keys loaded, the keys of the files that nothing asked for, the bytes read.
@@ -453,15 +453,25 @@ def _context(ep_size: int, tp_size: int, parallel: ParallelContext | None) -> Pa
     return parallel if parallel.ep_size * parallel.tp_size > 1 else None
 
 
-def _check(block: MoEBlock, over_ranks: bool, parallel: ParallelContext | None, dispatch: str) -> None:
+def _check(
+    block: MoEBlock, over_ranks: bool, parallel: ParallelContext | None, dispatch: str, model: Any
+) -> None:
+    """model: the configuration of the model around it, None if that is not known."""
     block.check()
-    if (over_ranks or parallel is not None) and getattr(
-        getattr(block, "config", None), "sequence_parallel", False
-    ):
-        raise ValueError(
-            "sequence_parallel must be False for ep_size or tp_size above 1, because the router's gradients "
-            "would lack those of other ranks' tokens, got True"
-        )
+    configs = [layer.config for layer in block.sublayers(include_self=True) if hasattr(layer, "config")]
+    if any(getattr(one, "sequence_parallel", False) for one in [block, model, *configs]):
+        if over_ranks or parallel is not None:
+            raise ValueError(
+                "sequence_parallel must be False for ep_size or tp_size above 1, because the router's "
+                "gradients would lack those of other ranks' tokens, got True"
+            )
+        degrees = ("tensor_parallel_degree", "tensor_model_parallel_size")
+        divided = max([getattr(one, name, 1) or 1 for one in [model, *configs] for name in degrees])
+        if divided > 1:
+            raise ValueError(
+                "sequence_parallel must be False, or the model built without fleet's tensor parallelism: a "
+                f"rank would see only its part of each sequence, got True and a degree of {divided}"
+            )
     _check_division(block, parallel, dispatch)
     block.weights()
     block.activation()
@@ -501,7 +511,8 @@ def _accelerating_init(
         original(self, *args, **kwargs)
         if type(self) is stock:  # a subclass is not ready yet, and may compute something else
             self.__class__ = _accelerated(block, stock)
-            _check(self, False, parallel, dispatch)
+            config = next((one for one in [*args, *kwargs.values()] if hasattr(one, "hidden_size")), None)
+            _check(self, False, parallel, dispatch, config)
             if parallel is not None:
                 self.shard(parallel, dispatch)
                 built.add(self)

@@ -234,7 +234,7 @@ class Ernie45Moe(MoEBlock):
         loss = paddle.zeros([1])
         if self.training:
             loss = self._router_loss(logits)
-            if config.moe_use_aux_free:
+            if config.moe_use_aux_free and paddle.is_grad_enabled():  # once also under recompute
                 with paddle.no_grad():
                     chosen = F.one_hot(routing_table, config.moe_num_experts).sum(axis=[0, 1])
                     usage = self.moe_statics.expert_usage

@@ -116,11 +116,14 @@ class Deepseek(MoEBlock):
         )
         output = self.mix(hidden_states, routing_table, router_weights)
         if self.training and self.alpha > 0:
+            length = hidden_states.shape[-2]
+            if hidden_states.ndim == 2 and self.config.sequence_parallel:  # [sequences * length, H]
+                length = self.config.seq_length - self.config.num_nextn_predict_layers
             loss = load_balancing_loss(
                 logits,
                 routing_table,
                 scoring=router.scoring_func,
-                sequence_length=hidden_states.shape[-2] if self.config.seq_aux else None,
+                sequence_length=length if self.config.seq_aux else None,
             )
             add_loss = sys.modules[self._stock.__module__].AddAuxiliaryLoss
             output = add_loss.apply(output, self.alpha * loss)

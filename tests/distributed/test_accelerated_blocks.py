@@ -8,7 +8,8 @@ from launcher import WORKERS, launch
 from small_blocks import HIDDEN, Block, accelerate
 from training_cases import autocast, native_operators
 
-GRID = ("graphs_of_one_shape", "half_precision", "all_to_all", "steps_of_an_optimizer")
+GRID = ("graphs_of_one_shape", "half_precision", "all_to_all", "steps_of_an_optimizer", "recomputed")
+GRID += ("built_under_patch",)
 FLEET = ("all_to_all", "steps_of_an_optimizer", "divided_by_fleet")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import paddle
 import pytest
 from checks import relative_l2
+from paddle.distributed.fleet.utils import recompute
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from training_cases import autocast
@@ -125,6 +126,23 @@ def assert_routes_as_in_float32(integration, family: Family, models, how: str) -
     np.testing.assert_array_equal(ids.numpy(), expected_ids.numpy())
     np.testing.assert_allclose(weights.numpy(), expected_weights.numpy(), rtol=1e-5)
     assert relative_l2(*outputs) < 1e-2
+
+
+def assert_recompute_changes_nothing(block) -> None:
+    """In training, with the gradients of everything that the block returns, and of its auxiliary loss."""
+    block.train()
+    x = paddle.to_tensor(np.random.default_rng(4).standard_normal([2, 5, 64]).astype("float32"))
+    x.stop_gradient = False
+    gradients = []
+    for run in (block, lambda x: recompute(block, x)):
+        out = run(x)
+        out = out if isinstance(out, tuple) else (out,)
+        sum(one.square().sum() for one in out if not one.stop_gradient).backward()
+        own = {name: one.grad.numpy() for name, one in block.named_parameters() if one.grad is not None}
+        gradients.append({"x": x.grad.numpy(), **own})
+        x.clear_grad()
+        block.clear_gradients()
+    assert_same_tensors(*gradients)
 
 
 def split_qkv(value: np.ndarray, config) -> dict[str, np.ndarray]:

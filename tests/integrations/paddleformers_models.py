@@ -132,10 +132,10 @@ def build(family: Family, **options):
     return built
 
 
-def generated(model) -> list[list[int]]:
-    ids = tokens(2, 8)
-    out = model.generate(ids, attention_mask=paddle.ones_like(ids), max_new_tokens=6, do_sample=False)
-    return out[0].tolist()
+def generated(model, cached: bool = True) -> list[list[int]]:
+    """cached: each step computes its own token alone."""
+    ids, options = tokens(2, 8), dict(max_new_tokens=6, do_sample=False, use_cache=cached)
+    return model.generate(ids, attention_mask=paddle.ones_like(ids), **options)[0].tolist()
 
 
 _TURNED = re.compile(  # matrices that PaddleFormers has as [in, out]

@@ -14,6 +14,7 @@ pytest.importorskip("paddlenlp", reason="paddlenlp is not installed: see docs/in
 
 import paddlenlp_models as models
 from families import (
+    assert_recompute_changes_nothing,
     assert_routes_as_in_float32,
     assert_same_gradients,
     assert_same_tensors,
@@ -93,23 +94,31 @@ def test_loss_and_gradients(family):
 
 @each_family
 def test_recompute(family):
-    from paddle.distributed.fleet.utils import recompute
+    assert_recompute_changes_nothing(blocks_of(accelerate(build(family)), family)[0])
 
-    block = blocks_of(accelerate(build(family)), family)[0]
-    block.eval()  # DeepSeek's auxiliary loss is tested above
-    x = paddle.randn([2, 5, 64])
-    x.stop_gradient = False
-    gradients = []
-    for run in (block, lambda x: recompute(block, x)):
-        out = run(x)
-        (out[0] if isinstance(out, tuple) else out).square().sum().backward()
-        gradients.append(
-            [x.grad.numpy(), *(one.grad.numpy() for one in block.parameters() if one.grad is not None)]
-        )
-        x.clear_grad()
-        block.clear_gradients()
-    for plain, again in zip(*gradients):
-        np.testing.assert_array_equal(plain, again)
+
+@pytest.mark.skipif("deepseek_v2" not in family_of, reason="this version of PaddleNLP has no DeepSeek-V2")
+def test_balance_per_sequence_when_sequences_are_one_after_the_other():
+    model = build(family_of["deepseek_v2"], seq_aux=True, seq_length=5, aux_loss_alpha=1.0)
+    model.config.sequence_parallel = True
+    accelerate(model)
+    block, gradients = blocks_of(model, family_of["deepseek_v2"])[0], []
+    block.train()
+    values = np.random.default_rng(5).standard_normal([2, 5, 64]).astype("float32")
+    for shape in ([2, 5, 64], [10, 64]):
+        x = paddle.to_tensor(values).reshape(shape)
+        x.stop_gradient = False
+        block(x).sum().backward()
+        gradients.append(x.grad.numpy().ravel())
+    np.testing.assert_array_equal(*gradients)
+
+
+def test_sequences_that_fleet_divides_are_refused():
+    model = build(family_of["mixtral"])
+    model.config.sequence_parallel, model.config.tensor_parallel_degree = True, 2
+    with pytest.raises(ValueError, match="sequence_parallel must be False, or .* a degree of 2"):
+        accelerate(model)
+    assert not any(isinstance(layer, MoEBlock) for layer in model.sublayers())
 
 
 @each_family
@@ -437,6 +446,19 @@ def test_patch_accelerates_models_that_are_built_later(family):
     assert not any(isinstance(layer, MoEBlock) for layer in build(family).sublayers())
     restore(model)
     assert not any(isinstance(layer, MoEBlock) for layer in model.sublayers())
+
+
+def test_patch_and_from_pretrained(tmp_path):
+    stock = build(family_of["mixtral"])
+    stock.save_pretrained(tmp_path)
+    patch()
+    try:
+        model = type(stock).from_pretrained(tmp_path)
+    finally:
+        unpatch()
+    model.eval()
+    assert all(isinstance(block, MoEBlock) for block in blocks_of(model, family_of["mixtral"]))
+    np.testing.assert_array_equal(logits(model), logits(accelerate(stock)))
 
 
 @each_family

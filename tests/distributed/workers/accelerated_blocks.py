@@ -12,9 +12,16 @@ import paddle
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from checks import part_of, relative_l2
-from small_blocks import HIDDEN, Block, accelerate, restore
+from paddle.distributed.fleet.utils import recompute
+from small_blocks import HIDDEN, Block, accelerate, integration, restore
 
-from paddle_moe import ClipGradByGlobalNorm, ParallelContext, average_gradients, init_distributed
+from paddle_moe import (
+    ClipGradByGlobalNorm,
+    ParallelContext,
+    average_gradients,
+    broadcast_parameters,
+    init_distributed,
+)
 from paddle_moe.params import shard_range
 
 FLEET = sys.argv[1] == "fleet"
@@ -208,6 +215,42 @@ def steps_of_an_optimizer():
         for name, one in model.named_parameters():
             if one.size:
                 assert_close(one, part_of(expected[name], slices.get(id(one))), 1e-5, (dispatch, name))
+
+
+@check
+def recomputed():
+    """The exchange runs again in the backward pass, on all ranks in the same order."""
+    for dispatch in ("replicated", "alltoall"):
+        model, gradients = Beside(Block(5, 6, shared=4), Block(4, 6)), []
+        accelerate(model, parallel=parallel, dispatch=dispatch)
+        x = draw(9 if dispatch == "replicated" else 5 + parallel.ep_rank, 3)
+        for run in (model, lambda x: recompute(model, x)):
+            run(x).square().sum().backward()
+            own = [one.grad.numpy() for one in model.parameters() if one.grad is not None]
+            gradients.append([x.grad.numpy(), *own])
+            x.clear_grad()
+            model.clear_gradients()
+        for plain, again in zip(*gradients):
+            np.testing.assert_array_equal(plain, again)
+
+
+@check
+def built_under_patch():
+    """Shards are told from what all ranks hold also before unpatch()."""
+    integration.patch(parallel=parallel)
+    try:
+        model = Block(5, 6, shared=4)
+        model.gate.weight.set_value(model.gate.weight + parallel.rank)
+        broadcast_parameters(model.parameters(), parallel)
+    finally:
+        integration.unpatch()
+    stock, slices = Block(5, 6, shared=4), slices_of(model)
+    expected = {name: one.numpy() for name, one in stock.named_parameters()}
+    for name, one in model.named_parameters():
+        if one.size:
+            value = part_of(expected[name], slices.get(id(one)))
+            np.testing.assert_array_equal(one.numpy(), value, err_msg=name)
+    assert all(one.is_distributed == (name != "gate.weight") for name, one in model.named_parameters())
 
 
 @check
