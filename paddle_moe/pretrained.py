@@ -93,6 +93,24 @@ LAYOUTS: dict[str, tuple[StoredTensor, ...]] = {
         StoredTensor("down_weight", "experts.down_proj", "E I H"),
         StoredTensor("down_bias", "experts.down_proj_bias", "E H"),
     ),
+    # Experts in one tensor, as newer versions of Transformers keep them.
+    "qwen3_moe_stacked": (
+        _ROUTER,
+        StoredTensor("gate_up_weight", "experts.gate_up_proj", "E (G I) H"),
+        StoredTensor("down_weight", "experts.down_proj", "E H I"),
+    ),
+    # What PaddleFormers saves of Qwen3-MoE under its own names, [in, out]: gate and up of each expert in one,
+    # or all experts in one.
+    "paddleformers": (
+        StoredTensor("gate_weight", "gate.weight", "H E"),
+        StoredTensor("gate_up_weight", "experts.{expert}.up_gate_proj.weight", "H (G I)"),
+        StoredTensor("down_weight", "experts.{expert}.down_proj.weight", "I H"),
+    ),
+    "paddleformers_stacked": (
+        StoredTensor("gate_weight", "gate.weight", "H E"),
+        StoredTensor("gate_up_weight", "experts.gate_up_proj", "E H (G I)"),
+        StoredTensor("down_weight", "experts.down_proj", "E I H"),
+    ),
 }
 
 
@@ -101,6 +119,10 @@ def _layout(layout: str | Sequence[StoredTensor], transposed: bool) -> list[Stor
         if layout not in LAYOUTS:
             raise ValueError(
                 f"layout must be one of {', '.join(LAYOUTS)}, or a list of StoredTensor, got {layout!r}"
+            )
+        if not transposed and layout.startswith("paddleformers"):
+            raise ValueError(
+                f"transposed must be left out for the layout {layout}, which is [in, out] already"
             )
         layout = LAYOUTS[layout]
         if not transposed:

@@ -23,6 +23,9 @@ OPTIONS = {
     "glm4_moe": dict(shared=True, correction=True),
     "ernie4_5_moe": dict(shared=True, correction=True),
     "gpt_oss": dict(bias=True),
+    "qwen3_moe_stacked": {},
+    "paddleformers": {},
+    "paddleformers_stacked": {},
 }
 BLOCK = {name: "model.layers.3.mlp" for name in OPTIONS} | {"mixtral": "model.layers.3.block_sparse_moe"}
 
@@ -38,6 +41,21 @@ def published(family: str, dense: dict[str, np.ndarray]) -> dict[str, np.ndarray
             tensors[f"{block}.experts.gate_up_proj{name}"] = interleaved
         tensors[f"{block}.experts.down_proj"] = dense["down"]
         tensors[f"{block}.experts.down_proj_bias"] = dense["down_bias"]
+        return tensors
+    if family == "qwen3_moe_stacked":
+        tensors[f"{block}.gate.weight"] = dense["gate_weight"].T
+        tensors[f"{block}.experts.gate_up_proj"] = dense["gate_up"].transpose([0, 2, 1])
+        tensors[f"{block}.experts.down_proj"] = dense["down"].transpose([0, 2, 1])
+        return tensors
+    if family.startswith("paddleformers"):
+        tensors[f"{block}.gate.weight"] = dense["gate_weight"]
+        if family.endswith("stacked"):
+            tensors[f"{block}.experts.gate_up_proj"] = dense["gate_up"]
+            tensors[f"{block}.experts.down_proj"] = dense["down"]
+        else:
+            for expert in range(EXPERTS):
+                tensors[f"{block}.experts.{expert}.up_gate_proj.weight"] = dense["gate_up"][expert]
+                tensors[f"{block}.experts.{expert}.down_proj.weight"] = dense["down"][expert]
         return tensors
     gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     tensors[f"{block}.gate.weight"] = dense["gate_weight"].T
@@ -294,6 +312,8 @@ def test_bad_arguments(tmp_path):
     layer = FusedMoE.from_dense(**dense_weights(bias=True), top_k=TOP_K)
     with pytest.raises(ValueError, match="layout must be one of mixtral, .*, got 'llama'"):
         load_moe_weights(tmp_path, {"mlp": layer}, "llama")
+    with pytest.raises(ValueError, match="transposed must be left out for .*paddleformers"):
+        load_moe_weights(tmp_path, {"mlp": layer}, "paddleformers", transposed=False)
     with pytest.raises(ValueError, match=r"layout has no place for \['down_bias', 'gate_up_bias'\]"):
         save_moe_weights(tmp_path, {"mlp": layer}, "mixtral")
     with pytest.raises(CheckpointError, match="expected model.safetensors.index.json or .*, found neither"):
