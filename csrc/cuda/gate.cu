@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     gate_few(const __grid_constant__ GateProblem p, int blocks_n, float* logits, uint32_t* zeroed) {
   static_assert(kTokens <= kWarps, "a warp for each token");
   set_to_zero(zeroed);
-  auto* sums = static_cast<float(*)[kTokens][kWarpSize]>(shared_memory());
+  auto* sums = static_cast<float (*)[kTokens][kWarpSize]>(shared_memory());
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t first_token = static_cast<int64_t>(blockIdx.x) / blocks_n * kTokens;
   const int64_t expert = static_cast<int64_t>(blockIdx.x) % blocks_n * kWarpSize + lane;

@@ -44,7 +44,7 @@ struct Config {
   // fp32 gate | up for the epilogue; the padding spreads the rows over the banks.
   static constexpr int kResultStride = 2 * kHalfN + 8;
   static constexpr size_t kSharedBytes =
-      std::max<size_t>(kStages * kStageElements * 2, kBlockM* kResultStride * 4);
+      std::max<size_t>(kStages * kStageElements * 2, kBlockM * kResultStride * 4);
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && kBlockDepth % kMmaDepth == 0, "whole fragments");
   static_assert(kElementsA % (kVector * kThreads) == 0 && kElementsB % (kVector * kThreads) == 0,
                 "every thread loads as much");
@@ -280,7 +280,7 @@ class TileMultiplier {
       for (int m = 0; m < kFragmentsM; ++m) {
 #pragma unroll
         for (int n = 0; n < kFragmentsN; ++n) {
-          const float(&sum)[4] = sum_[half][m][n];
+          const float (&sum)[4] = sum_[half][m][n];
           const int row = warp_m() + m * 16 + lane / 4, column = warp_n() + n * 8 + lane % 4 * 2;
           body(half, row, column, sum[0], sum[1]);
           body(half, row + 8, column, sum[2], sum[3]);

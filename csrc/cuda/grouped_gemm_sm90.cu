@@ -9,7 +9,7 @@ namespace cuda {
 namespace {
 
 // False where tensor copies cannot read them: their addresses and strides are multiples of 16 bytes.
-bool describe(const std::vector<Expert>& experts, Matrix Expert::*member, Weights* weights) {
+bool describe(const std::vector<Expert>& experts, Matrix Expert::* member, Weights* weights) {
   constexpr int64_t kElement = 2, kAlignment = 16, kMaxStride = int64_t{1} << 40,
                     kMaxPlace = int64_t{1} << 31;
   const Matrix& first = experts.front().*member;

@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 __global__ void __launch_bounds__(kThreads, 1) scan_counts(const __grid_constant__ Sort s, int ranges) {
-  scan_ranges(s, blockIdx.x * kWarpSize, ranges, static_cast<int32_t(*)[kWarpSize]>(shared_memory()));
+  scan_ranges(s, blockIdx.x * kWarpSize, ranges, static_cast<int32_t (*)[kWarpSize]>(shared_memory()));
 }
 
 __global__ void __launch_bounds__(kThreads, 1)

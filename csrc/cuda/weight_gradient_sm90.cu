@@ -172,7 +172,7 @@ bool is_aligned(const void* data, int64_t stride) {
 }
 
 // Whether all gradients can be stored by 16 bytes along this index, the other one `stride` elements apart.
-bool contiguous_along(int64_t Matrix::*index, int64_t Matrix::*other, const std::vector<Expert>& experts,
+bool contiguous_along(int64_t Matrix::* index, int64_t Matrix::* other, const std::vector<Expert>& experts,
                       Weight weight) {
   return std::all_of(experts.begin(), experts.end(), [&](const Expert& expert) {
     const Matrix& m = gradient_of(expert, weight);

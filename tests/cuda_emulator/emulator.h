@@ -431,8 +431,7 @@ inline void __threadfence() {}
 
 inline void __syncwarp(uint32_t mask = 0xffffffff) {
   char nothing;
-  emulator::warp_collective(
-      +[](void* const*, uint32_t) {}, &nothing, mask);
+  emulator::warp_collective(+[](void* const*, uint32_t) {}, &nothing, mask);
 }
 
 namespace emulator {
