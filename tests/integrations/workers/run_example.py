@@ -4,7 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from paddleformers_models import stand_in_for_paddlefleet
 
 stand_in_for_paddlefleet()
