@@ -174,7 +174,7 @@ class ParallelContext:
         if tp_group is None:
             tp_group = Group(0, 0, [dist.get_rank()])
         context = cls(ep_group, tp_group, grid_group, dp_group)
-        if ep_group.backend == "GLOO" and ep_group.nranks > 2:
+        if ep_group.nranks > 2 and ep_group.backend == "GLOO":  # a group of one has no backend
             context._pair_up()
         return context
 
