@@ -1,7 +1,7 @@
 // Checks what a caller passed and resolves every accepted weight layout to pointers and strides.
 #include <algorithm>
-#include <cstdio>
 #include <cmath>
+#include <locale>
 #include <sstream>
 #include <stdexcept>
 
@@ -17,19 +17,21 @@ template <class... Parts>
   throw std::invalid_argument(text.str());
 }
 
-std::string shape_text(const std::vector<int64_t>& shape) {
+std::string list_text(const std::vector<int64_t>& numbers, bool negative_is_unknown) {
   std::ostringstream text;
   text << '[';
-  for (size_t i = 0; i < shape.size(); ++i) {
+  for (size_t i = 0; i < numbers.size(); ++i) {
     if (i) text << ", ";
-    if (shape[i] < 0)
+    if (numbers[i] < 0 && negative_is_unknown)
       text << '?';
     else
-      text << shape[i];
+      text << numbers[i];
   }
   text << ']';
   return text.str();
 }
+
+std::string shape_text(const std::vector<int64_t>& shape) { return list_text(shape, true); }
 
 // Names an argument, or one entry of a list: "down_weights[3]". The text is only made when an error needs it.
 struct Name {
@@ -106,7 +108,7 @@ bool is_contiguous_from(const Tensor& tensor, size_t first_dim) {
 void expect_contiguous(const Name& name, const Tensor& tensor, size_t first_dim = 0) {
   if (!is_contiguous_from(tensor, first_dim)) {
     fail(name, " must be contiguous", first_dim ? " in its last dimension" : "", ", got the shape ",
-         shape_text(tensor.shape), " with the strides ", shape_text(tensor.strides),
+         shape_text(tensor.shape), " with the strides ", list_text(tensor.strides, false),
          "; pass a contiguous copy");
   }
 }
@@ -289,9 +291,13 @@ ActivationSpec parse_activation(const std::string& text) {
       return spec;
     }
   }
-  int end = 0;
-  if (std::sscanf(text.c_str(), "swigluoai(%f,%f)%n", &spec.alpha, &spec.limit, &end) == 2 &&
-      end == static_cast<int>(text.size())) {
+  std::istringstream parts(text);
+  parts.imbue(std::locale::classic());  // that of the process may want a decimal comma
+  std::string name;
+  char comma = 0, closing = 0;
+  if (std::getline(parts, name, '(') && name == "swigluoai" &&
+      parts >> spec.alpha >> comma >> spec.limit >> closing && comma == ',' && closing == ')' &&
+      parts.peek() == std::istringstream::traits_type::eof()) {
     if (!std::isfinite(spec.alpha) || !(spec.limit > 0)) {
       fail("activation must have a finite alpha and a positive limit, got '", text, "'");
     }
@@ -379,7 +385,8 @@ Problem resolve(const Arguments& a) {
   p.activation = parse_activation(a.activation);
 
   p.experts.resize(std::max<int64_t>(num_experts, 0));
-  if (a.hidden_states.data == nullptr && p.num_tokens != 0) return p;  // shapes only: nothing to point at yet
+  // Shapes only: nothing to point at yet.
+  if ((a.hidden_states.data == nullptr && p.num_tokens != 0) || !known(num_experts)) return p;
 
   expect_contiguous("hidden_states", a.hidden_states, 1);
   expect_contiguous("routing_table", a.routing_table);

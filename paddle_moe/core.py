@@ -151,10 +151,10 @@ class Gradients(NamedTuple):
     """One entry per differentiable argument of :func:`mixture_of_experts`, in its form: an array, or a list
     where a list was passed; None where there is no such argument or its gradient is not wanted."""
 
-    hidden_states: Any
-    router_weights: Any
-    gate_up_weights: Any
-    down_weights: Any
+    hidden_states: Any = None
+    router_weights: Any = None
+    gate_up_weights: Any = None
+    down_weights: Any = None
     gate_up_bias: Any = None
     down_bias: Any = None
 
@@ -165,6 +165,8 @@ def _backward(
     """The checked call, and what turns its list of arrays into Gradients."""
     if isinstance(wanted, str) or not set(wanted) <= set(Gradients._fields):
         raise ValueError(f"wanted must hold names out of {Gradients._fields}, got {wanted!r}")
+    if out is not None and not isinstance(out, Gradients):
+        raise ValueError(f"out must be of the type core.Gradients, got {type(out).__name__}")
     passed = inspect.signature(_experts).bind(*args, **kwargs).arguments
     passed = {name: passed[name] for name in Gradients._fields if passed.get(name) is not None}
     outs, places = [], {}
@@ -173,6 +175,11 @@ def _backward(
         given = getattr(out, name, None) if name in wanted else False
         begin = len(outs)
         outs += list(given) if isinstance(given, (list, tuple)) else [given] * (len(value) if listed else 1)
+        count, expected = len(outs) - begin, len(value) if listed else 1
+        if count != expected:
+            raise ValueError(
+                f"out.{name} must have an entry for each of the {expected} arrays of {name}, got {count}"
+            )
         places[name] = slice(begin, len(outs)) if listed else begin
 
     def collect(arrays: list) -> Gradients:
@@ -338,7 +345,8 @@ def route_backward(
 
     Args:
         grad_router_weights: float32 [T, K].
-        routing_table: int32 [T, K], as :func:`route` returned it for the other arguments.
+        routing_table: int32 [T, K], as :func:`route` returned it for the other arguments. Anything else is a
+            ValueError on a CPU; on a GPU its rows get NaN.
         out: float32 [T, E], contiguous.
     """
     options = route_options(

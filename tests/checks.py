@@ -428,8 +428,9 @@ class Paddle:
 # ---------------------------------------------------------------- other processes
 
 
-def run_python(*arguments: str, timeout: float, **environment: str) -> None:
-    """A new interpreter in this directory, on the paddle_moe that this process uses; must end with 0."""
+def run_python(*arguments: str, timeout: float, **environment: str) -> str:
+    """What a new interpreter in this directory, on the paddle_moe that this process uses, prints; it must end
+    with 0."""
     package_home = str(Path(paddle_moe.__file__).parent.parent)
     run = subprocess.run(
         [sys.executable, *arguments],
@@ -440,6 +441,7 @@ def run_python(*arguments: str, timeout: float, **environment: str) -> None:
         timeout=timeout,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    return run.stdout
 
 
 def part_of(values: np.ndarray, one: Slice | None) -> np.ndarray:

@@ -366,6 +366,32 @@ def test_bad_output_pair_is_named():
         core.route(zeros(T, E), K, out=(zeros(T, K), zeros(T, K)))
 
 
+@pytest.mark.parametrize(("out", "message"), [
+    ({}, "out must be of the type core.Gradients, got dict"),
+    (core.Gradients(down_weights=[zeros(I, H)]),
+     "out.down_weights must have an entry for each of the 4 arrays of down_weights, got 1"),
+    (core.Gradients(hidden_states=[]),
+     "out.hidden_states must have an entry for each of the 1 arrays of hidden_states, got 0"),
+])  # fmt: skip
+def test_bad_gradients_are_named(out, message):
+    arguments = experts_arguments()
+    arguments["down_weights"] = list(arguments["down_weights"])
+    with pytest.raises(ValueError, match=exactly(message)):
+        core.mixture_of_experts_backward(zeros(T, H), **arguments, out=out)
+
+
+@pytest.mark.parametrize("row", [[1, -1], [-1, 1], [0, E]])
+def test_a_changed_routing_table_has_no_gradient(row):
+    table, _ = core.route(zeros(70, E), K)
+    table[66] = row
+    expected = (
+        "routing_table must be what route() returned, ids between 0 and 3 or a row of -1, got something "
+        "else in row 66; drop slots after route, in a copy of the table"
+    )
+    with pytest.raises(ValueError, match=exactly(expected)):
+        core.route_backward(zeros(70, K), table, zeros(70, E), K)
+
+
 def test_an_array_on_another_device_is_named():
     class OnGpu:
         def __dlpack_device__(self):
@@ -408,6 +434,9 @@ def test_strides_that_a_kernel_cannot_read_are_named():
         ValueError, match="^hidden_states must be contiguous in its last dimension, got the shape"
     ):
         core.gate(zeros(H, T).T, zeros(H, E))
+    backwards = zeros(T, 2 * H)[:, ::-2]
+    with pytest.raises(ValueError, match=re.escape("[3, 8] with the strides [16, -2]")):
+        core.gate(backwards, zeros(H, E))
     with pytest.raises(ValueError, match="^routing_table must be contiguous, got the shape"):
         arguments = experts_arguments()
         arguments["routing_table"] = zeros(K, T, dtype="int32").T

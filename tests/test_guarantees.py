@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 import threading
 
 import checks
@@ -165,6 +168,53 @@ def test_calls_that_differ_only_in_an_option_do_not_share_a_result(backend):
     ):
         changed = {**case, **options}
         assert_close(backend.mixture_of_experts(**changed), expected_moe(changed))
+
+
+# Prints the number of threads, and whether a call that uses them works.
+DEFAULT_THREADS = """
+import os, sys
+import numpy as np
+if sys.argv[1] == "one core":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from paddle_moe import core
+if sys.argv[1] == "no threads":
+    import resource
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    os.setuid(65534)  # the limit does not hold for root
+try:
+    print(core.num_threads())
+    logits = core.gate(np.ones((64, 8), np.float32), np.ones((8, 4), np.float32))
+    assert (logits == 8).all()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="affinity and limits as Linux has them")
+@pytest.mark.parametrize(
+    ("case", "environment", "expected"),
+    [
+        ("one core", {}, "1"),
+        ("one core", {"PADDLE_MOE_NUM_THREADS": "3", "OMP_NUM_THREADS": "5"}, "3"),
+        ("one core", {"OMP_NUM_THREADS": "5"}, "5"),
+        ("", {"PADDLE_LOCAL_SIZE": "1000"}, "1"),
+        ("", {"PADDLE_MOE_NUM_THREADS": "two"}, "PADDLE_MOE_NUM_THREADS must be a positive.*, got 'two'.*"),
+        ("", {"PADDLE_MOE_NUM_THREADS": "0"}, "PADDLE_MOE_NUM_THREADS must be a positive.*, got '0'.*"),
+        ("", {"PADDLE_MOE_NUM_THREADS": "4", "PADDLE_MOE_ISA": "abacus"}, "4\nPADDLE_MOE_ISA must be one.*"),
+        pytest.param(
+            "no threads",
+            {"PADDLE_MOE_NUM_THREADS": "4"},
+            "4",
+            marks=pytest.mark.skipif(os.getuid() != 0, reason="needs a user without processes: only root is"),
+        ),
+    ],
+)
+def test_default_number_of_threads(case, environment, expected):
+    """Fault seen elsewhere: a thread per processor of the machine in a container that has two."""
+    names = ("PADDLE_MOE_NUM_THREADS", "OMP_NUM_THREADS", "PADDLE_LOCAL_SIZE", "PADDLE_MOE_ISA")
+    unset = dict.fromkeys(names, "")
+    printed = checks.run_python("-c", DEFAULT_THREADS, case, timeout=120, **{**unset, **environment})
+    assert re.fullmatch(expected, printed.strip()), printed
 
 
 def test_calls_from_several_python_threads_at_once(threads):

@@ -62,7 +62,7 @@ struct Guarded<function> {
   static Result call(Args... args) {
     try {
       return function(args...);
-    } catch (const std::invalid_argument& error) {
+    } catch (const std::logic_error& error) {
       PADDLE_THROW(common::errors::InvalidArgument("%s", error.what()));  // ValueError
     } catch (const dispatch::NotImplemented& error) {
       PADDLE_THROW(common::errors::Unimplemented("%s", error.what()));  // NotImplementedError

@@ -16,18 +16,24 @@ struct GateScratch {
   ThreadScratch thread;
 };
 
+int64_t choose_tokens_per_task(int64_t num_tokens, int threads) {
+  return std::clamp<int64_t>(divide_up(num_tokens, 4 * threads), 16, kBlockRows);
+}
+
 // Each thread widens the rows of its own task: a task is a block of tokens with all experts.
 struct GateLayout {
   GateLayout(const GateProblem& p, void* workspace, int threads)
-      : row_stride(operand_stride(p.hidden_size, Operand::kFloat32)) {
+      : tokens_per_task(choose_tokens_per_task(p.num_tokens, threads)),
+        num_tasks(divide_up(p.num_tokens, tokens_per_task)),
+        row_stride(operand_stride(p.hidden_size, Operand::kFloat32)) {
     Arena arena(workspace);
-    for (const ThreadScratch& thread : take_thread_scratch(&arena, threads)) {
-      scratch.push_back({arena.take<char>(kBlockRows * row_stride * kUnitBytes), thread});
+    for (const ThreadScratch& thread : take_thread_scratch(&arena, std::min<int64_t>(threads, num_tasks))) {
+      scratch.push_back({arena.take<char>(tokens_per_task * row_stride * kUnitBytes), thread});
     }
     bytes = arena.used();
   }
-  int64_t row_stride;
-  std::vector<GateScratch> scratch;
+  int64_t tokens_per_task, num_tasks, row_stride;
+  std::vector<GateScratch> scratch;  // of each thread
   size_t bytes;
 };
 
@@ -54,16 +60,21 @@ void gate_block(const GateProblem& p, const GateLayout& layout, const GateScratc
 // activations are widened kBlockUnits tokens at a time.
 struct GateBackwardLayout {
   GateBackwardLayout(const GateBackwardProblem& b, void* workspace, int threads)
-      : row_stride(operand_stride(b.forward.num_experts, Operand::kFloat32)) {
+      : tokens_per_task(choose_tokens_per_task(b.forward.num_tokens, threads)),
+        hidden_tasks(b.hidden_states ? divide_up(b.forward.num_tokens, tokens_per_task) : 0),
+        row_blocks(divide_up(b.forward.hidden_size, kBlockRows)),
+        num_tasks(hidden_tasks +
+                  (b.weight.data ? row_blocks * divide_up(b.forward.num_experts, 2 * kPackedColumns) : 0)),
+        row_stride(operand_stride(b.forward.num_experts, Operand::kFloat32)) {
     Arena arena(workspace);
-    for (const ThreadScratch& thread : take_thread_scratch(&arena, threads)) {
+    for (const ThreadScratch& thread : take_thread_scratch(&arena, std::min<int64_t>(threads, num_tasks))) {
       const int64_t units = kBlockRows * std::max(row_stride, kBlockUnits);
       scratch.push_back({arena.take<char>(units * kUnitBytes), thread});
     }
     bytes = arena.used();
   }
-  int64_t row_stride;
-  std::vector<GateScratch> scratch;
+  int64_t tokens_per_task, hidden_tasks, row_blocks, num_tasks, row_stride;
+  std::vector<GateScratch> scratch;  // of each thread
   size_t bytes;
 };
 
@@ -134,15 +145,14 @@ size_t gate_workspace_size(const GateProblem& problem, int num_threads) {
 
 void gate(const GateProblem& problem, int num_threads, void* workspace, float* logits) {
   const GateLayout layout(problem, workspace, num_threads);
-  const int64_t tokens_per_task =
-      std::min(kBlockRows, std::max<int64_t>(16, divide_up(problem.num_tokens, 4 * num_threads)));
-  const int64_t num_tasks = divide_up(problem.num_tokens, tokens_per_task);
+  if (layout.num_tasks == 0) return;
+  kernels();  // so that it throws here where the choice of them fails
   std::atomic<int64_t> next{0};
-  parallel(static_cast<int>(std::min<int64_t>(num_threads, num_tasks)), [&](int thread) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
-      const int64_t token = i * tokens_per_task;
+  parallel(static_cast<int>(layout.scratch.size()), [&](int thread) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < layout.num_tasks;) {
+      const int64_t token = i * layout.tokens_per_task;
       gate_block(problem, layout, layout.scratch[thread], token,
-                 std::min(tokens_per_task, problem.num_tokens - token), logits);
+                 std::min(layout.tokens_per_task, problem.num_tokens - token), logits);
     }
   });
 }
@@ -153,23 +163,19 @@ size_t gate_backward_workspace_size(const GateBackwardProblem& problem, int num_
 
 void gate_backward(const GateBackwardProblem& b, int num_threads, void* workspace) {
   const GateBackwardLayout layout(b, workspace, num_threads);
-  const GateProblem& p = b.forward;
-  const int64_t tokens_per_task =
-      std::min(kBlockRows, std::max<int64_t>(16, divide_up(p.num_tokens, 4 * num_threads)));
-  const int64_t hidden_tasks = b.hidden_states ? divide_up(p.num_tokens, tokens_per_task) : 0;
-  const int64_t row_blocks = divide_up(p.hidden_size, kBlockRows);
-  const int64_t weight_tasks = b.weight.data ? row_blocks * divide_up(p.num_experts, 2 * kPackedColumns) : 0;
-  const int64_t num_tasks = hidden_tasks + weight_tasks;
+  if (layout.num_tasks == 0) return;
+  kernels();  // as above
+  const int64_t tokens = layout.tokens_per_task;
   std::atomic<int64_t> next{0};
-  parallel(static_cast<int>(std::min<int64_t>(num_threads, num_tasks)), [&](int thread) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
-      if (i < hidden_tasks) {
-        gate_hidden_block(b, layout, layout.scratch[thread], i * tokens_per_task,
-                          std::min(tokens_per_task, p.num_tokens - i * tokens_per_task));
+  parallel(static_cast<int>(layout.scratch.size()), [&](int thread) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < layout.num_tasks;) {
+      if (i < layout.hidden_tasks) {
+        gate_hidden_block(b, layout, layout.scratch[thread], i * tokens,
+                          std::min(tokens, b.forward.num_tokens - i * tokens));
       } else {
-        const int64_t block = i - hidden_tasks;
-        gate_weight_block(b, layout.scratch[thread], block % row_blocks * kBlockRows,
-                          block / row_blocks * 2 * kPackedColumns);
+        const int64_t block = i - layout.hidden_tasks;
+        gate_weight_block(b, layout.scratch[thread], block % layout.row_blocks * kBlockRows,
+                          block / layout.row_blocks * 2 * kPackedColumns);
       }
     }
   });

@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu/threads.h"
@@ -48,10 +50,12 @@ class Router {
     }
   }
 
-  // The gradient of the logits from that of the weights.
-  void backward(const float* logits, const int32_t* ids, const float* grad, float* grad_logits) {
+  // The gradient of the logits from that of the weights. False: ids are not what route() returns.
+  bool backward(const float* logits, const int32_t* ids, const float* grad, float* grad_logits) {
     std::fill_n(grad_logits, p_.num_experts, 0.0f);
-    if (ids[0] < 0) return;
+    if (ids[0] < 0) return std::all_of(ids, ids + p_.top_k, [](int32_t id) { return id < 0; });
+    if (!std::all_of(ids, ids + p_.top_k, [&](int32_t id) { return 0 <= id && id < p_.num_experts; }))
+      return false;
     score(logits);
     parts_.resize(p_.top_k);
     const float divisor = find_parts(ids, parts_.data());
@@ -68,8 +72,9 @@ class Router {
       grad_logits[ids[i]] = by_part * slope;
       mean += by_part * parts_[i];
     }
-    if (p_.scoring != Scoring::kSoftmax) return;
-    for (int64_t e = 0; e < p_.num_experts; ++e) grad_logits[e] = scores_[e] * (grad_logits[e] - mean);
+    for (int64_t e = 0; p_.scoring == Scoring::kSoftmax && e < p_.num_experts; ++e)
+      grad_logits[e] = scores_[e] * (grad_logits[e] - mean);
+    return true;
   }
 
  private:
@@ -178,8 +183,13 @@ void route(const RouteProblem& problem, int num_threads, int32_t* routing_table,
 void route_backward(const RouteBackwardProblem& problem, int num_threads, float* grad_logits) {
   const RouteProblem& p = problem.forward;
   for_tokens(p, num_threads, [&](Router* router, int64_t t) {
-    router->backward(p.logits + t * p.num_experts, problem.routing_table + t * p.top_k,
-                     problem.grad_router_weights + t * p.top_k, grad_logits + t * p.num_experts);
+    if (!router->backward(p.logits + t * p.num_experts, problem.routing_table + t * p.top_k,
+                          problem.grad_router_weights + t * p.top_k, grad_logits + t * p.num_experts)) {
+      throw std::invalid_argument("routing_table must be what route() returned, ids between 0 and " +
+                                  std::to_string(p.num_experts - 1) +
+                                  " or a row of -1, got something else in row " + std::to_string(t) +
+                                  "; drop slots after route, in a copy of the table");
+    }
   });
 }
 

@@ -9,9 +9,16 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
+#include <fstream>
+#include <limits>
 #include <mutex>
 #include <new>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "moe.h"
@@ -34,12 +41,7 @@ class Pool {
     }
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (static_cast<int>(workers_.size()) < num_threads - 1) {
-        std::thread worker([this] { work(); });
-        workers_.push_back(worker.native_handle());
-        worker.detach();
-        caller_cpu_ = -1;
-      }
+      start_workers(static_cast<size_t>(num_threads - 1));
       keep_off_this_cpu();
       body_ = &body;
       next_index_ = 1;
@@ -47,16 +49,41 @@ class Pool {
       generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
-    body(0);
+    call(body, 0);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       open_places_ = 0;
     }
     spin_until([this] { return active_.load(std::memory_order_acquire) == 0; });
+    const std::exception_ptr error = std::exchange(error_, nullptr);
     busy_.store(false, std::memory_order_release);
+    if (error) std::rethrow_exception(error);
   }
 
  private:
+  // Where the system allows no more threads, those that are there do the work.
+  void start_workers(size_t count) {
+    workers_.reserve(count);
+    try {
+      while (workers_.size() < count) {
+        std::thread worker([this] { work(); });
+        workers_.push_back(worker.native_handle());
+        worker.detach();
+        caller_cpu_ = -1;
+      }
+    } catch (const std::system_error&) {
+    }
+  }
+
+  void call(const std::function<void(int)>& body, int index) {
+    try {
+      body(index);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      error_ = std::current_exception();
+    }
+  }
+
   // Linux likes to wake a worker on the processor of the caller, which stays busy, and may take milliseconds
   // to move it.
   void keep_off_this_cpu() {
@@ -92,7 +119,7 @@ class Pool {
         body = body_;
         active_.fetch_add(1, std::memory_order_relaxed);
       }
-      (*body)(index);
+      call(*body, index);
       active_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -103,6 +130,7 @@ class Pool {
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> active_{0};
   const std::function<void(int)>* body_ = nullptr;
+  std::exception_ptr error_;  // of a call that did not return
   std::vector<pthread_t> workers_;
   int caller_cpu_ = -1;  // which the workers keep off
   int open_places_ = 0;
@@ -121,16 +149,40 @@ Pool& pool() {
   return *instance;
 }
 
+// The value of a variable that holds a positive number; 0 for any other.
 int positive_from_environment(const char* name) {
   const char* text = std::getenv(name);
   return text ? std::max(0, std::atoi(text)) : 0;
 }
 
+// The processors that this process may use, or its share of their time if that is less.
+int available_cores() {
+  int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) cores = std::max(1, CPU_COUNT(&allowed));
+  // The limit of a container, where it sees its own control group: version 2, or 1 with -1 for none.
+  double quota = -1, period = -1;
+  if (!(std::ifstream("/sys/fs/cgroup/cpu.max") >> quota >> period)) {
+    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> quota;
+    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
+  }
+  if (quota > 0 && period > 0) cores = std::min(cores, std::max(1, static_cast<int>(quota / period)));
+#endif
+  return cores;
+}
+
 int default_num_threads() {
-  if (const int n = positive_from_environment("PADDLE_MOE_NUM_THREADS")) return n;
+  const char* const own = std::getenv("PADDLE_MOE_NUM_THREADS");
+  if (own && *own) {
+    char* end = nullptr;
+    const long n = std::strtol(own, &end, 10);
+    if (*end == '\0' && n > 0 && n <= std::numeric_limits<int>::max()) return static_cast<int>(n);
+    throw std::runtime_error("PADDLE_MOE_NUM_THREADS must be a positive number, got '" + std::string(own) +
+                             "'; without it all cores of the process are used");
+  }
   if (const int n = positive_from_environment("OMP_NUM_THREADS"); n > 1) return n;
-  const int local_ranks = std::max(1, positive_from_environment("PADDLE_LOCAL_SIZE"));
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / local_ranks);
+  return std::max(1, available_cores() / std::max(1, positive_from_environment("PADDLE_LOCAL_SIZE")));
 }
 
 std::atomic<int> chosen_num_threads{0};

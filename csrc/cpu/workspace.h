@@ -50,7 +50,7 @@ struct ThreadScratch {
   void* gemm;
 };
 
-inline std::vector<ThreadScratch> take_thread_scratch(Arena* arena, int threads) {
+inline std::vector<ThreadScratch> take_thread_scratch(Arena* arena, int64_t threads) {
   std::vector<ThreadScratch> scratch(threads);
   for (ThreadScratch& s : scratch) {
     s.result = arena->take<float>(kResultFloats * sizeof(float));

@@ -66,12 +66,15 @@ class Router {
     }
   }
 
-  // The gradient of the logits from that of the weights, by the rules of cpu/route.cc.
+  // The gradient of the logits from that of the weights, by the rules of cpu/route.cc. Where ids are not what
+  // route() returns, NaN: no error can be thrown here.
   __device__ void backward(const int32_t* ids, const float* grad, float* grad_logits) {
-    for (int e = lane_; e < num_experts_; e += kWarpSize) grad_logits[e] = 0.0f;
-    if (ids[0] < 0) return;
-    prepare_scores();
     const int top_k = static_cast<int>(p_.top_k);
+    bool valid = true;
+    for (int k = 0; k < top_k; ++k) valid &= ids[0] < 0 ? ids[k] < 0 : 0 <= ids[k] && ids[k] < num_experts_;
+    for (int e = lane_; e < num_experts_; e += kWarpSize) grad_logits[e] = valid ? 0.0f : nanf("");
+    if (ids[0] < 0 || !valid) return;
+    prepare_scores();
     const bool over_logits = p_.scoring == Scoring::kSoftmaxTopK;
     float largest = kMinusInfinity, sum = 0.0f;
     for (int k = 0; over_logits && k < top_k; ++k) largest = fmaxf(largest, logits_[ids[k]]);
