@@ -216,7 +216,8 @@ namespace cpu {
 
 // Threads to use by default: set_num_threads(); else PADDLE_MOE_NUM_THREADS; else OMP_NUM_THREADS where it is
 // above 1 (importing Paddle writes the value 1 there, so a 1 says nothing about what the user wants); else
-// the cores that this process may use, divided among the ranks that paddle.distributed.launch started on this machine.
+// the cores that this process may use, divided among the ranks that paddle.distributed.launch started on this
+// machine.
 int num_threads();  // throws std::runtime_error: PADDLE_MOE_NUM_THREADS is no positive number
 void set_num_threads(int num_threads);  // 0: the default again
 

@@ -112,9 +112,7 @@ struct Layout {
     down_sums = arena.take<float>(separate && wanted.down ? p.num_experts() * p.hidden_size * inter * 4 : 0);
     separate_sums = separate;
     large_gradients = weight_bytes > kCachedGradientBytes;
-    for (int i = 0; i < threads; ++i) {
-      scratch.push_back({arena.take<float>(kResultFloats * sizeof(float)), arena.take<void>(kPackedBytes)});
-    }
+    scratch = take_thread_scratch(&arena, threads);
     bytes = arena.used();
   }
 
