@@ -58,8 +58,20 @@ void fill_with_zeros(const Device&, void*, size_t) {}
 
 #endif
 
-// The calls of cuda:: stand in discarded branches where the back end was not built, and need no definition.
 bool is_gpu(const Device& device) { return device.kind == Device::Kind::kCuda; }
+
+// on_gpu(stream), with the GPU as the current device, or on_cpu(num_threads). on_gpu takes an `auto`: where
+// the CUDA back end was not built it is never instantiated, so that nothing refers to that back end.
+template <class OnGpu, class OnCpu>
+auto run(const Device& device, const OnGpu& on_gpu, const OnCpu& on_cpu) {
+  if constexpr (kHasCuda) {
+    if (is_gpu(device)) {
+      const CurrentDevice guard(device);
+      return on_gpu(device.stream);
+    }
+  }
+  return on_cpu(device.num_threads);
+}
 
 }  // namespace
 
@@ -85,24 +97,17 @@ Device cuda_device(const char* name, int index, cuda::Stream stream) {
 }
 
 size_t workspace_size(const Device& device, const Problem& problem) {
-  if constexpr (kHasCuda) {
-    if (is_gpu(device)) {
-      const CurrentDevice guard(device);
-      return cuda::workspace_size(problem);
-    }
-  }
-  return cpu::workspace_size(problem, device.num_threads);
+  return run(
+      device, [&](auto) { return cuda::workspace_size(problem); },
+      [&](int threads) { return cpu::workspace_size(problem, threads); });
 }
 
 void mixture_of_experts(const Device& device, const Problem& problem, void* workspace, void* out, float* amax,
                         void* pre_activations) {
-  if constexpr (kHasCuda) {
-    if (is_gpu(device)) {
-      const CurrentDevice guard(device);
-      return cuda::mixture_of_experts(problem, device.stream, workspace, out, amax, pre_activations);
-    }
-  }
-  cpu::mixture_of_experts(problem, device.num_threads, workspace, out, amax, pre_activations);
+  run(
+      device,
+      [&](auto stream) { cuda::mixture_of_experts(problem, stream, workspace, out, amax, pre_activations); },
+      [&](int threads) { cpu::mixture_of_experts(problem, threads, workspace, out, amax, pre_activations); });
 }
 
 int64_t saved_rows(const Device& device, const Problem& problem) {
@@ -110,23 +115,15 @@ int64_t saved_rows(const Device& device, const Problem& problem) {
 }
 
 size_t backward_workspace_size(const Device& device, const BackwardProblem& problem) {
-  if constexpr (kHasCuda) {
-    if (is_gpu(device)) {
-      const CurrentDevice guard(device);
-      return cuda::backward_workspace_size(problem);
-    }
-  }
-  return cpu::backward_workspace_size(problem, device.num_threads);
+  return run(
+      device, [&](auto) { return cuda::backward_workspace_size(problem); },
+      [&](int threads) { return cpu::backward_workspace_size(problem, threads); });
 }
 
 void mixture_of_experts_backward(const Device& device, const BackwardProblem& problem, void* workspace) {
-  if constexpr (kHasCuda) {
-    if (is_gpu(device)) {
-      const CurrentDevice guard(device);
-      return cuda::mixture_of_experts_backward(problem, device.stream, workspace);
-    }
-  }
-  cpu::mixture_of_experts_backward(problem, device.num_threads, workspace);
+  run(
+      device, [&](auto stream) { cuda::mixture_of_experts_backward(problem, stream, workspace); },
+      [&](int threads) { cpu::mixture_of_experts_backward(problem, threads, workspace); });
 }
 
 size_t gate_backward_workspace_size(const Device& device, const GateBackwardProblem& problem) {
@@ -134,23 +131,15 @@ size_t gate_backward_workspace_size(const Device& device, const GateBackwardProb
 }
 
 void gate_backward(const Device& device, const GateBackwardProblem& problem, void* workspace) {
-  if constexpr (kHasCuda) {
-    if (is_gpu(device)) {
-      const CurrentDevice guard(device);
-      return cuda::gate_backward(problem, device.stream);
-    }
-  }
-  cpu::gate_backward(problem, device.num_threads, workspace);
+  run(
+      device, [&](auto stream) { cuda::gate_backward(problem, stream); },
+      [&](int threads) { cpu::gate_backward(problem, threads, workspace); });
 }
 
 void route_backward(const Device& device, const RouteBackwardProblem& problem, float* grad_logits) {
-  if constexpr (kHasCuda) {
-    if (is_gpu(device)) {
-      const CurrentDevice guard(device);
-      return cuda::route_backward(problem, device.stream, grad_logits);
-    }
-  }
-  cpu::route_backward(problem, device.num_threads, grad_logits);
+  run(
+      device, [&](auto stream) { cuda::route_backward(problem, stream, grad_logits); },
+      [&](int threads) { cpu::route_backward(problem, threads, grad_logits); });
 }
 
 size_t gate_workspace_size(const Device& device, const GateProblem& problem) {
@@ -158,23 +147,15 @@ size_t gate_workspace_size(const Device& device, const GateProblem& problem) {
 }
 
 void gate(const Device& device, const GateProblem& problem, void* workspace, float* logits) {
-  if constexpr (kHasCuda) {
-    if (is_gpu(device)) {
-      const CurrentDevice guard(device);
-      return cuda::gate(problem, device.stream, logits);
-    }
-  }
-  cpu::gate(problem, device.num_threads, workspace, logits);
+  run(
+      device, [&](auto stream) { cuda::gate(problem, stream, logits); },
+      [&](int threads) { cpu::gate(problem, threads, workspace, logits); });
 }
 
 void route(const Device& device, const RouteProblem& problem, int32_t* routing_table, float* router_weights) {
-  if constexpr (kHasCuda) {
-    if (is_gpu(device)) {
-      const CurrentDevice guard(device);
-      return cuda::route(problem, device.stream, routing_table, router_weights);
-    }
-  }
-  cpu::route(problem, device.num_threads, routing_table, router_weights);
+  run(
+      device, [&](auto stream) { cuda::route(problem, stream, routing_table, router_weights); },
+      [&](int threads) { cpu::route(problem, threads, routing_table, router_weights); });
 }
 
 size_t fused_workspace_size(const Device& device, const GateProblem& gate, const Problem& problem) {
@@ -183,25 +164,18 @@ size_t fused_workspace_size(const Device& device, const GateProblem& gate, const
 
 void fused_gate_moe(const Device& device, const GateProblem& gate, const RouteProblem& route,
                     const Problem& problem, void* workspace, void* out, float* amax) {
-  if constexpr (kHasCuda) {
-    if (is_gpu(device)) {
-      const CurrentDevice guard(device);
-      return cuda::fused_gate_moe(gate, route, problem, device.stream, workspace, out, amax);
-    }
-  }
-  cpu::gate(gate, device.num_threads, workspace, const_cast<float*>(route.logits));
-  cpu::route(route, device.num_threads, static_cast<int32_t*>(const_cast<void*>(problem.routing_table)),
-             static_cast<float*>(const_cast<void*>(problem.router_weights)));
-  cpu::mixture_of_experts(problem, device.num_threads, workspace, out, amax);
+  run(
+      device, [&](auto stream) { cuda::fused_gate_moe(gate, route, problem, stream, workspace, out, amax); },
+      [&](int threads) {
+        cpu::gate(gate, threads, workspace, const_cast<float*>(route.logits));
+        cpu::route(route, threads, static_cast<int32_t*>(const_cast<void*>(problem.routing_table)),
+                   static_cast<float*>(const_cast<void*>(problem.router_weights)));
+        cpu::mixture_of_experts(problem, threads, workspace, out, amax);
+      });
 }
 
 void set_to_zero(const Device& device, void* data, size_t bytes) {
-  if (!is_gpu(device)) {
-    std::memset(data, 0, bytes);
-    return;
-  }
-  const CurrentDevice guard(device);
-  fill_with_zeros(device, data, bytes);
+  run(device, [&](auto) { fill_with_zeros(device, data, bytes); }, [&](int) { std::memset(data, 0, bytes); });
 }
 
 }  // namespace dispatch

@@ -2,8 +2,6 @@
 // not need to know which back ends were built.
 #pragma once
 
-#include <stdexcept>
-
 #include "moe.h"
 
 namespace paddle_moe {
@@ -35,10 +33,6 @@ void mixture_of_experts(const Device& device, const Problem& problem, void* work
 // Rows of what mixture_of_experts() keeps pre-activations in.
 int64_t saved_rows(const Device& device, const Problem& problem);
 
-// The gradients. NotImplemented becomes Python's NotImplementedError.
-struct NotImplemented : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
 size_t backward_workspace_size(const Device& device, const BackwardProblem& problem);
 void mixture_of_experts_backward(const Device& device, const BackwardProblem& problem, void* workspace);
 size_t gate_backward_workspace_size(const Device& device, const GateBackwardProblem& problem);

@@ -64,8 +64,6 @@ struct Guarded<function> {
       return function(args...);
     } catch (const std::logic_error& error) {
       PADDLE_THROW(common::errors::InvalidArgument("%s", error.what()));  // ValueError
-    } catch (const dispatch::NotImplemented& error) {
-      PADDLE_THROW(common::errors::Unimplemented("%s", error.what()));  // NotImplementedError
     } catch (const std::bad_alloc& error) {
       PADDLE_THROW(common::errors::ResourceExhausted("%s", error.what()));  // MemoryError
     } catch (const std::runtime_error& error) {
@@ -402,8 +400,8 @@ DataTypes fused_gate_moe_dtypes(paddle::DataType gate_weight,
 
 // Without these operators Paddle would silently return none.
 PaddleTensors no_second_derivative() {
-  throw dispatch::NotImplemented(
-      "paddle_moe has no second derivatives: call paddle.grad() without create_graph");
+  PADDLE_THROW(common::errors::Unimplemented(  // NotImplementedError
+      "paddle_moe has no second derivatives: call paddle.grad() without create_graph"));
 }
 PaddleTensors no_second_derivative_of_list(const PaddleTensors&) { return no_second_derivative(); }
 PaddleTensors no_second_derivative_of_one(const paddle::Tensor&) { return no_second_derivative(); }
