@@ -34,8 +34,8 @@ from paddle.base.core import GeneratorState
 from paddle.distributed.fleet.meta_parallel.meta_parallel_base import MetaParallelBase
 from paddle.optimizer.lr import LRScheduler
 from safetensors import SafetensorError, safe_open
-from safetensors.paddle import save_file
 
+from paddle_moe.compat.safetensors_paddle import save_file
 from paddle_moe.layers import FusedMoE
 from paddle_moe.params import Part
 from paddle_moe.tensor_files import (
