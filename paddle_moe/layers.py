@@ -83,9 +83,9 @@ class FusedMoE(nn.Layer):
 
     Parameters of this rank, E_l experts and I_l columns of each (shapes of the shard, see
     params.shard_experts):
-        gate_weight [H, E] in gate_dtype, gate_up_weight [E_l, H, 2 I_l], down_weight [E_l, I_l, H],
-        gate_up_bias [E_l, 2 I_l], down_bias [E_l, H] (tp_rank 0 only, so that it is added once),
-        correction_bias [E] fp32 (a buffer, not trained), shared_gate_up_weight [1, H, 2 Is_l],
+        gate_weight [H, E] and gate_bias [E] in gate_dtype, gate_up_weight [E_l, H, 2 I_l],
+        down_weight [E_l, I_l, H], gate_up_bias [E_l, 2 I_l], down_bias [E_l, H] (tp_rank 0 only, so that it
+        is added once), correction_bias [E] fp32 (a buffer, not trained), shared_gate_up_weight [1, H, 2 Is_l],
         shared_down_weight [1, Is_l, H], shared_gate_weight [H, 1] in gate_dtype.
         Those that were not asked for are None.
 
@@ -103,6 +103,8 @@ class FusedMoE(nn.Layer):
         reduce: "two": all-reduce over ep_group, then over tp_group. "one": a single all-reduce over the
             grid instead; the same sum with less traffic, rounded differently.
         fp32_reduce: add the partial sums, and those of the gradients, in fp32 and round once at the end.
+        gate_bias: the router's logits have a bias (zero until loaded), as in gpt-oss; trained, and unlike
+            correction_bias part of the router's weights.
         gate_up_bias, down_bias: experts have biases (zero until loaded).
         shared_intermediate_size: I of the shared expert, 0: none. shared_gate: weigh it by a sigmoid gate.
         scoring, num_groups, topk_groups, group_score, group_mask_fill, renormalize, renormalize_eps,
@@ -140,6 +142,7 @@ class FusedMoE(nn.Layer):
         dispatch: str = "replicated",
         reduce: str = "two",
         fp32_reduce: bool = False,
+        gate_bias: bool = False,
         gate_up_bias: bool = False,
         down_bias: bool = False,
         shared_intermediate_size: int = 0,
@@ -263,6 +266,7 @@ class FusedMoE(nn.Layer):
 
         shared = shared_intermediate_size > 0
         self.gate_weight = weight("gate_weight", gate_dtype)
+        self.gate_bias = weight("gate_bias", gate_dtype, gate_bias)
         self.gate_up_weight = weight("gate_up_weight", dtype)
         self.down_weight = weight("down_weight", dtype)
         self.gate_up_bias = weight("gate_up_bias", dtype, gate_up_bias)
@@ -274,7 +278,9 @@ class FusedMoE(nn.Layer):
         # Tokens per expert since the last update_correction_bias.
         counts = paddle.zeros([num_experts], "int64") if bias_update_speed else None
         self.register_buffer("expert_counts", counts, persistable=False)
-        self.gate_weight.is_gate = True
+        for gate in (self.gate_weight, self.gate_bias):
+            if gate is not None:
+                gate.is_gate = True
         self._mark_shards()
         if seed is not None:
             self._draw_weights(seed)
@@ -288,6 +294,7 @@ class FusedMoE(nn.Layer):
         top_k: int,
         *,
         parallel: ParallelContext | None = None,
+        gate_bias: Any = None,
         gate_up_bias: Any = None,
         down_bias: Any = None,
         correction_bias: Any = None,
@@ -300,7 +307,7 @@ class FusedMoE(nn.Layer):
 
         Args:
             gate_weight: [H, E]. gate_up: [E, H, 2I], gate columns first. down: [E, I, H].
-            gate_up_bias: [E, 2I]. down_bias: [E, H]. correction_bias: [E].
+            gate_bias: [E]. gate_up_bias: [E, 2I]. down_bias: [E, H]. correction_bias: [E].
             shared_gate_up: [H, 2 Is] and shared_down: [Is, H] of the shared expert. shared_gate: [H, 1].
             options: as the constructor, without seed. dtype is by default that of gate_up.
 
@@ -321,6 +328,7 @@ class FusedMoE(nn.Layer):
         expected_shapes = {
             "gate_weight": (gate_weight, [hidden_size, num_experts]),
             "down": (down, [num_experts, columns // 2, hidden_size]),
+            "gate_bias": (gate_bias, [num_experts]),
             "gate_up_bias": (gate_up_bias, [num_experts, columns]),
             "down_bias": (down_bias, [num_experts, hidden_size]),
             "correction_bias": (correction_bias, [num_experts]),
@@ -339,6 +347,7 @@ class FusedMoE(nn.Layer):
             num_experts,
             top_k,
             parallel=parallel,
+            gate_bias=gate_bias is not None,
             gate_up_bias=gate_up_bias is not None,
             down_bias=down_bias is not None,
             correction_bias=correction_bias is not None,
@@ -349,6 +358,7 @@ class FusedMoE(nn.Layer):
         )
         layer._load(
             gate_weight=gate_weight,
+            gate_bias=gate_bias,
             gate_up_weight=gate_up,
             down_weight=down,
             gate_up_bias=gate_up_bias,
@@ -392,7 +402,8 @@ class FusedMoE(nn.Layer):
         """Conversions, also that of paddle.amp.decorate, leave the dtype of buffers and of float32 gates."""
         kept = [buffer for buffer in self._buffers.values() if buffer is not None]
         if self._gate_dtype == "float32":
-            gates = [gate for gate in (self.gate_weight, self.shared_gate_weight) if gate is not None]
+            gates = (self.gate_weight, self.gate_bias, self.shared_gate_weight)
+            gates = [gate for gate in gates if gate is not None]
             kept += gates + [gate.grad for gate in gates if gate.grad is not None]
         places = {tensor.data_ptr() for tensor in kept}
 
@@ -432,12 +443,15 @@ class FusedMoE(nn.Layer):
         if self.shared_gate_weight is not None:
             self._load(shared_gate_weight=random_gate_weight(seed, self.hidden_size, 1))
 
+    def _logits(self, tokens: paddle.Tensor) -> paddle.Tensor:
+        return self.router.logits(tokens, self.gate_weight, self.gate_bias, self.training)
+
     def route(self, hidden_states: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
         """(routing_table int32 [T, K], router_weights fp32 [T, K]) for hidden_states [T, H].
 
         In training mode with jitter and drops, like `forward`.
         """
-        logits = self.router.logits(hidden_states, self.gate_weight, self.training)
+        logits = self._logits(hidden_states)
         return self.router.drop(*self.router.choose(logits, self.correction_bias), self.training)
 
     def partial_output(
@@ -622,7 +636,7 @@ class FusedMoE(nn.Layer):
             routing_table = routing_table.reshape([-1, routing_table.shape[-1]])
             router_weights = router_weights.reshape([-1, router_weights.shape[-1]])
         else:
-            logits = self.router.logits(tokens, self.gate_weight, self.training)
+            logits = self._logits(tokens)
             routing_table, router_weights = self.router.choose(logits, self.correction_bias)
             if return_aux_loss:
                 aux_loss = self.router.aux_loss(logits, routing_table, hidden_states.shape[:-1])

@@ -255,6 +255,7 @@ class LayerShard:
         copy = not self.shared_over_grid and self.ep_rank > 0
         return {
             "gate_weight": Part("H E", {"H": hidden, "E": all_experts}),
+            "gate_bias": Part("E", {"E": all_experts}),
             "gate_up_weight": Part("E H (G I)", {"E": experts, "H": hidden, "G": halves, "I": columns}),
             "down_weight": Part("E I H", {"E": experts, "I": columns, "H": hidden}),
             "gate_up_bias": Part("E (G I)", {"E": experts, "G": halves, "I": columns}),

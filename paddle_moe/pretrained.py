@@ -84,10 +84,10 @@ LAYOUTS: dict[str, tuple[StoredTensor, ...]] = {
         *_DEEPSEEK_V2,
         StoredTensor("correction_bias", "moe_statics.e_score_correction_bias", "1 E"),
     ),
-    # Not quantised, as Transformers writes it; gate and up columns alternate. FusedMoE has no place for
-    # router.bias: see `others` of load_moe_weights.
+    # As Transformers writes it, where gate and up columns alternate, and in MXFP4 as it was published.
     "gpt_oss": (
         StoredTensor("gate_weight", "router.weight", "E H"),
+        StoredTensor("gate_bias", "router.bias", "E"),
         StoredTensor("gate_up_weight", "experts.gate_up_proj", "E H (I G)"),
         StoredTensor("gate_up_bias", "experts.gate_up_proj_bias", "E (I G)"),
         StoredTensor("down_weight", "experts.down_proj", "E I H"),
@@ -190,6 +190,9 @@ def load_moe_weights(
 ) -> LoadReport:
     """Fills FusedMoE layers from a model's safetensors files; all ranks call, each reads its slices only.
 
+    Weights that are quantised as in the files of gpt-oss (MXFP4) or DeepSeek-V3 (fp8) are decoded; the keys
+    tell.
+
     Example:
         layers = {f"model.layers.{i}.mlp": block.moe for i, block in enumerate(blocks)}
         report = load_moe_weights("Qwen3-30B-A3B", layers, "qwen3_moe", progress=True)
@@ -198,13 +201,15 @@ def load_moe_weights(
         path: a directory with model.safetensors.index.json or with *.safetensors, or one such file.
         layers: by the name that the block has in the files, for example "model.layers.0.mlp".
         layout: a name in LAYOUTS, or the StoredTensors of another layout. A parameter that a layer lacks, for
-            example a bias, is not looked for.
+            example a bias, is not looked for. gpt_oss wants FusedMoE(gate_bias=True).
         others: {key: (tensor, transposed)}, tensors outside FusedMoE to fill too, whole on every
             rank. transposed: the file has the matrix turned.
         transposed: matrices are [out, in] in the files, as Hugging Face has them; False: [in, out], as
             PaddleNLP has them.
         cast: "lossless": float16 and bfloat16 may become float32. "any": every floating dtype may become
-            every other, with rounding. "none": dtypes must be equal.
+            every other, with rounding. "none": dtypes must be equal. Quantised weights count as the dtype
+            that holds their decoded values: MXFP4 as bfloat16, fp8 with a scale for each block of 128 x 128
+            as float32; to load the latter into bfloat16, pass "any".
         parallel: the ranks; None: those of the layers.
         progress: show a bar on the first rank, outside a terminal lines.
 
@@ -257,6 +262,8 @@ def save_moe_weights(
     parallel: ParallelContext | None = None,
 ) -> None:
     """The reverse of load_moe_weights: writes FusedMoE layers under the names and in the layout of a model.
+
+    Never quantised, also where the layers were loaded from quantised files.
 
     The ranks pass their parts to each other through files, so `path` needs twice the room for a while. Dtypes
     are those of the layers.

@@ -70,12 +70,17 @@ class Router:
         return bool(self.balance_loss_weight or self.z_loss_weight)
 
     def logits(
-        self, hidden_states: paddle.Tensor, gate_weight: paddle.Tensor, training: bool
+        self,
+        hidden_states: paddle.Tensor,
+        gate_weight: paddle.Tensor,
+        gate_bias: paddle.Tensor | None,
+        training: bool,
     ) -> paddle.Tensor:
-        """[T, E] fp32 for [T, H] and [H, E]; in training of tokens with jitter."""
+        """[T, E] fp32 for [T, H], [H, E] and [E]; in training of tokens with jitter."""
         if training and self.jitter_epsilon:
             hidden_states = jitter(hidden_states, self.jitter_epsilon, self.parallel, self.same_tokens)
-        return functional.gate(hidden_states, gate_weight)
+        logits = functional.gate(hidden_states, gate_weight)
+        return logits if gate_bias is None else logits + gate_bias.astype("float32")
 
     def choose(
         self, logits: paddle.Tensor, correction_bias: paddle.Tensor | None

@@ -7,6 +7,8 @@ rank.
 
 The dimensions of FusedMoE: E experts, H hidden, G the halves gate and up (0 and 1), I intermediate columns,
 S those of the shared expert.
+
+A quantised tensor is found under the name that it has decoded, see EncodedTensor.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, ClassVar
 
 import numpy as np
 import paddle
@@ -69,20 +71,29 @@ def _cuts(part: Part, box: Mapping[str, tuple[int, int]]) -> list[list[slice]]:
     return cuts
 
 
-def _read_box(stored: FileTensor, part: Part, box: Mapping[str, tuple[int, int]], dtype: str) -> np.ndarray:
-    """The elements of `box` from a tensor that holds `part`, in a dimension for each name of the pattern."""
+def _read_box(
+    stored: FileTensor | EncodedTensor, part: Part, box: Mapping[str, tuple[int, int]], dtype: str
+) -> tuple[np.ndarray, int]:
+    """The elements of `box` from a tensor that holds `part`, in a dimension for each name of the pattern.
+
+    And how many bytes of files they were in.
+    """
+    bytes_read = 0
 
     def read(chosen: list[slice], rest: list[list[slice]]) -> np.ndarray:
         if not rest:
-            return stored.array[tuple(chosen)]
+            nonlocal bytes_read
+            values, num_bytes = stored.read(chosen)
+            bytes_read += num_bytes
+            return values
         if len(rest[0]) == 1:
             return read([*chosen, rest[0][0]], rest[1:])
         return np.concatenate([read([*chosen, run], rest[1:]) for run in rest[0]], axis=len(chosen))
 
     values = read([], _cuts(part, box))
-    if _DTYPE_NAMES[stored.dtype] != dtype:
+    if stored.read_dtype != dtype:
         values = paddle.to_tensor(np.array(values), place=paddle.CPUPlace()).astype(dtype).numpy()
-    return values.reshape([box[name][1] - box[name][0] for name in part.names])
+    return values.reshape([box[name][1] - box[name][0] for name in part.names]), bytes_read
 
 
 def _write_box(
@@ -162,8 +173,160 @@ class FileTensor:
     @property
     def array(self) -> np.ndarray:
         """Of NumPy's dtype of the same name; bfloat16 as uint16."""
-        name = _DTYPE_NAMES[self.dtype]
+        name = self.read_dtype
         return self.content.view("uint16" if name == "bfloat16" else name).reshape(self.shape)
+
+    @property
+    def read_dtype(self) -> str:
+        return _DTYPE_NAMES[self.dtype]
+
+    def read(self, cut: Sequence[slice]) -> tuple[np.ndarray, int]:
+        """The elements in a slice of each dimension, and how many bytes of files they are."""
+        values = self.array[tuple(cut)]
+        return values, values.nbytes
+
+
+_BYTE = np.arange(256)
+_E8M0 = np.where(_BYTE < 255, np.ldexp(1.0, _BYTE - 127), np.nan).astype(np.float32)
+
+
+def _e2m1() -> np.ndarray:
+    """The two values of each byte, [256, 2]; the first has the low bits."""
+    positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    return np.concatenate([positive, -positive])[np.stack([_BYTE & 15, _BYTE >> 4], axis=1)]
+
+
+def _e4m3() -> np.ndarray:
+    """The value of each byte, [256, 1]; there are no infinities."""
+    exponent, mantissa = _BYTE >> 3 & 15, _BYTE & 7
+    values = np.ldexp(np.where(exponent, 8.0 + mantissa, mantissa), np.maximum(exponent, 1) - 10)
+    values = np.where(exponent * 8 + mantissa == 127, np.nan, values)
+    return np.where(_BYTE < 128, values, -values).astype(np.float32)[:, None]
+
+
+@dataclass(frozen=True)
+class EncodedTensor:
+    """Matrices [out, in] that files have as codes, and a scale for each block of them; read decoded.
+
+    Attributes:
+        key: the name of the decoded tensor.
+        codes, scales: scales is None where files lack it.
+        name: of the encoding.
+        decoded: the dtype, of Paddle, that holds every decoded value.
+        endings: what the keys of codes and scales have after `key`.
+        scales_dtypes: those that scales may have.
+        values: of a byte of codes, [256, values in a byte].
+        block: rows and columns that share a scale.
+    """
+
+    key: str
+    codes: FileTensor
+    scales: FileTensor | None
+
+    name: ClassVar[str]
+    decoded: ClassVar[str]
+    endings: ClassVar[tuple[str, str]]
+    scales_dtypes: ClassVar[tuple[str, ...]]
+    values: ClassVar[np.ndarray]
+    block: ClassVar[tuple[int, int]]
+    read_dtype: ClassVar[str] = "float32"
+
+    @property
+    def file(self) -> Path:
+        return self.codes.file
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.key + ending for ending in self.endings]
+
+    @property
+    def shape(self) -> list[int]:
+        return self._codes_shape
+
+    @property
+    def _codes_shape(self) -> list[int]:
+        """[..., out, in] of the codes."""
+        return self.codes.shape
+
+    def flaw(self) -> Problem | None:
+        """Why it cannot be decoded."""
+        *outer, rows, columns = self._codes_shape
+        blocks = [*outer, *(-(-size // side) for size, side in zip((rows, columns), self.block))]
+        codes_key, scales_key = self.keys
+        wanted = f"{' or '.join(self.scales_dtypes)} {blocks}, the scales of {codes_key}"
+        if self.scales is None:
+            return Problem(self.file.name, scales_key, wanted, "nothing")
+        dtype, shape = self.scales.dtype, self.scales.shape
+        if dtype not in self.scales_dtypes or shape != blocks:
+            return Problem(self.scales.file.name, scales_key, wanted, f"{dtype} {shape}")
+        return None
+
+    def read(self, cut: Sequence[slice]) -> tuple[np.ndarray, int]:
+        """As that of FileTensor, in float32: the bytes with these codes, and the scales of their blocks."""
+        *outer, rows, columns = cut
+        in_byte = self.values.shape[1]
+        first, skipped = divmod(columns.start, in_byte)
+        codes = self.codes.content.reshape([*self._codes_shape[:-1], -1])
+        codes = codes[(*outer, rows, slice(first, -(-columns.stop // in_byte)))]
+        values = self.values[codes].reshape([*codes.shape[:-1], -1])
+        values = values[..., skipped : skipped + columns.stop - columns.start]
+        cells = [slice(one.start // side, -(-one.stop // side)) for one, side in zip(cut[-2:], self.block)]
+        scales = self.scales.array[(*outer, *cells)]
+        bytes_read = codes.nbytes + scales.nbytes
+        if self.scales.dtype == "U8":
+            scales = _E8M0[scales]
+        elif self.scales.dtype == "BF16":
+            scales = (scales.astype(np.uint32) << 16).view(np.float32)
+        for axis, one, cell, side in zip((-2, -1), cut[-2:], cells, self.block):
+            scales = scales.take(np.arange(one.start, one.stop) // side - cell.start, axis)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return values * scales, bytes_read
+
+
+class Fp8Tensor(EncodedTensor):
+    """float8 e4m3 [out, in], and what each block of 128 x 128 is multiplied by, in float32.
+
+    DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 3.3.
+    """
+
+    name, decoded, endings = "fp8 with scales", "float32", ("", "_scale_inv")
+    scales_dtypes, values, block = ("F32", "BF16"), _e4m3(), (128, 128)
+
+    def flaw(self) -> Problem | None:
+        if len(self.shape) != 2:
+            return Problem(self.file.name, self.key, "a matrix in F8_E4M3", f"{self.shape}")
+        return super().flaw()
+
+
+class Mxfp4Tensor(EncodedTensor):
+    """float4 e2m1 with a power of two for 32 of a row; the decoded tensor is [E, in, out].
+
+    Codes are uint8 [E, out, in / 32, 16], scales uint8 [E, out, in / 32] with a bias of 127. bfloat16 holds
+    every value: Rouhani et al., "Microscaling Data Formats for Deep Learning" (2023).
+    """
+
+    name, decoded, endings = "MXFP4", "bfloat16", ("_blocks", "_scales")
+    scales_dtypes, values, block = ("U8",), _e2m1(), (1, 32)
+
+    @property
+    def _codes_shape(self) -> list[int]:
+        return [*self.codes.shape[:2], *(32 * blocks for blocks in self.codes.shape[2:3])]
+
+    @property
+    def shape(self) -> list[int]:
+        return self._codes_shape[:1] + self._codes_shape[:0:-1]
+
+    def flaw(self) -> Problem | None:
+        found = self.codes
+        if found.dtype != "U8" or len(found.shape) != 4 or found.shape[-1] != 16:
+            wanted = "U8 [E, out, in / 32, 16]"
+            return Problem(self.file.name, self.keys[0], wanted, f"{found.dtype} {found.shape}")
+        return super().flaw()
+
+    def read(self, cut: Sequence[slice]) -> tuple[np.ndarray, int]:
+        experts, columns, rows = cut
+        values, bytes_read = super().read([experts, rows, columns])
+        return values.swapaxes(1, 2), bytes_read
 
 
 def _map_file(file: Path) -> dict[str, FileTensor]:
@@ -252,6 +415,14 @@ class TensorFiles:
     def keys(self) -> Collection[str]:
         return self._tensors.keys()
 
+    def find(self, key: str) -> FileTensor | EncodedTensor | None:
+        """The tensor `key`, or what is decoded into it."""
+        found = self._tensors.get(key)
+        kind = Mxfp4Tensor if found is None else Fp8Tensor if found.dtype == "F8_E4M3" else None
+        if kind is None or (codes := self._tensors.get(key + kind.endings[0])) is None:
+            return found
+        return kind(key, codes, self._tensors.get(key + kind.endings[1]))
+
 
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
@@ -284,7 +455,7 @@ class LoadReport:
     Attributes:
         loaded: keys of the files that were asked for, whether or not this rank needed any part of them.
         unmatched: keys of the files that nothing asked for.
-        bytes_read: tensor data that this rank read.
+        bytes_read: tensor data that this rank read, as it is stored.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -329,27 +500,27 @@ class Plan:
             name: [] for name in targets
         }
         self.loaded: list[str] = []
-        troubled = set()
+        troubled, missing = set(), []
         for source in sources:
-            if source.key not in files:
+            found = files.find(source.key)
+            if found is None:
+                missing.append(source)
                 continue
-            self.loaded.append(source.key)
+            self.loaded += found.keys if isinstance(found, EncodedTensor) else [source.key]
             target = targets.get(source.target)
-            problem = _check_source(files, source, target, cast)
+            problem = _check_source(found, source, target, cast)
             if problem:
                 self.problems.append(problem)
                 troubled.add(source.target)
             elif target is not None and (box := source.part.overlap(target.part)):
                 self.boxes[source.target].append((source, box))
-        named = {source.key for source in sources}
-        self.unmatched = sorted(key for key in files.keys() if key not in named)
+        self.unmatched = sorted(files.keys() - set(self.loaded))
         for key in filter(must_match, self.unmatched):
             found = files[key]
             text = f"a tensor {found.shape} in {found.dtype}"
             self.problems.append(Problem(found.file.name, key, "no tensor of this name", text))
         if files.problems:
             return  # what they hold is not known, so neither is what is missing
-        missing = [source for source in sources if source.key not in files]
         for source in missing:
             self.problems.append(Problem(str(path), source.key, f"a tensor {source.part.shape}", "nothing"))
         troubled.update(source.target for source in missing)
@@ -396,20 +567,30 @@ def execute(
     return report
 
 
-def _check_source(files: TensorFiles, source: Source, target: Target | None, cast: str) -> Problem | None:
-    stored = files[source.key]
+def _check_source(
+    stored: FileTensor | EncodedTensor, source: Source, target: Target | None, cast: str
+) -> Problem | None:
+    is_encoded = isinstance(stored, EncodedTensor)
+    if is_encoded and (flaw := stored.flaw()):
+        return flaw
     if stored.shape != source.part.shape:
         return Problem(stored.file.name, source.key, f"the shape {source.part.shape}", f"{stored.shape}")
     if target is None:
         return None
-    found, wanted = _DTYPE_NAMES.get(stored.dtype, stored.dtype), dtype_name(target.tensor)
+    found = stored.decoded if is_encoded else _DTYPE_NAMES.get(stored.dtype, stored.dtype)
+    wanted = dtype_name(target.tensor)
     allowed = found == wanted or (found in _FLOATS and wanted in _FLOATS and cast == "any")
     allowed |= cast == "lossless" and (found, wanted) in (
         ("float16", "float32"),
         ("bfloat16", "float32"),
         *((name, "float64") for name in _FLOATS),
     )
-    return None if allowed else Problem(stored.file.name, source.key, wanted, found)
+    if allowed:
+        return None
+    text = f"{found}, decoded from {stored.name}" if is_encoded else found
+    if cast == "lossless" and found in _FLOATS and wanted in _FLOATS:
+        text += ", which cast='any' rounds"
+    return Problem(stored.file.name, source.key, wanted, text)
 
 
 def _check_cover(path: str, name: str, part: Part, sources: list[Source]) -> Iterator[Problem]:
@@ -440,11 +621,17 @@ def _fill(files: TensorFiles, target: Target, plan: list[tuple[Source, dict]]) -
     if not plan:
         return 0
     array = None
-    for source, box in plan:
-        values = _read_box(files[source.key], source.part, box, dtype)
-        if array is None:
-            array = np.empty(target.part.shape, values.dtype)
-        _write_box(array, target.part, box, values, source.part.names)
-        bytes_read += values.size * files[source.key].array.itemsize
+    for source, whole_box in plan:
+        stored, boxes = files.find(source.key), [whole_box]
+        if isinstance(stored, EncodedTensor) and len(stored.shape) > 2:
+            # Expert by expert, because what is being decoded takes many times its room.
+            first = source.part.names[0]
+            boxes = [{**whole_box, first: (index, index + 1)} for index in range(*whole_box[first])]
+        for box in boxes:
+            values, num_bytes = _read_box(stored, source.part, box, dtype)
+            if array is None:
+                array = np.empty(target.part.shape, values.dtype)
+            _write_box(array, target.part, box, values, source.part.names)
+            bytes_read += num_bytes
     target.tensor.set_value(paddle.to_tensor(array, place=paddle.CPUPlace()))
     return bytes_read

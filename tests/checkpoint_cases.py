@@ -12,6 +12,7 @@ from paddle_moe.pretrained import GATE, UP, StoredTensor
 # Every way of storing that the published layouts have, for the layers of Model.
 LAYOUT = [
     StoredTensor("gate_weight", "gate.weight", "E H"),
+    StoredTensor("gate_bias", "gate.bias", "E"),
     StoredTensor("gate_up_weight", "experts.{expert}.gate_proj.weight", "I H", GATE),
     StoredTensor("gate_up_weight", "experts.{expert}.up_proj.weight", "I H", UP),
     StoredTensor("down_weight", "experts.down_proj", "E H I"),
@@ -49,6 +50,7 @@ class Model(nn.Layer):
             INTER,
             num_experts,
             TOP_K,
+            gate_bias=True,
             gate_up_bias=True,
             down_bias=True,
             correction_bias=True,
@@ -60,6 +62,7 @@ class Model(nn.Layer):
             dispatch=dispatch,
         )
         if seed is not None:  # the seed leaves these zero
+            fill(layer, "gate_bias", layer.parts()["gate_bias"], seed)
             fill(layer, "gate_up_bias", layer.parts().get("gate_up_bias"), seed)
             fill(layer, "down_bias", layer.parts().get("down_bias"), seed)
             fill(layer, "correction_bias", layer.parts()["correction_bias"], seed)
@@ -72,7 +75,7 @@ def fill(layer, name, part, seed):
     if tensor is None or not tensor.size:
         return
     experts = paddle.arange(*part.ranges["E"], dtype="float32")
-    if name == "correction_bias":
+    if name in ("gate_bias", "correction_bias"):
         values = experts
     elif name == "down_bias":
         values = 100 * experts[:, None] + paddle.arange(*part.ranges["H"], dtype="float32")

@@ -10,7 +10,7 @@ from paddle_moe.reference import to_storage
 
 # No size is a multiple of the other or of a likely number of ranks.
 HIDDEN, INTER, SHARED, EXPERTS, TOP_K, TOKENS = 12, 10, 9, 5, 2, 11
-EVERYTHING = dict(bias=True, shared=True, shared_gate=True, correction=True)
+EVERYTHING = dict(bias=True, shared=True, shared_gate=True, correction=True, gate_bias=True)
 
 
 def dense_weights(
@@ -20,6 +20,7 @@ def dense_weights(
     shared=False,
     shared_gate=False,
     correction=False,
+    gate_bias=False,
     num_experts=EXPERTS,
     seed=0,
 ):
@@ -42,6 +43,8 @@ def dense_weights(
         weights["shared_gate"] = rng.standard_normal((HIDDEN, 1)).astype(np.float32)
     if correction:
         weights["correction_bias"] = rng.standard_normal(num_experts).astype(np.float32)
+    if gate_bias:
+        weights["gate_bias"] = rng.standard_normal(num_experts).astype(np.float32)
     return weights
 
 
@@ -52,7 +55,7 @@ def tokens(dtype="float32", num_tokens=TOKENS, seed=1):
 def expected_output(x, weights, routing=None, activation="silu", **route_options):
     """float64 output of the layer for x [T, H], and the routing it used."""
     if routing is None:
-        logits = reference.gate(x, weights["gate_weight"])
+        logits = reference.gate(x, weights["gate_weight"]) + weights.get("gate_bias", 0)
         bias = weights.get("correction_bias")
         routing = reference.route(logits, TOP_K, correction_bias=bias, **route_options)
     options = dict(activation=activation, round_intermediate=dtype_of(x))

@@ -35,7 +35,7 @@ def eager(layer, x):
     """The layer in Paddle's own operators, a loop over the experts; the routing is that of the layer."""
     with paddle.no_grad():
         ids, _ = layer.route(x)
-    scores = F.softmax(x @ layer.gate_weight, axis=-1)
+    scores = F.softmax(x @ layer.gate_weight + layer.gate_bias, axis=-1)
     chosen = F.one_hot(ids.astype("int64"), EXPERTS)  # [T, K, E]
     weights = (chosen * scores.unsqueeze(1)).sum(1)
     weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -58,7 +58,7 @@ def test_gradients(recompute):
     reference = make_layer()
     expected = gradients(reference, trained_tokens(), call=lambda x: eager(reference, x))
     actual = gradients(layer, trained_tokens())
-    assert set(actual) == set(expected) and len(actual) == 10
+    assert set(actual) == set(expected) and len(actual) == 11
     for name, value in expected.items():
         assert_close(actual[name], value, 2e-6, name)
 
@@ -73,12 +73,13 @@ def test_aux_loss_is_the_weighted_sum(kind, scoring):
     layer = make_layer(**options)
     x = trained_tokens(num_tokens=12)
     _, ids, weights, loss = layer(x.reshape([3, 4, HIDDEN]), return_routing=True, return_aux_loss=True)
-    logits = gate(x, layer.gate_weight)
+    logits = gate(x, layer.gate_weight) + layer.gate_bias
     length = 4 if kind == "sequence" else None
     balance = load_balancing_loss(logits, ids, scoring=scoring, sequence_length=length)
     assert loss.item() == pytest.approx((0.5 * balance + 0.25 * router_z_loss(logits)).item(), rel=1e-6)
     loss.backward()
-    assert layer.gate_weight.grad.numpy().any() and x.grad.numpy().any()
+    assert layer.gate_weight.grad.numpy().any() and layer.gate_bias.grad.numpy().any()
+    assert x.grad.numpy().any()
     assert layer.down_weight.grad is None
 
 
@@ -216,7 +217,7 @@ def test_one_layer_twice_and_no_tokens():
         assert_close(actual[name], value, 5e-6, name)
     for call in (layer, functools.partial(recompute, layer)):
         values = gradients(layer, trained_tokens(num_tokens=0), call=call)
-        assert len(values) == 10 and not any(value.any() for value in values.values())
+        assert len(values) == 11 and not any(value.any() for value in values.values())
     # Paddle takes the memory from empty tensors, from those of its own operators too.
     with pytest.raises(ValueError, match=r"Place\(undefined:0\)"):
         gradients(
@@ -285,7 +286,7 @@ def test_autocast_leaves_the_router_in_float32(dtype):
 def test_conversions_leave_what_has_to_stay_in_float32(dtype):
     """What paddle.amp.decorate(level="O2") does on a GPU; on a CPU it returns at once."""
     options = dict(bias_update_speed=1e-3, parts=EVERYTHING)
-    kept = {"gate_weight", "shared_gate_weight", "correction_bias"}
+    kept = {"gate_weight", "gate_bias", "shared_gate_weight", "correction_bias"}
     x = paddle.to_tensor(tokens()).astype(dtype)
     for convert in (lambda model: amp_initialize([model], dtype, []), lambda model: model.to(dtype=dtype)):
         layer = make_layer(**options)
@@ -302,9 +303,10 @@ def test_conversions_leave_what_has_to_stay_in_float32(dtype):
         layer.clear_gradients()
         layer(x).sum().backward()
         layer.update_correction_bias()
-    half = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, gate_dtype=dtype, dtype=dtype)
+    half = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, gate_bias=True, gate_dtype=dtype, dtype=dtype)
+    assert half.gate_bias.dtype == getattr(paddle, dtype) and half(x).dtype == half.gate_bias.dtype
     half.to(dtype="float32")
-    assert half.gate_weight.dtype == paddle.float32
+    assert half.gate_weight.dtype == half.gate_bias.dtype == paddle.float32
 
 
 @pytest.mark.parametrize("shape", [[None, HIDDEN], [None, 4, HIDDEN]])

@@ -113,6 +113,7 @@ def test_state_dict_round_trip(tmp_path):
     state = layer.state_dict()
     assert set(state) == {
         "gate_weight",
+        "gate_bias",
         "gate_up_weight",
         "down_weight",
         "gate_up_bias",
@@ -128,6 +129,7 @@ def test_state_dict_round_trip(tmp_path):
         INTER,
         EXPERTS,
         TOP_K,
+        gate_bias=True,
         gate_up_bias=True,
         down_bias=True,
         correction_bias=True,
@@ -307,6 +309,7 @@ def test_constructor_errors(changed, message):
     ("changed", "message"),
     [
         (dict(gate_weight=np.zeros((3, EXPERTS))), r"gate_weight must have the shape \[12, 5\], got"),
+        (dict(gate_bias=np.zeros(HIDDEN)), r"gate_bias must have the shape \[5\], got \[12\]"),
         (dict(gate_up=np.zeros((HIDDEN, 4))), r"gate_up must have the shape \[E, H, 2I\], got \[12, 4\]"),
         (dict(gate_up=np.zeros((EXPERTS, HIDDEN, 3))), "gate_up must have an even last dimension"),
         (dict(down=np.zeros((EXPERTS, HIDDEN, INTER))), r"down must have the shape \[5, 10, 12\]"),

@@ -199,7 +199,8 @@ class Integration:
             layout: "huggingface": names and [out, in] matrices of the published files. "paddle": those of the
                 package's own files. "auto": whichever names the files have.
             cast: "lossless": float16 and bfloat16 may become float32. "any": every floating-point dtype may
-                become every other, with rounding. "none": dtypes must be equal.
+                become every other, with rounding. "none": dtypes must be equal. Files with fp8 weights and a
+                scale for each block of 128 x 128 count as float32, those in MXFP4 as bfloat16.
             progress: show a bar on the first rank, outside a terminal lines.
 
         Returns:
@@ -219,7 +220,9 @@ class Integration:
         elif layout == "auto":
             fit = {
                 one: sum(
-                    source.key in files and files[source.key].shape == source.part.shape for source in sources
+                    found is not None and found.shape == source.part.shape
+                    for source in sources
+                    for found in [files.find(source.key)]
                 )
                 for one, (_, sources) in candidates.items()
             }
@@ -234,7 +237,9 @@ class Integration:
         lacking = {
             source.target
             for source in sources
-            if source.key not in files and layout == "huggingface" and source.key.endswith(self._unpublished)
+            if layout == "huggingface"
+            and source.key.endswith(self._unpublished)
+            and files.find(source.key) is None
         }
         sources = [source for source in sources if source.target not in lacking]
         targets = {

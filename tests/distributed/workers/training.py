@@ -254,8 +254,8 @@ def amax():
 def flags():
     layer = make_layer(parallel)
     for name, parameter in layer.named_parameters():
-        assert getattr(parameter, "is_gate", False) == (name == "gate_weight")
-        sharded = name not in ("gate_weight", "shared_gate_weight") and ep_size * tp_size > 1
+        assert getattr(parameter, "is_gate", False) == (name in ("gate_weight", "gate_bias"))
+        sharded = name not in ("gate_weight", "gate_bias", "shared_gate_weight") and ep_size * tp_size > 1
         assert parameter.is_distributed == sharded, name
         assert getattr(parameter, "no_sync", False) == getattr(parameter, "expert", False) == sharded, name
         assert not sharded or parameter.color == {"color": "moe_expert", "group": parallel.dp_group}
