@@ -85,8 +85,8 @@ class FusedMoE(nn.Layer):
     params.shard_experts):
         gate_weight [H, E] and gate_bias [E] in gate_dtype, gate_up_weight [E_l, H, 2 I_l],
         down_weight [E_l, I_l, H], gate_up_bias [E_l, 2 I_l], down_bias [E_l, H] (tp_rank 0 only, so that it
-        is added once), correction_bias [E] fp32 (a buffer, not trained), shared_gate_up_weight [1, H, 2 Is_l],
-        shared_down_weight [1, Is_l, H], shared_gate_weight [H, 1] in gate_dtype.
+        is added once), correction_bias [E] fp32 (a buffer, not trained), shared_gate_up_weight
+        [1, H, 2 Is_l], shared_down_weight [1, Is_l, H], shared_gate_weight [H, 1] in gate_dtype.
         Those that were not asked for are None.
 
     Sharded parameters carry the flags that fleet and PaddleNLP know: is_distributed, expert, no_sync (which

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from checks import dtype_of, random_dense
 
@@ -11,6 +13,30 @@ from paddle_moe.reference import to_storage
 # No size is a multiple of the other or of a likely number of ranks.
 HIDDEN, INTER, SHARED, EXPERTS, TOP_K, TOKENS = 12, 10, 9, 5, 2, 11
 EVERYTHING = dict(bias=True, shared=True, shared_gate=True, correction=True, gate_bias=True)
+
+
+class Shard(NamedTuple):
+    """A position in a grid without processes: enough to build a layer, to load it, and for partial_output."""
+
+    ep_rank: int
+    ep_size: int
+    tp_rank: int
+    tp_size: int
+    dp_group: None = None
+
+    @property
+    def rank(self) -> int:
+        return self.ep_rank * self.tp_size + self.tp_rank
+
+    def size(self, group: str) -> int:
+        return {"ep": self.ep_size, "tp": self.tp_size, "grid": self.ep_size * self.tp_size}[group]
+
+    def exchange(self, value, what):
+        return [value]
+
+
+def grid(ep_size: int, tp_size: int) -> list[Shard]:
+    return [Shard(e, ep_size, t, tp_size) for e in range(ep_size) for t in range(tp_size)]
 
 
 def dense_weights(

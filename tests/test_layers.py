@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
 
 import numpy as np
 import paddle
@@ -19,32 +18,16 @@ from layer_cases import (
     SHARED,
     TOKENS,
     TOP_K,
+    Shard,
     dense_weights,
     expected_output,
+    grid,
     tokens,
 )
 
 from paddle_moe.layers import FusedMoE
 from paddle_moe.logs import get_rank_logger
 from paddle_moe.reference import to_float64
-
-
-class Shard(NamedTuple):
-    """A position in a grid without processes: enough to build a layer and to ask for its partial output."""
-
-    ep_rank: int
-    ep_size: int
-    tp_rank: int
-    tp_size: int
-    dp_group: None = None
-
-    def size(self, group: str) -> int:
-        return {"ep": self.ep_size, "tp": self.tp_size, "grid": self.ep_size * self.tp_size}[group]
-
-
-def grid(ep_size: int, tp_size: int) -> list[Shard]:
-    return [Shard(e, ep_size, t, tp_size) for e in range(ep_size) for t in range(tp_size)]
-
 
 # ---------------------------------------------------------------- one process
 

@@ -8,11 +8,12 @@ import struct
 import numpy as np
 import paddle
 import pytest
-from layer_cases import EXPERTS, HIDDEN, INTER, SHARED, TOP_K, dense_weights
+from layer_cases import EXPERTS, HIDDEN, INTER, SHARED, TOP_K, dense_weights, grid
 from safetensors import safe_open
 from safetensors.paddle import save_file
 
 from paddle_moe import FusedMoE, load_moe_weights, save_moe_weights
+from paddle_moe.reference import to_float64, to_storage
 from paddle_moe.tensor_files import CheckpointError
 
 HALF_OPTIONS = {"mixtral": {}, "qwen2_moe": dict(shared=True, shared_gate=True), "qwen3_moe": {}}
@@ -22,7 +23,7 @@ OPTIONS = {
     "deepseek_v3": dict(shared=True, correction=True),
     "glm4_moe": dict(shared=True, correction=True),
     "ernie4_5_moe": dict(shared=True, correction=True),
-    "gpt_oss": dict(bias=True),
+    "gpt_oss": dict(bias=True, gate_bias=True),
     "qwen3_moe_stacked": {},
     "paddleformers": {},
     "paddleformers_stacked": {},
@@ -35,6 +36,8 @@ def published(family: str, dense: dict[str, np.ndarray]) -> dict[str, np.ndarray
     block, tensors = BLOCK[family], {}
     if family == "gpt_oss":
         tensors[f"{block}.router.weight"] = dense["gate_weight"].T
+        if "gate_bias" in dense:
+            tensors[f"{block}.router.bias"] = dense["gate_bias"]
         for name, array in (("", dense["gate_up"]), ("_bias", dense["gate_up_bias"])):
             interleaved = np.empty_like(array)
             interleaved[..., ::2], interleaved[..., 1::2] = array[..., :INTER], array[..., INTER:]
@@ -77,6 +80,21 @@ def published(family: str, dense: dict[str, np.ndarray]) -> dict[str, np.ndarray
     return tensors
 
 
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8", "uint8": "U8"}
+
+
+def write_file(file, tensors: dict[str, np.ndarray]) -> None:
+    """By hand: NumPy has no bfloat16 and no fp8, so uint16, and uint8 of a weight, are their bits."""
+    header, data = {}, b""
+    for key, array in tensors.items():
+        is_fp8 = array.dtype == np.uint8 and key.endswith("weight")
+        entry = {"dtype": "F8_E4M3" if is_fp8 else DTYPES[str(array.dtype)], "shape": array.shape}
+        header[key] = entry | {"data_offsets": [len(data), len(data) + array.nbytes]}
+        data += array.tobytes()
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
 def write(path, tensors: dict[str, np.ndarray], num_files: int = 3) -> None:
     """Files with an index, as large models have them; one tensor outside the block."""
     tensors = {"model.embed_tokens.weight": np.ones((4, HIDDEN), np.float32), **tensors}
@@ -85,7 +103,7 @@ def write(path, tensors: dict[str, np.ndarray], num_files: int = 3) -> None:
     for number in range(num_files):
         name = f"model-{number + 1:05}-of-{num_files:05}.safetensors"
         part = dict(list(tensors.items())[number::num_files])
-        save_file({key: paddle.to_tensor(np.ascontiguousarray(a)) for key, a in part.items()}, path / name)
+        write_file(path / name, part)
         file_of.update(dict.fromkeys(part, name))
     index = {"metadata": {"total_size": 0}, "weight_map": file_of}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -99,17 +117,19 @@ def read(path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def empty_like(layer: FusedMoE, parallel=None) -> FusedMoE:
+def empty_like(layer: FusedMoE, dtype: str | None = None) -> FusedMoE:
     """A layer of the same make whose values are NaN."""
     options = {
+        "gate_bias": layer.gate_bias is not None,
         "gate_up_bias": layer.gate_up_bias is not None,
-        "down_bias": layer.down_bias is not None,
+        "down_bias": "down_bias" in layer.parts(),
         "correction_bias": layer.correction_bias is not None,
         "shared_intermediate_size": layer.shared_intermediate_size,
         "shared_gate": layer.shared_gate_weight is not None,
     }
-    dtype = str(layer.down_weight.dtype).rpartition(".")[2]
-    other = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, dtype=dtype, seed=None, parallel=parallel, **options)
+    dtype = dtype or str(layer.down_weight.dtype).rpartition(".")[2]
+    sizes = layer.hidden_size, layer.intermediate_size, layer.num_experts, layer.top_k
+    other = FusedMoE(*sizes, dtype=dtype, seed=None, parallel=layer.parallel, **options)
     for tensor in other.state_dict().values():
         tensor.set_value(paddle.full_like(tensor.astype("float32"), float("nan")).astype(tensor.dtype))
     return other
@@ -202,6 +222,232 @@ def test_casts(tmp_path):
     load_moe_weights(tmp_path / "wide", {BLOCK["mixtral"]: half}, "mixtral", cast="any")
     rounded = paddle.to_tensor(dense_weights()["down"]).astype("bfloat16")
     np.testing.assert_array_equal(half.down_weight.numpy(), rounded.numpy())
+
+
+# ---------------------------------------------------------------- quantised files
+
+
+def mxfp4(rng, experts: int, rows: int, columns: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """float32 [E, out, in], and the bytes that stand for it, by the ending of the key."""
+    codes = rng.integers(0, 16, (experts, rows, columns))
+    codes.flat[:16] = range(16)
+    scales = rng.integers(110, 140, (experts, rows, columns // 32))
+    scales.flat[:3] = 0, 1, 252
+    exponent, mantissa = codes >> 1 & 3, codes & 1
+    sizes = np.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+    values = np.where(codes < 8, sizes, -sizes) * 2.0 ** (np.repeat(scales, 32, axis=2) - 127)
+    blocks = (codes[..., ::2] + 16 * codes[..., 1::2]).reshape(experts, rows, columns // 32, 16)
+    stored = {"_blocks": blocks.astype(np.uint8), "_scales": scales.astype(np.uint8)}
+    return values.astype(np.float32), stored
+
+
+def fp8(rng, rows: int, columns: int, scales_dtype: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The same for float32 [out, in] in fp8 with a scale for each block of 128 x 128."""
+    codes = rng.integers(0, 256, (rows, columns))
+    codes.flat[: min(codes.size, 256)] = range(min(codes.size, 256))
+    codes[codes & 127 == 127] = 126  # NaN
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    sizes = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    scales = to_storage(rng.uniform(1e-4, 1, (-(-rows // 128), -(-columns // 128))), scales_dtype)
+    wide = np.kron(to_float64(scales), np.ones((128, 128)))[:rows, :columns]
+    values = np.where(codes < 128, sizes, -sizes) * wide
+    return values.astype(np.float32), {"": codes.astype(np.uint8), "_scale_inv": scales}
+
+
+def quantised_gpt_oss(dtype: str) -> tuple[dict, dict]:
+    """Arguments of FusedMoE.from_dense, and the files of the block."""
+    hidden, inter, rng = 64, 96, np.random.default_rng(4)
+    gate_up, gate_up_stored = mxfp4(rng, EXPERTS, 2 * inter, hidden)
+    down, down_stored = mxfp4(rng, EXPERTS, hidden, inter)
+    biases = rng.standard_normal((EXPERTS, 2 * inter)), rng.standard_normal((EXPERTS, hidden))
+    biases = [to_storage(bias, "bfloat16") for bias in biases]
+    router = (
+        to_storage(rng.standard_normal((EXPERTS, hidden)), "bfloat16"),
+        to_storage(rng.standard_normal(EXPERTS), "bfloat16"),
+    )
+    halves = [slice(0, None, 2), slice(1, None, 2)]
+    turned = gate_up.transpose([0, 2, 1])
+    dense = {
+        "gate_weight": router[0].T,
+        "gate_bias": router[1],
+        "gate_up": np.concatenate([turned[..., half] for half in halves], axis=2),
+        "down": down.transpose([0, 2, 1]),
+        "gate_up_bias": np.concatenate([biases[0][:, half] for half in halves], axis=1),
+        "down_bias": biases[1],
+    }
+    dense = {name: to_storage(to_float64(array), "float32") for name, array in dense.items()}
+    for name in dense.keys() - {"gate_weight", "gate_bias"}:
+        dense[name] = to_storage(dense[name], dtype)
+    block = BLOCK["gpt_oss"]
+    tensors = {f"{block}.router.weight": router[0], f"{block}.router.bias": router[1]}
+    for name, stored, bias in (("gate_up", gate_up_stored, biases[0]), ("down", down_stored, biases[1])):
+        tensors |= {f"{block}.experts.{name}_proj{ending}": array for ending, array in stored.items()}
+        tensors[f"{block}.experts.{name}_proj_bias"] = bias
+    return dense, tensors
+
+
+def quantised_deepseek_v3(dtype: str, scales_dtype: str = "float32") -> tuple[dict, dict]:
+    """The same; no size is a multiple of 128."""
+    hidden, inter, shared, rng = 160, 301, 130, np.random.default_rng(5)
+    block, tensors = BLOCK["deepseek_v3"], {}
+
+    def matrix(key: str, rows: int, columns: int) -> np.ndarray:
+        values, stored = fp8(rng, rows, columns, scales_dtype)
+        tensors.update({f"{block}.{key}.weight{ending}": array for ending, array in stored.items()})
+        return to_storage(values.T, dtype)
+
+    def expert(key: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+        gate, up = (matrix(f"{key}.{name}_proj", size, hidden) for name in ("gate", "up"))
+        return np.concatenate([gate, up], axis=1), matrix(f"{key}.down_proj", hidden, size)
+
+    gate_up, down = zip(*(expert(f"experts.{number}", inter) for number in range(EXPERTS)))
+    shared_gate_up, shared_down = expert("shared_experts", shared)
+    router = rng.standard_normal((EXPERTS, hidden)).astype(np.float32)
+    correction = rng.standard_normal(EXPERTS).astype(np.float32)
+    tensors[f"{block}.gate.weight"] = router
+    tensors[f"{block}.gate.e_score_correction_bias"] = correction
+    dense = dict(gate_weight=router.T, correction_bias=correction, gate_up=np.stack(gate_up))
+    return dense | dict(down=np.stack(down), shared_gate_up=shared_gate_up, shared_down=shared_down), tensors
+
+
+def load_on_grid(path, family: str, dense: dict, cast: str, shards) -> None:
+    """Every rank has the bits of its part of `dense`, and has read no more than the bytes that hold it."""
+    for shard in shards:
+        expected = FusedMoE.from_dense(**dense, top_k=TOP_K, parallel=shard)
+        layer = empty_like(expected)
+        report = load_moe_weights(path, {BLOCK[family]: layer}, family, cast=cast)
+        assert_equal_bits(layer, expected)
+        assert report.unmatched == ["model.embed_tokens.weight"]
+        assert report.bytes_read == bytes_of_shard(family, layer), shard
+
+
+def span(start: int, stop: int, size: int) -> int:
+    """How many pieces of `size` hold what is between."""
+    return -(-stop // size) - start // size
+
+
+def bytes_of_shard(family: str, layer: FusedMoE) -> int:
+    hidden, experts, (start, stop) = layer.hidden_size, layer.gate_up_weight.shape[0], layer._shard.columns
+    if not experts:
+        start = stop = 0
+    if family == "gpt_oss":
+        gate_up = 2 * (stop - start) * (hidden // 2 + hidden // 32)
+        down = hidden * (span(start, stop, 2) + span(start, stop, 32))
+        bias = 2 * (stop - start) + (hidden if layer.down_bias is not None else 0)
+        return experts * (gate_up + down + 2 * bias) + 2 * layer.num_experts * (hidden + 1)
+    total = 4 * layer.num_experts * (hidden + 1)
+    for count, first, last in ((experts, start, stop), (1, *layer._shard.shared_columns)):
+        scales = span(first, last, 128) * span(0, hidden, 128)
+        total += 3 * count * (hidden * (last - first) + 4 * scales)
+    return total
+
+
+GRIDS = [(1, 1), (2, 3), (5, 1), (1, 5), (7, 2)]  # cuts within blocks, and within a byte; no experts
+
+
+@pytest.mark.parametrize("ep_size, tp_size", GRIDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_mxfp4_of_gpt_oss(dtype, ep_size, tp_size, tmp_path):
+    dense, tensors = quantised_gpt_oss(dtype)
+    write(tmp_path / "model", tensors)
+    load_on_grid(tmp_path / "model", "gpt_oss", dense, "lossless", grid(ep_size, tp_size))
+
+
+@pytest.mark.parametrize("ep_size, tp_size", GRIDS)
+@pytest.mark.parametrize("dtype, cast", [("float32", "lossless"), ("bfloat16", "any")])
+def test_fp8_of_deepseek_v3(dtype, cast, ep_size, tp_size, tmp_path):
+    dense, tensors = quantised_deepseek_v3(dtype)
+    write(tmp_path / "model", tensors)
+    load_on_grid(tmp_path / "model", "deepseek_v3", dense, cast, grid(ep_size, tp_size))
+
+
+def test_fp8_with_bfloat16_scales_also_outside_the_block(tmp_path):
+    """As files of Qwen3 have them; NaN comes through."""
+    dense, tensors = quantised_deepseek_v3("float32", "bfloat16")
+    values, stored = fp8(np.random.default_rng(6), 200, 140, "bfloat16")
+    stored[""][3, 2:4], values[3, 2:4] = (127, 255), np.nan
+    tensors |= {f"model.q_proj.weight{ending}": array for ending, array in stored.items()}
+    write(tmp_path / "model", tensors)
+    layer, turned = empty_like(FusedMoE.from_dense(**dense, top_k=TOP_K)), paddle.zeros([140, 200])
+    others = {"model.q_proj.weight": (turned, True)}
+    report = load_moe_weights(tmp_path / "model", {BLOCK["deepseek_v3"]: layer}, "deepseek_v3", others=others)
+    np.testing.assert_array_equal(layer.down_weight.numpy(), dense["down"])
+    np.testing.assert_array_equal(turned.numpy(), values.T)
+    assert sorted(report.loaded) == sorted(tensors)
+
+
+MXFP4, FP8 = f"{BLOCK['gpt_oss']}.experts.down_proj", f"{BLOCK['deepseek_v3']}.experts.2.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "key, change, message",
+    [
+        (
+            f"{MXFP4}_scales",
+            None,
+            rf"{MXFP4}_scales: expected U8 \[5, 64, 3\], the scales of {MXFP4}_blocks, found nothing",
+        ),
+        (f"{MXFP4}_scales", lambda a: a[..., :2], r"down_proj_blocks, found U8 \[5, 64, 2\]"),
+        (f"{MXFP4}_scales", lambda a: a.astype("float32"), r"down_proj_blocks, found F32 \[5, 64, 3\]"),
+        (f"{MXFP4}_blocks", None, rf"{MXFP4}: expected a tensor \[5, 96, 64\], found nothing"),
+        (
+            f"{MXFP4}_blocks",
+            lambda a: a[..., :15],
+            rf"{MXFP4}_blocks: expected U8 \[E, out, in / 32, 16\], found U8 \[5, 64, 3, 15\]",
+        ),
+        (f"{MXFP4}_blocks", lambda a: a[..., 0], r"in / 32, 16\], found U8 \[5, 64, 3\]"),
+        (f"{MXFP4}_blocks", lambda a: a.astype("int8"), r"in / 32, 16\], found I8 \[5, 64, 3, 16\]"),
+        (
+            "",  # all of down_proj
+            lambda a: a[:, :60],
+            rf"{MXFP4}: expected the shape \[5, 96, 64\], found \[5, 96, 60\]",
+        ),
+        (
+            f"{FP8}_scale_inv",
+            None,
+            rf"{FP8}_scale_inv: expected F32 or BF16 \[3, 2\], the scales of {FP8}, found nothing",
+        ),
+        (f"{FP8}_scale_inv", lambda a: a.T, r"up_proj.weight, found F32 \[2, 3\]"),
+        (f"{FP8}_scale_inv", lambda a: a.astype("float16"), r"up_proj.weight, found F16 \[3, 2\]"),
+        (FP8, lambda a: a[None], rf"{FP8}: expected a matrix in F8_E4M3, found \[1, 301, 160\]"),
+        (FP8, lambda a: a[:, :140], rf"{FP8}: expected the shape \[301, 160\], found \[301, 140\]"),
+    ],
+)
+def test_quantised_files_that_do_not_fit(key, change, message, tmp_path):
+    family, make = ("deepseek_v3", quantised_deepseek_v3) if FP8 in key else ("gpt_oss", quantised_gpt_oss)
+    dense, tensors = make("float32")
+    for changed in [key] if key else [f"{MXFP4}_blocks", f"{MXFP4}_scales"]:
+        array = tensors.pop(changed)
+        if change is not None:
+            tensors[changed] = change(array)
+    write(tmp_path / "model", tensors)
+    layer = empty_like(FusedMoE.from_dense(**dense, top_k=TOP_K))
+    with pytest.raises(CheckpointError, match=message):
+        load_moe_weights(tmp_path / "model", {BLOCK[family]: layer}, family)
+    for name, tensor in layer.state_dict().items():
+        assert tensor.isnan().all(), f"{name} was assigned"
+
+
+@pytest.mark.parametrize(
+    "family, dtype, cast, found",
+    [
+        (
+            "deepseek_v3",
+            "bfloat16",
+            "lossless",
+            "float32, decoded from fp8 with scales, which cast='any' rounds",
+        ),
+        ("gpt_oss", "float16", "lossless", "bfloat16, decoded from MXFP4, which cast='any' rounds"),
+        ("gpt_oss", "float32", "none", "bfloat16, decoded from MXFP4"),
+    ],
+)
+def test_quantised_files_have_the_dtype_that_holds_their_values(family, dtype, cast, found, tmp_path):
+    make = {"deepseek_v3": quantised_deepseek_v3, "gpt_oss": quantised_gpt_oss}[family]
+    dense, tensors = make("float32")
+    write(tmp_path / "model", tensors)
+    layer = empty_like(FusedMoE.from_dense(**dense, top_k=TOP_K), dtype)
+    with pytest.raises(CheckpointError, match=rf"(?m)down_proj.*: expected {dtype}, found {found}$"):
+        load_moe_weights(tmp_path / "model", {BLOCK[family]: layer}, family, cast=cast)
 
 
 # ---------------------------------------------------------------- files that do not fit
