@@ -1,13 +1,18 @@
-"""The model, optimizer and values that the tests of checkpoints share, in one process and in many."""
+"""The model, optimizer, values and files that the tests of checkpoints share, in one process and in many."""
 
 from __future__ import annotations
 
+import json
+import struct
+
+import numpy as np
 import paddle
 from layer_cases import EXPERTS, HIDDEN, INTER, SHARED, TOP_K
 from paddle import nn
 
 from paddle_moe import FusedMoE
 from paddle_moe.pretrained import GATE, UP, StoredTensor
+from paddle_moe.reference import to_float64, to_storage
 
 # Every way of storing that the published layouts have, for the layers of Model.
 LAYOUT = [
@@ -129,3 +134,47 @@ def assert_loaded(model, optimizer, expected):
             assert tensor.numpy().tobytes() == expected_value.numpy().tobytes(), (kind, parameter.name)
             checked.add(kind)
         assert {"moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc"} <= checked
+
+
+# ---------------------------------------------------------------- files
+
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8", "uint8": "U8"}
+
+
+def write_file(file, tensors: dict[str, np.ndarray]) -> None:
+    """By hand: NumPy has no bfloat16 and no fp8, so uint16, and uint8 of a weight, are their bits."""
+    header, data = {}, b""
+    for key, array in tensors.items():
+        is_fp8 = array.dtype == np.uint8 and key.endswith("weight")
+        entry = {"dtype": "F8_E4M3" if is_fp8 else DTYPES[str(array.dtype)], "shape": array.shape}
+        header[key] = entry | {"data_offsets": [len(data), len(data) + array.nbytes]}
+        data += array.tobytes()
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def mxfp4(rng, experts: int, rows: int, columns: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """float32 [E, out, in], and the bytes that stand for it, by the ending of the key."""
+    codes = rng.integers(0, 16, (experts, rows, columns))
+    codes.flat[:16] = range(16)
+    scales = rng.integers(110, 140, (experts, rows, columns // 32))
+    scales.flat[:3] = 0, 1, 252
+    exponent, mantissa = codes >> 1 & 3, codes & 1
+    sizes = np.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+    values = np.where(codes < 8, sizes, -sizes) * 2.0 ** (np.repeat(scales, 32, axis=2) - 127)
+    blocks = (codes[..., ::2] + 16 * codes[..., 1::2]).reshape(experts, rows, columns // 32, 16)
+    stored = {"_blocks": blocks.astype(np.uint8), "_scales": scales.astype(np.uint8)}
+    return values.astype(np.float32), stored
+
+
+def fp8(rng, rows: int, columns: int, scales_dtype: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The same for float32 [out, in] in fp8 with a scale for each block of 128 x 128."""
+    codes = rng.integers(0, 256, (rows, columns))
+    codes.flat[: min(codes.size, 256)] = range(min(codes.size, 256))
+    codes[codes & 127 == 127] = 126  # NaN
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    sizes = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    scales = to_storage(rng.uniform(1e-4, 1, (-(-rows // 128), -(-columns // 128))), scales_dtype)
+    wide = np.kron(to_float64(scales), np.ones((128, 128)))[:rows, :columns]
+    values = np.where(codes < 128, sizes, -sizes) * wide
+    return values.astype(np.float32), {"": codes.astype(np.uint8), "_scale_inv": scales}

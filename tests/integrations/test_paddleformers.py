@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import paddle
 import pytest
+from checkpoint_cases import fp8, mxfp4, write_file
 from checks import relative_l2
 
 pytest.importorskip("paddleformers", reason="paddleformers is not installed: see docs/integrations.md")
@@ -299,6 +300,33 @@ def test_published_files(name, options, tmp_path):
     assert_same_tensors({key: one.numpy() for key, one in model.state_dict().items()}, expected)
     assert report.unmatched == list(another_layer)
     assert report.bytes_read == sum(one.nbytes for one in files.values()) + tied
+
+
+@pytest.mark.parametrize(
+    "name, options", [("deepseek_v3", {}), ("gpt_oss", dict(intermediate_size=96))], ids=lambda one: str(one)
+)
+def test_quantised_files(name, options, tmp_path):
+    """The experts of gpt-oss in MXFP4; the projections of DeepSeek-V3 in fp8, also those of attention."""
+    model, rng = accelerate(build(family_of[name], **options)), np.random.default_rng(9)
+    plain, quantised = published_tensors(model), {}
+    for key, array in plain.items():
+        stored = {"": array}
+        if name == "gpt_oss" and key.endswith(("gate_up_proj", "down_proj")):
+            values, stored = mxfp4(rng, array.shape[0], *array.shape[:0:-1])
+            plain[key] = values.transpose([0, 2, 1])
+        elif name == "deepseek_v3" and array.ndim == 2 and "proj" in key:
+            plain[key], stored = fp8(rng, *array.shape, "float32")
+        quantised.update({key + ending: one for ending, one in stored.items()})
+    write_files(plain, tmp_path / "plain")
+    load_checkpoint(model, tmp_path / "plain")
+    expected = {key: one.numpy() for key, one in model.state_dict().items()}
+    (tmp_path / "quantised").mkdir()
+    write_file(tmp_path / "quantised" / "model.safetensors", quantised)
+    set_to_zero(model)
+    report = load_checkpoint(model, tmp_path / "quantised")
+    assert_same_tensors({key: one.numpy() for key, one in model.state_dict().items()}, expected)
+    assert sorted(report.loaded) == sorted(quantised) and report.unmatched == []
+    assert any("self_attn" in key and key.endswith("scale_inv") for key in quantised) == (name != "gpt_oss")
 
 
 @each_family
