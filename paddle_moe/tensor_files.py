@@ -268,7 +268,7 @@ class EncodedTensor:
         first, skipped = divmod(columns.start, in_byte)
         codes = self.codes.content.reshape([*self._codes_shape[:-1], -1])
         codes = codes[(*outer, rows, slice(first, -(-columns.stop // in_byte)))]
-        values = self.values[codes].reshape([*codes.shape[:-1], -1])
+        values = self.values.take(codes, axis=0).reshape([*codes.shape[:-1], -1])
         values = values[..., skipped : skipped + columns.stop - columns.start]
         cells = [slice(one.start // side, -(-one.stop // side)) for one, side in zip(cut[-2:], self.block)]
         scales = self.scales.array[(*outer, *cells)]
@@ -280,7 +280,8 @@ class EncodedTensor:
         for axis, one, cell, side in zip((-2, -1), cut[-2:], cells, self.block):
             scales = scales.take(np.arange(one.start, one.stop) // side - cell.start, axis)
         with np.errstate(over="ignore", invalid="ignore"):
-            return values * scales, bytes_read
+            values *= scales
+        return values, bytes_read
 
 
 class Fp8Tensor(EncodedTensor):
