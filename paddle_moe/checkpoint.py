@@ -321,10 +321,14 @@ def _commit(path: Path, files: list[str], kinds: Mapping[str, Any], index: Mappi
     temporary = path / f"{INDEX_NAME}.{os.getpid()}.tmp"
     _write_text(temporary, json.dumps(content, indent=1))
     temporary.replace(path / INDEX_NAME)
-    _flush(path)
-    for file in path.iterdir():
-        if _OWN_FILE.fullmatch(file.name) and file.name not in files:
-            file.unlink(missing_ok=True)
+    # The save is done: an error from here on must not undo it. What stays is removed by the next save.
+    with contextlib.suppress(OSError):  # some network file systems cannot flush a directory
+        _flush(path)
+    with contextlib.suppress(OSError):
+        for file in path.iterdir():
+            if _OWN_FILE.fullmatch(file.name) and file.name not in files:
+                with contextlib.suppress(OSError):
+                    file.unlink()
 
 
 def _write_text(file: Path, text: str) -> None:

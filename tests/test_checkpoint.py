@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from safetensors import safe_open
 from safetensors.paddle import save_file
 
 import paddle_moe
-from paddle_moe import load_checkpoint, save_checkpoint
+from paddle_moe import checkpoint, load_checkpoint, save_checkpoint
 from paddle_moe.tensor_files import CheckpointError
 
 
@@ -183,6 +184,38 @@ def test_a_full_disk_is_an_error_and_keeps_the_one_before(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
     assert sorted(tmp_path.iterdir()) == before
     load_checkpoint(tmp_path, Model())
+
+
+def test_errors_after_the_commit_do_not_undo_the_save(tmp_path, monkeypatch):
+    """As on file systems that cannot flush a directory, or will not remove a file that someone has open."""
+    save(tmp_path, state=1)
+    old = next(tmp_path.glob("model-*"))
+    flush, unlink, refused = checkpoint._flush, Path.unlink, []
+
+    def flush_files_only(path):
+        if path.is_dir():
+            refused.append(path)
+            raise OSError(errno.EINVAL, "no directories")
+        flush(path)
+
+    def unlink_others(path, *arguments, **options):
+        if path == old:
+            refused.append(path)
+            raise PermissionError(errno.EACCES, "in use")
+        unlink(path, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "_flush", flush_files_only)
+    monkeypatch.setattr(Path, "unlink", unlink_others)
+    model, optimizer = save(tmp_path, state=2)
+    assert refused == [tmp_path, old]
+    other = Model()
+    other_optimizer = make_optimizer(other)
+    assert load_checkpoint(tmp_path, other, other_optimizer) == 2
+    assert_loaded(other, other_optimizer, model)
+    assert len(list(tmp_path.iterdir())) == 5, "the other old files are gone"
+    monkeypatch.undo()
+    save(tmp_path)
+    assert not old.exists() and len(list(tmp_path.iterdir())) == 4
 
 
 # ---------------------------------------------------------------- what does not fit
