@@ -113,7 +113,8 @@ def rank_grid(world_size: int, ep_size: int, tp_size: int, dp_size: int = 1) -> 
 class ParallelContext:
     """The place of this rank in the grid, and its groups. Made by `init_distributed` or `from_groups`.
 
-    As a context manager it leaves the job at the end of the block, and reports an exception that ends it.
+    As a context manager it leaves the job at the end of the block, and reports an exception that ends it
+    (sys.exit(0) is none).
 
     Attributes:
         rank, world_size: of paddle.distributed.
@@ -322,6 +323,7 @@ class ParallelContext:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        error = _failure(error)
         if error is not None and self._watchdog is not None:
             self._watchdog.fail(error)
         self.shutdown()
@@ -486,9 +488,8 @@ def _report_the_end(watchdog: Watchdog) -> None:
         previous_hook(kind, error, traceback)
 
     def finish() -> None:
-        error = sys.exc_info()[1]  # where multiprocessing runs this, the exception that ends the process
-        if isinstance(error, SystemExit):
-            error = error.__context__ if error.code else None
+        # Where multiprocessing runs this, the exception that ends the process.
+        error = _failure(sys.exc_info()[1])
         if error is not None:
             watchdog.fail(error)
         watchdog.leave()
@@ -496,6 +497,15 @@ def _report_the_end(watchdog: Watchdog) -> None:
     sys.excepthook = excepthook
     # Unlike atexit it also runs in the children of spawn.
     multiprocessing.util.Finalize(None, finish, exitpriority=0)
+
+
+def _failure(error: BaseException | None) -> BaseException | None:
+    """What the other ranks are told of an exception that ends this one; None: it has finished."""
+    if not isinstance(error, SystemExit):
+        return error
+    if error.code in (None, 0):
+        return None
+    return error.__context__ or error  # spawn exits with 1 because of an error
 
 
 def _rendezvous(watchdog: Watchdog, rank: int) -> tuple[str, int]:

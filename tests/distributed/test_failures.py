@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from launcher import WORKERS, Job, launch
+
+from paddle_moe import init_distributed
 
 TIMEOUT_SECONDS = 8  # of the ranks in workers/failures.py
 
@@ -72,6 +77,28 @@ def test_rank_that_finishes_early_disturbs_nobody(tmp_path):
     job = run("finishes_early", tmp_path)
     assert job.returncode == 0, str(job)
     assert all("finished" in log and "paddle_moe:" not in log for log in job.logs), str(job)
+
+
+@pytest.mark.parametrize(
+    "leave, reported",
+    [
+        (lambda: None, []),
+        (lambda: sys.exit(), []),
+        (lambda: sys.exit(0), []),
+        (lambda: sys.exit(2), ["SystemExit: 2"]),
+        (lambda: {}["no such expert"], ["KeyError: 'no such expert'"]),
+    ],
+)
+def test_what_is_a_failure_at_the_end_of_the_block(leave, reported):
+    said = []
+    context = init_distributed()
+    context._watchdog = SimpleNamespace(
+        fail=lambda error: said.append(f"{type(error).__name__}: {error}"),
+        leave=lambda: said.append("left"),
+    )
+    with contextlib.suppress(SystemExit, KeyError), context:
+        leave()
+    assert said == [*reported, "left"]
 
 
 def test_ranks_with_different_sizes(tmp_path):
