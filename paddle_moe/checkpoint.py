@@ -248,7 +248,7 @@ def write_files(
         RuntimeError: a rank could not write, on every rank.
     """
     rank = 0 if parallel is None else parallel.rank
-    everyone = exchange(parallel, [rank, secrets.token_hex(4)], f"starting to save {path}")
+    everyone = exchange(parallel, [rank, secrets.token_hex(4)], "starting to save", path)
     number, tag = [other for other, _ in everyone].index(rank), f"-{everyone[0][1]}" if tagged else ""
 
     def name_of(kind: str, suffix: str) -> Path:
@@ -271,14 +271,15 @@ def write_files(
             _write_text(written[-1], json.dumps(state))
     except (OSError, SafetensorError) as error:
         failure = f"{type(error).__name__}: {error}"
-    reports = exchange(parallel, [[file.name for file in written], failure], f"saving {path}")
+    reports = exchange(parallel, [[file.name for file in written], failure], "writing the files of", path)
     failures = [f"rank {other}: {why}" for (other, _), (_, why) in zip(everyone, reports) if why]
     if not failures and number == 0:
         try:
             _commit(path, [name for names, _ in reports for name in names], tensors, index)
         except (OSError, SafetensorError) as error:
             failure = f"{type(error).__name__}: {error}"
-    failures += [f"rank {rank}: {why}" for why in exchange(parallel, failure, f"saving {path}") if why]
+    reports = exchange(parallel, failure, "writing the index of", path)
+    failures += [f"rank {other}: {why}" for (other, _), why in zip(everyone, reports) if why]
     if failures:
         for file in written:
             with contextlib.suppress(OSError):
@@ -497,7 +498,7 @@ def _read_random_state(
 ) -> tuple[dict[str, Any] | None, list[Problem]]:
     """That of this rank; None if another number of ranks saved."""
     rank = 0 if parallel is None else parallel.rank
-    ranks = exchange(parallel, rank, f"loading {path}")
+    ranks = exchange(parallel, rank, "loading", path)
     names = index["state_files"]
     if len(names) != len(ranks):
         return None, []

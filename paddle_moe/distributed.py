@@ -264,13 +264,13 @@ class ParallelContext:
         else:
             self.all_reduce(self.all_reduce(paddle.zeros([1], "int32"), "grid"), "dp")
 
-    def exchange(self, value: Any, what: str) -> list[Any]:
+    def exchange(self, value: Any, what: str, detail: str = "") -> list[Any]:
         """The values of all ranks of all grids, in the same order on each; any that JSON can hold.
 
-        `what` says in messages what the ranks are doing.
+        `what` says what the ranks are doing, and must be the same on all; messages add `detail` to it.
         """
         if self._watchdog is not None:
-            return self._watchdog.exchange(value, what)
+            return self._watchdog.exchange(value, what, detail)
         values = [value]
         grid_groups = [self.ep_group, self.tp_group] if self.grid_group is None else [self.grid_group]
         for group in (*grid_groups, self.dp_group):
@@ -436,6 +436,11 @@ def init_distributed(
     if world_size == 1:
         rank_grid(1, ep_size, tp_size, dp_size)
         return ParallelContext(*(Group(0, 0, [0]) for _ in range(3)))
+    if not 0 <= rank < world_size:
+        raise RuntimeError(
+            f"PADDLE_TRAINER_ID must be between 0 and PADDLE_TRAINERS_NUM - 1 = {world_size - 1}, got {rank};"
+            " start the ranks with python -m paddle.distributed.launch"
+        )
 
     watchdog = Watchdog(rank, timeout_seconds)
     _report_the_end(watchdog)

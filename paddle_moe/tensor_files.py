@@ -141,15 +141,15 @@ class CheckpointError(ValueError):
         super().__init__("\n".join([f"{path} was not loaded, {number}:", *lines]))
 
 
-def exchange(parallel: ParallelContext | None, value: Any, what: str) -> list[Any]:
-    """The values of all ranks, by rank; any that JSON can hold."""
-    return [value] if parallel is None else parallel.exchange(value, what)
+def exchange(parallel: ParallelContext | None, value: Any, what: str, path: Any) -> list[Any]:
+    """The values of all ranks, by rank; any that JSON can hold. The path may differ between hosts."""
+    return [value] if parallel is None else parallel.exchange(value, what, str(path))
 
 
 def raise_together(path: Any, problems: Sequence[Problem], parallel: ParallelContext | None) -> None:
     """Raises a CheckpointError on all ranks if there is a problem on any of them."""
     sent = [[one.file, one.key, one.expected, one.found] for one in problems]
-    everyone = exchange(parallel, sent, f"checking {path}")
+    everyone = exchange(parallel, sent, "checking", path)
     merged = {Problem(*fields): None for one in everyone for fields in one}
     if merged:
         raise CheckpointError(path, list(merged))

@@ -96,9 +96,12 @@ class Watchdog:
         """
         return self._ask("hosts", type="join", host=host, port=port, config=config)
 
-    def exchange(self, value: Any, what: str) -> list[Any]:
-        """Waits for every rank and returns the values of all, by rank. `what` is for error messages."""
-        return self._ask("values", type="exchange", value=value, what=what)
+    def exchange(self, value: Any, what: str, detail: str = "") -> list[Any]:
+        """Waits for every rank and returns the values of all, by rank.
+
+        What the ranks are doing must be the same on all, or all of them end; `detail` is for messages only.
+        """
+        return self._ask("values", type="exchange", value=value, what=what, detail=detail)
 
     def set_groups(self, groups: dict[str, list[int]]) -> None:
         """The global ranks in the groups of this rank, by slot."""
@@ -167,7 +170,7 @@ class _Channel:
             data = self.socket.recv(1 << 16)
             *lines, self._received = (self._received + data).split(b"\n")
             messages = [json.loads(line) for line in lines]
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return messages if data and all(isinstance(message, dict) for message in messages) else None
 
@@ -395,6 +398,19 @@ class _Child:
             channel.socket.close()
 
 
+def _is_join(message: dict[str, Any]) -> bool:
+    """Anyone who reaches the port may send anything."""
+    rank, config = message.get("rank"), message.get("config")
+    world_size = config.get("world_size") if isinstance(config, dict) else None
+    return (
+        message.get("type") == "join"
+        and {"pid", "host"} <= message.keys()
+        and isinstance(rank, int)
+        and isinstance(world_size, int)
+        and 0 <= rank < world_size
+    )
+
+
 class _Member:
     """What the coordinator knows about one rank."""
 
@@ -402,7 +418,8 @@ class _Member:
         self.channel = channel
         self.rank = message["rank"]
         self.config = message["config"]
-        self.name = f"rank {self.rank} (pid {message['pid']} on {message['host']})"
+        self.process = f"pid {message['pid']} on {message['host']}"
+        self.name = f"rank {self.rank} ({self.process})"
         self.host = host
         self.active = True
         self.error: str | None = None
@@ -427,8 +444,7 @@ class _Coordinator:
         self.accepted = False
         self.refusal: str | None = None
         self.refuse_at = time.monotonic() + timeout
-        self.values: dict[int, Any] = {}
-        self.exchange_what = ""
+        self.exchanges: dict[int, dict[str, Any]] = {}  # the ranks that are in one, and with what
         self.exchange_deadline = 0.0
         self.causes: list[tuple[int, str]] = []  # (priority, text), lower is nearer the root
         self.first_death: float | None = None
@@ -457,7 +473,7 @@ class _Coordinator:
 
     def on_stranger_readable(self, channel: _Channel, host: str) -> None:
         messages = channel.receive()
-        if messages is None or any(message.get("type") != "join" for message in messages):
+        if messages is None or not all(map(_is_join, messages)):
             self.close(channel)
         elif messages:
             member = _Member(channel, messages[0], host)
@@ -495,19 +511,21 @@ class _Coordinator:
 
     def describe_configs(self) -> str:
         values = "; ".join(f"{text} on {_ranks(ranks)}" for text, ranks in self.configs().items())
-        twice = sorted(
-            rank for rank, n in collections.Counter(one.rank for one in self.joined).items() if n > 1
+        processes_of: dict[int, list[str]] = collections.defaultdict(list)
+        for member in self.joined:
+            processes_of[member.rank].append(member.process)
+        twice = "".join(
+            f"; rank {rank} came more than once ({', '.join(processes)})"
+            for rank, processes in sorted(processes_of.items())
+            if len(processes) > 1
         )
-        return (
-            f"the ranks of this job do not agree: {values}"
-            + (f"; {_ranks(twice)} came more than once" if twice else "")
-            + "; start every rank with the same sizes"
-        )
+        return f"the ranks of this job do not agree: {values}{twice}; start every rank with the same sizes"
 
     def refuse(self) -> None:
         world_size = max((one.config["world_size"] for one in self.joined), default=0)
-        missing = sorted(set(range(world_size)) - {one.rank for one in self.joined})
-        if len(self.configs()) > 1 or not missing:
+        present = {one.rank for one in self.joined}
+        missing = sorted(set(range(world_size)) - present)
+        if len(self.configs()) > 1 or len(present) < len(self.joined) or not missing:
             kind, self.refusal = "mismatch", self.describe_configs()
         else:
             kind = "absent"
@@ -529,19 +547,32 @@ class _Coordinator:
             getattr(self, "on_" + message["type"])(member, message)
 
     def on_exchange(self, member: _Member, message: dict[str, Any]) -> None:
-        if not self.values:
-            self.exchange_what, self.exchange_deadline = message["what"], time.monotonic() + self.timeout
-        self.values[member.rank] = message["value"]
+        if not self.exchanges:
+            self.exchange_deadline = time.monotonic() + self.timeout
+        self.exchanges[member.rank] = message
         self.consider_exchange()
 
     def consider_exchange(self) -> None:
-        if len(self.values) == len(self.joined):
-            values = [self.values[rank] for rank in range(len(self.joined))]
-            self.values = {}
+        if len(self.exchanges) == len(self.joined):
+            if len({message["what"] for message in self.exchanges.values()}) > 1:
+                self.add_cause(1, self.describe_exchanges())
+                return
+            values = [self.exchanges[rank]["value"] for rank in range(len(self.joined))]
+            self.exchanges = {}
             for member in self.joined:
                 member.channel.send(type="values", values=values)
-        elif self.values and any(not one.active and one.rank not in self.values for one in self.joined):
+        elif self.exchanges and any(not one.active and one.rank not in self.exchanges for one in self.joined):
             self.exchange_deadline = time.monotonic()  # it will not come any more
+
+    def describe_exchanges(self) -> str:
+        ranks_of: dict[str, list[int]] = collections.defaultdict(list)
+        for rank in sorted(self.exchanges):
+            ranks_of[self.where_exchanging(rank)].append(rank)
+        places = " and ".join(f"{_ranks(ranks)} in {where}" for where, ranks in ranks_of.items())
+        return f"the ranks do not meet in one call: {places}; all must make the same calls in the same order"
+
+    def where_exchanging(self, rank: int) -> str:
+        return " ".join(filter(None, (self.exchanges[rank]["what"], self.exchanges[rank]["detail"])))
 
     def on_failed(self, member: _Member, message: dict[str, Any]) -> None:
         member.error = message["error"]
@@ -592,8 +623,8 @@ class _Coordinator:
             if self.refusal is None and now > self.refuse_at:
                 self.refuse()
             return
-        if self.values and now > self.exchange_deadline and self.stuck is None:
-            self.find_stuck(self.joined[min(self.values)], "")
+        if self.exchanges and now > self.exchange_deadline and self.stuck is None:
+            self.find_stuck(self.joined[min(self.exchanges)], "")
         if self.end_at is not None and now > self.end_at and self.ended_at is None:
             self.end_all(now)
 
@@ -634,9 +665,9 @@ class _Coordinator:
 
     def where_waiting(self, member: _Member) -> tuple[str, list[_Member]]:
         """Where a rank waits, "" if it does not, and which ranks have not arrived there."""
-        if member.rank in self.values:
-            absent = [other for other in self.joined if other.rank not in self.values]
-            return f"in {self.exchange_what}", absent
+        if member.rank in self.exchanges:
+            absent = [other for other in self.joined if other.rank not in self.exchanges]
+            return f"in {self.where_exchanging(member.rank)}", absent
         for slot, wait in member.waits.items():
             others = [self.joined[rank] for rank in wait["ranks"]]
             absent = [other for other in others if other.counts.get(slot, 0) < wait["count"]]

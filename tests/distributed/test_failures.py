@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import socket
+import subprocess
 import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launcher import WORKERS, Job, launch
+from launcher import WORKERS, Job, environment, launch
 
 from paddle_moe import init_distributed
 
@@ -101,6 +106,13 @@ def test_what_is_a_failure_at_the_end_of_the_block(leave, reported):
     assert said == [*reported, "left"]
 
 
+def test_rank_outside_the_world(monkeypatch):
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "4")
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
+    with pytest.raises(RuntimeError, match="PADDLE_TRAINER_ID must be between 0 and .* = 3, got 4"):
+        init_distributed(2, 2)
+
+
 def test_ranks_with_different_sizes(tmp_path):
     reason = (
         r"ValueError: the ranks of this job do not agree: ep_size=2, tp_size=2, dp_size=1, world_size=4 on"
@@ -125,3 +137,89 @@ def test_sizes_that_do_not_fit_the_ranks(tmp_path):
 def test_rank_that_never_starts(tmp_path):
     reason = f"RuntimeError: rank 1 of 4 did not call init_distributed within {TIMEOUT_SECONDS} s"
     assert_refused(run("absent", tmp_path), reason, ranks=(0, 2, 3))
+
+
+# ---------------------------------------------------------------- watchdogs alone, without Paddle
+
+
+def join_and(code: str, ranks: Sequence[int] = (0, 1, 2), before: str = "") -> list[str]:
+    """What ranks print that join a job, then run `code`; `before` runs on rank 0 when it listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = (
+        "import json, socket, sys\nfrom paddle_moe.watchdog import Watchdog\n"
+        "rank, size, port = map(int, sys.argv[1:])\nwatchdog = Watchdog(rank, 20)\n"
+        f"if rank == 0:\n    watchdog.listen(port)\n{textwrap.indent(before, '    ')}\n"
+        "watchdog.join('127.0.0.1', port, {'world_size': size})\n"
+        f"{code}\nwatchdog.leave()\nprint('finished')"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, (rank, len(ranks), port))],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ranks
+    ]
+    try:
+        return [process.communicate(timeout=30)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_ranks_that_meet_in_different_calls():
+    code = (
+        "if rank == 0: watchdog.exchange(1, 'starting to save', '/some/where')\n"
+        "else: watchdog.exchange(None, 'barrier')"
+    )
+    reason = (
+        r"the ranks do not meet in one call: rank 0 in starting to save /some/where and ranks \[1, 2\] in"
+        " barrier; all must make the same calls in the same order\n"
+    )
+    for rank, said in enumerate(join_and(code)):
+        assert re.search(f"paddle_moe: rank {rank} ends: {reason}", said), said
+        assert "finished" not in said
+
+
+def test_a_path_that_differs_between_hosts():
+    code = "print(watchdog.exchange(rank, 'loading', f'/host{rank}/files'))"
+    assert join_and(code) == ["[0, 1, 2]\nfinished\n"] * 3
+
+
+MALFORMED = [
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"[" * 10**5 + b"\n",
+    *(
+        json.dumps({"type": "join", **fields}).encode() + b"\n"
+        for fields in (
+            {},
+            {"rank": 1, "config": {}, "pid": 1, "host": "h"},
+            {"rank": 1, "config": {"world_size": "3"}, "pid": 1, "host": "h"},
+            {"rank": 3, "config": {"world_size": 3}, "pid": 1, "host": "h"},
+            {"rank": "1", "config": {"world_size": 3}, "pid": 1, "host": "h"},
+            {"rank": 1, "config": {"world_size": 3}},
+        )
+    ),
+]
+
+
+def test_strangers_do_not_disturb_a_job():
+    """Each connection is closed, and the ranks join all the same."""
+    before = (
+        f"for sent in {MALFORMED}:\n"
+        "    with socket.create_connection(('127.0.0.1', port), timeout=5) as stranger:\n"
+        "        try: stranger.sendall(sent); assert stranger.recv(1) == b''\n"
+        "        except ConnectionResetError: pass"
+    )
+    assert join_and("", before=before) == ["finished\n"] * 3
+
+
+def test_a_rank_that_comes_twice_is_named_with_its_process():
+    """As one that a job before has left behind does."""
+    both = r"rank 1 came more than once \(pid \d+ on \S+, pid \d+ on \S+\); "
+    for said in join_and("", ranks=(0, 1, 1)):
+        assert re.search(f"ValueError: the ranks of this job do not agree: .*; {both}", said), said
