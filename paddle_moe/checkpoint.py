@@ -48,6 +48,7 @@ from paddle_moe.tensor_files import (
     TensorFiles,
     exchange,
     execute,
+    raise_together,
 )
 from paddle_moe.training import parameters_of
 
@@ -382,19 +383,19 @@ def load_checkpoint(
     kept = {"weight_map": holdings}
     if optimizer is not None:
         kept["optimizer_map"] = _optimizer_holdings(optimizer, holdings)
-    plans, problems = [], []
+    plans = []
     for map_name, held in kept.items():
         files = TensorFiles(path, map_name)
         plans.append(
             _plan(path, files, held, [name for name, (one, _, _) in holdings.items() if one is None])
         )
     index = files.index
-    if index or not files.problems:
-        problems += _check_index(path, index, optimizer)
+    problems = _check_index(path, index, optimizer) if index or not files.problems else []
     random_state = None
-    if optimizer is not None and not problems:
-        random_state, unreadable = _read_random_state(path, index, parallel)
-        problems += unreadable
+    if optimizer is not None:
+        # A rank that does not see the index must not go on alone.
+        raise_together(path, [*problems, *(one for plan in plans for one in plan.problems)], parallel)
+        random_state, problems = _read_random_state(path, index, parallel)
     execute(plans, path, parallel, problems=problems, progress=f"loading {path}" if progress else None)
     if optimizer is not None:
         if "lr_scheduler" in index:
@@ -406,19 +407,22 @@ def load_checkpoint(
             )
         else:
             _set_random_state(random_state)
-    return index["state"]
+    return index.get("state")
 
 
 def _check_index(path: Path, index: Mapping[str, Any], optimizer: Any) -> list[Problem]:
     def differs(key: str, expected: Any, found: Any) -> list[Problem]:
         return [] if found == expected else [Problem(str(path / INDEX_NAME), key, str(expected), str(found))]
 
-    metadata = index.get("metadata", {})
+    metadata = index.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
     problems = differs("metadata.format", FORMAT, metadata.get("format"))
     problems = problems or differs("metadata.version", VERSION, metadata.get("version"))
     if problems or optimizer is None:
         return problems
     problems = differs("optimizer", type(optimizer).__name__, index.get("optimizer"))
+    if not problems and not isinstance(index.get("state_files"), list):
+        problems = [Problem(str(path / INDEX_NAME), "state_files", "a list of files", "none")]
     scheduled = isinstance(optimizer._learning_rate, LRScheduler)
     return problems + differs("lr_scheduler", _there(scheduled), _there("lr_scheduler" in index))
 

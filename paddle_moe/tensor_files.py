@@ -378,8 +378,9 @@ class TensorFiles:
 
     def _read_index(self, path: Path, map_name: str) -> None:
         try:
-            self.index = json.loads(path.read_text())
-            file_of = {str(key): str(name) for key, name in self.index.get(map_name, {}).items()}
+            index = json.loads(path.read_text())
+            file_of = {str(key): str(name) for key, name in index.get(map_name, {}).items()}
+            self.index = index
         except (OSError, ValueError, AttributeError) as error:
             self.problems.append(Problem(path.name, "*", "an index in JSON", _describe(error)))
             return

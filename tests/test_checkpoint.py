@@ -274,11 +274,39 @@ def test_another_optimizer(tmp_path):
         save_checkpoint(tmp_path, model, nn.Linear(2, 2))
 
 
-def test_paths(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere: .*: expected a whole safetensors file"):
-        load_checkpoint(tmp_path / "nowhere", Model())
-    with pytest.raises(CheckpointError, match="expected model.safetensors.index.json or .*, found neither"):
-        load_checkpoint(tmp_path, Model())
+@pytest.mark.parametrize("with_optimizer", [False, True])
+@pytest.mark.parametrize(
+    "index, problem",
+    [
+        (None, "nowhere: .*: expected a whole safetensors file"),
+        ("", "expected model.safetensors.index.json or .*, found neither"),
+        ("{", "expected an index in JSON, found JSONDecodeError"),
+        ("7", "expected an index in JSON, found AttributeError"),
+        ("{}", "metadata.format: expected paddle_moe, found None"),
+        ('{"metadata": [], "weight_map": {}}', "metadata.format: expected paddle_moe, found None"),
+    ],
+)
+def test_nothing_to_load(index, problem, with_optimizer, tmp_path):
+    model = Model()
+    path = tmp_path / "nowhere" if index is None else tmp_path
+    if index:
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=problem):
+        load_checkpoint(path, model, make_optimizer(model) if with_optimizer else None)
+
+
+def test_an_index_without_the_files_of_the_generators(tmp_path):
+    model, optimizer = save(tmp_path)
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    del index["state_files"]
+    file.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="state_files: expected a list of files, found none"):
+        load_checkpoint(tmp_path, model, optimizer)
+    load_checkpoint(tmp_path, model)
+
+
+def test_a_foreign_index_is_kept(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"metadata": {"total_size": 1}, "weight_map": {}}')
     with pytest.raises(CheckpointError, match="metadata.format: expected paddle_moe, found None"):

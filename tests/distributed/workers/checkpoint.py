@@ -55,6 +55,14 @@ except CheckpointError as error:
 else:
     raise AssertionError("a truncated file on one rank was not noticed on this one")
 assert [tensor.numpy().tobytes() for tensor in model.state_dict().values()] == before
+# One rank does not see the directory.
+seen = own.rank < own.world_size - 1
+try:
+    load_checkpoint(target / "float32" if seen else target / "nowhere", model, make_optimizer(model))
+except CheckpointError as error:
+    assert [problem.file for problem in error.problems] == ["nowhere"], error
+else:
+    raise AssertionError("a directory that one rank does not see was not noticed on this one")
 # Keys that are missing, and keys of no tensor: a model without its head and with a second norm.
 other = Model(parallel=own)
 other.second_norm = paddle.nn.LayerNorm(HIDDEN)
