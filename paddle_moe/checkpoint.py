@@ -242,7 +242,7 @@ def write_files(
     Args:
         index: its further entries, the same on every rank.
         state: of this rank; anything that JSON can hold, or None.
-        tagged: the names of the files belong to this save alone.
+        tagged: the names of the files belong to this save alone; else none of them may exist.
         file_format: in the metadata of the files: the library that wrote them, "pt" for most readers.
 
     Raises:
@@ -260,9 +260,9 @@ def write_files(
         path.mkdir(parents=True, exist_ok=True)
         for kind, by_key in tensors.items():
             if by_key:
+                name_of(kind, "safetensors").touch(exist_ok=False)
                 written.append(name_of(kind, "safetensors"))
                 dense = {key: tensor.detach().contiguous() for key, tensor in by_key.items()}
-                written[-1].touch()
                 mode = written[-1].stat().st_mode  # safetensors replaces the file by one for its owner alone
                 save_file(dense, str(written[-1]), metadata={"format": file_format})
                 written[-1].chmod(mode)

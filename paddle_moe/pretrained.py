@@ -7,6 +7,7 @@ lines.
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,16 @@ import paddle
 from paddle_moe.checkpoint import FORMAT, VERSION, parallel_of, pieces_to_write, stored_parts, write_files
 from paddle_moe.layers import FusedMoE
 from paddle_moe.params import Part
-from paddle_moe.tensor_files import INDEX_NAME, LoadReport, Plan, Source, Target, TensorFiles, execute
+from paddle_moe.tensor_files import (
+    INDEX_NAME,
+    LoadReport,
+    Plan,
+    Source,
+    Target,
+    TensorFiles,
+    exchange,
+    execute,
+)
 
 if TYPE_CHECKING:
     import os
@@ -274,7 +284,7 @@ def save_moe_weights(
 
     Raises:
         ValueError: an unknown layout, or path has an index file already.
-        RuntimeError: a rank could not write, on every rank.
+        RuntimeError: a rank could not write, or a file is there already that it would replace, on every rank.
     """
     layout, parallel = _layout(layout, transposed), _parallel_of_layers(layers, parallel)
     holdings, targets, homes = {}, {}, {}
@@ -321,15 +331,32 @@ def write_stored(
 
     Raises:
         ValueError: path has an index file already.
-        RuntimeError: a rank could not write, on every rank.
+        RuntimeError: a rank could not write, or a file is there already that it would replace, on every rank.
     """
     path = Path(path)
     if (path / INDEX_NAME).exists():
         raise ValueError(f"path must be a directory without {INDEX_NAME}, got {path}; choose another")
-    parts_path = path / "parts"
-    index = {"metadata": {"format": FORMAT, "version": VERSION}}
-    write_files(parts_path, {"model": pieces}, index, parallel)
-    files = TensorFiles(parts_path)
+    parts_path = path / f".parts-{exchange(parallel, secrets.token_hex(4), 'starting to save', path)[0]}"
+    try:
+        _gather(parts_path, pieces, wholes, targets, homes, parallel)
+        tensors = {**{key: target.tensor for key, target in targets.items()}, **(others or {})}
+        write_files(path, {"model": tensors}, {"metadata": {}}, parallel, tagged=False, file_format="pt")
+    finally:
+        if parallel is None or parallel.rank == 0:
+            shutil.rmtree(parts_path, ignore_errors=True)
+
+
+def _gather(
+    path: Path,
+    pieces: Mapping[str, paddle.Tensor],
+    wholes: Mapping[str, Part],
+    targets: Mapping[str, Target],
+    homes: Mapping[str, Sequence[str]],
+    parallel: ParallelContext | None,
+) -> None:
+    """Fills the targets from the pieces of all ranks, through files in a directory that is theirs alone."""
+    write_files(path, {"model": pieces}, {"metadata": {"format": FORMAT, "version": VERSION}}, parallel)
+    files = TensorFiles(path)
     stored, _ = stored_parts(files, wholes)
     parts_of: dict[str, list[Source]] = {}
     for source in stored:
@@ -341,15 +368,8 @@ def write_stored(
         for source in parts_of.get(home, [])
         if source.part.overlap(target.part)
     ]
-    execute(
-        [Plan(files, targets, sources, path=parts_path, must_match=lambda key: False)],
-        parts_path,
-        parallel,
-    )
-    tensors = {**{key: target.tensor for key, target in targets.items()}, **(others or {})}
-    write_files(path, {"model": tensors}, {"metadata": {}}, parallel, tagged=False, file_format="pt")
-    if parallel is None or parallel.rank == 0:
-        shutil.rmtree(parts_path)
+    plan = Plan(files, targets, sources, path=path, must_match=lambda key: False)
+    execute([plan], path, parallel)
 
 
 def _is_written_here(layer: FusedMoE, expert: int | None) -> bool:

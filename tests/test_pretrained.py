@@ -154,6 +154,22 @@ def test_every_family_comes_in_and_goes_out(family, dtype, tmp_path):
     ]
 
 
+def test_a_save_leaves_what_is_in_the_directory(tmp_path):
+    layer = FusedMoE.from_dense(**dense_weights(), top_k=TOP_K)
+    (tmp_path / "parts").mkdir()
+    mine, model = tmp_path / "parts" / "mine.txt", tmp_path / "model-00001-of-00001.safetensors"
+    for file in (mine, model):
+        file.write_text("not ours")
+    with pytest.raises(RuntimeError, match=f"rank 0: FileExistsError: .*{model.name}"):
+        save_moe_weights(tmp_path, {"block": layer}, "mixtral")
+    assert sorted(tmp_path.rglob("*")) == sorted([mine.parent, mine, model])
+    assert mine.read_text() == model.read_text() == "not ours"
+    model.unlink()
+    save_moe_weights(tmp_path, {"block": layer}, "mixtral")
+    assert mine.read_text() == "not ours"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_paddle_matrices_the_other_way_round(tmp_path):
     dense = dense_weights(shared=True)
     expected = FusedMoE.from_dense(**dense, top_k=TOP_K)
