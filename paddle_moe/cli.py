@@ -57,18 +57,21 @@ def _logs(arguments: argparse.Namespace) -> int:
     picture = Path(arguments.out or Path(arguments.directory) / "moe_logs.png")
     if not arguments.json:
         print_summary(summary)
+    code = 0
     try:
         save_picture(summary, picture)
     except (OSError, RuntimeError) as error:
         print(f"paddle_moe logs: no picture: {error}", file=sys.stderr)
         picture = None
+        if arguments.out or isinstance(error, OSError):  # not that matplotlib, which is optional, is missing
+            code = 1
     if arguments.json:
         print(
             json.dumps({**summary.to_json(), "picture": picture and str(picture)}, indent=2, allow_nan=False)
         )
     elif picture:
         print(f"Picture  {picture}")
-    return 1 if picture is None else 0
+    return code
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -97,6 +97,19 @@ def test_logs_says_why_there_is_no_picture(log_directory, tmp_path):
     assert "no picture" in done.stderr and "no/such/directory" in done.stderr
 
 
+def test_logs_without_matplotlib(log_directory, tmp_path):
+    """It is optional: only who asks for a picture by name misses it."""
+    (tmp_path / "without" / "matplotlib").mkdir(parents=True)
+    (tmp_path / "without" / "matplotlib" / "__init__.py").write_text("raise ImportError")
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "without"), str(PACKAGE.parent)])}
+    done = run_command(tmp_path, "logs", log_directory, **environment)
+    assert done.returncode == 0 and "overflow in expert 3" in done.stdout
+    assert "no picture: the picture needs matplotlib" in done.stderr
+    assert not (log_directory / "moe_logs.png").exists()
+    done = run_command(tmp_path, "logs", log_directory, "--out", "p.png", **environment)
+    assert done.returncode == 1 and "no picture: the picture needs matplotlib" in done.stderr
+
+
 # ---------------------------------------------------------------- the parser
 
 
