@@ -14,6 +14,7 @@ import pytest
 
 import paddle_moe
 from paddle_moe.console import progress_bar
+from paddle_moe.doctor import _check_paddle
 from paddle_moe.logs import get_rank_logger
 
 PACKAGE = Path(paddle_moe.__file__).parent
@@ -184,6 +185,28 @@ def test_doctor_names_a_wrong_isa(tmp_path):
     assert code == 1
     assert "'abacus'" in checks["Core without Paddle"]["detail"]
     assert "PADDLE_MOE_ISA" in checks["Core without Paddle"]["advice"]
+
+
+@pytest.mark.parametrize(
+    "version, status, says",
+    [
+        ("3.3.1", "ok", ""),
+        ("3.3.1.dev20260101", "ok", ""),
+        ("3.3.0", "warning", "not tried: paddle_moe is developed and tested with 3.3.1"),
+        ("3.0.0", "warning", "not tried"),
+        ("2.6.2", "warning", "in part"),
+        ("2.6.1", "warning", "not tried"),
+        ("4.0.0", "warning", "not tried"),
+    ],
+)
+def test_doctor_says_of_paddle_what_the_readme_says(version, status, says, monkeypatch):
+    facts = {"version": version, "cuda": None, "gpus": 0}
+    monkeypatch.setattr("paddle_moe.doctor._probe", lambda function: (facts, ""))
+    check, _ = _check_paddle()
+    assert check.status == status and says in check.advice
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for row in ("| Paddle 3.3.1 | works; no other 3.x tried |", "| Paddle 2.6.2 | in part, "):
+        assert row in readme
 
 
 def test_doctor_reports_groups_that_cannot_form(tmp_path):
