@@ -12,10 +12,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "CheckpointError": "tensor_files",
     "ClipGradByGlobalNorm": "training",
     "FusedMoE": "layers",
+    "LAYOUTS": "pretrained",
     "MoEParams": "params",
     "ParallelContext": "distributed",
+    "RankLogger": "logs",
+    "StoredTensor": "pretrained",
     "agree_on_overflow": "training",
     "average_gradients": "training",
     "balanced_correction_bias": "policies",
@@ -41,6 +45,7 @@ _HOME = {
     "save_checkpoint": "checkpoint",
     "save_moe_weights": "pretrained",
     "set_num_threads": "functional",
+    "shard_experts": "params",
     "tokens_per_expert": "policies",
 }
 

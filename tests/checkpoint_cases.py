@@ -10,8 +10,8 @@ import paddle
 from layer_cases import EXPERTS, HIDDEN, INTER, SHARED, TOP_K
 from paddle import nn
 
-from paddle_moe import FusedMoE
-from paddle_moe.pretrained import GATE, UP, StoredTensor
+from paddle_moe import FusedMoE, StoredTensor
+from paddle_moe.pretrained import GATE, UP
 from paddle_moe.reference import to_float64, to_storage
 
 # Every way of storing that the published layouts have, for the layers of Model.

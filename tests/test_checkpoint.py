@@ -23,8 +23,7 @@ from safetensors import safe_open
 from safetensors.paddle import save_file
 
 import paddle_moe
-from paddle_moe import checkpoint, load_checkpoint, save_checkpoint
-from paddle_moe.tensor_files import CheckpointError
+from paddle_moe import CheckpointError, checkpoint, load_checkpoint, save_checkpoint
 
 
 def save(path, dtype="float32", with_optimizer=True, **options):

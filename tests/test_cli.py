@@ -243,3 +243,10 @@ def test_progress_in_a_terminal_is_a_bar(monkeypatch, capsys):
         advance(10, "loaded")
     assert "loaded" in screen.getvalue() and "10/10 bytes" in screen.getvalue()
     assert capsys.readouterr().out == ""
+
+
+def test_public_names():
+    """Each is where __init__.py says, and what a caller catches or passes is among them."""
+    assert {"CheckpointError", "LAYOUTS", "StoredTensor", "RankLogger"} <= set(paddle_moe.__all__)
+    for name in paddle_moe.__all__:
+        assert getattr(paddle_moe, name) is not None

@@ -87,7 +87,7 @@ def summarize(directory):
 
 def test_names_and_line_format(get_logger, tmp_path):
     logger = get_logger(1, 2)
-    assert logger.name == "moe_ep_rank_1_tp_rank2"
+    assert isinstance(logger, paddle_moe.RankLogger) and logger.name == "moe_ep_rank_1_tp_rank2"
     assert logging.getLogger("moe_ep_rank_1_tp_rank2") is logger
     logger.info("holds %d experts", 4)
     assert logger.log_path == tmp_path / "test_logs_ep_rank_1_tp_rank_2.log"

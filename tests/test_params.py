@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paddle_moe import reference
+from paddle_moe import reference, shard_experts
 from paddle_moe.params import (
     LayerShard,
     generate_moe_params,
     generate_moe_params_static,
     random_expert,
-    shard_experts,
     shard_range,
     slice_intermediate,
 )
