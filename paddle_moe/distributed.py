@@ -309,7 +309,7 @@ class ParallelContext:
     def log_failures_to(self, logger: RankLogger) -> None:
         """Has the watchdog add the reason to the log files of this rank when it ends the rank."""
         if self._watchdog is not None:
-            self._watchdog.log_to(str(logger.log_path), str(logger.events_path), self.ep_rank, self.tp_rank)
+            self._watchdog.log_to(str(logger.log_path), str(logger.events_path), logger.place)
 
     def shutdown(self) -> None:
         """Leaves the job: what happens to this rank next does not end the others. Also done at exit."""

@@ -16,11 +16,14 @@ _KERNEL_COLOUR, _COLLECTIVE_COLOUR, _ALARM_COLOUR = "#33415c", "#f4a259", "#b000
 
 
 def print_summary(summary: Summary) -> None:
+    replicas = any(rank.dp_rank for rank in summary.ranks)
+    columns = ("ep", "tp", "experts", "calls", "rows", "kernel ms", "collective ms", "warn", "err", "state")
     print_table(
         "Ranks",
-        ("ep", "tp", "experts", "calls", "rows", "kernel ms", "collective ms", "warn", "err", "state"),
+        (*(["dp"] if replicas else []), *columns),
         [
             (
+                *([rank.dp_rank] if replicas else []),
                 rank.ep_rank,
                 rank.tp_rank,
                 "{}..{}".format(*rank.experts) if rank.experts else "-",
@@ -211,7 +214,11 @@ def _label_experts(axes: Any, layer: LayerLoad, colours: dict[int, Any]) -> None
 def _draw_times(axes: Any, ranks: list[RankSummary]) -> None:
     longest = max((rank.kernel_ms + rank.collective_ms for rank in ranks), default=0.0)
     unit, scale = ("s", 1e-3) if longest >= 10_000 else ("ms", 1.0)
-    names = [f"EP {rank.ep_rank}  TP {rank.tp_rank}" for rank in ranks]
+    replicas = any(rank.dp_rank for rank in ranks)
+    names = [
+        (f"DP {rank.dp_rank}  " if replicas else "") + f"EP {rank.ep_rank}  TP {rank.tp_rank}"
+        for rank in ranks
+    ]
     kernel = [rank.kernel_ms * scale for rank in ranks]
     collective = [rank.collective_ms * scale for rank in ranks]
     axes.barh(names, kernel, height=0.62, color=_KERNEL_COLOUR, label="kernel")

@@ -15,6 +15,8 @@ Each event carries "time" (seconds since the epoch), "ep_rank", "tp_rank" and "e
     stop      when Python exits; missing when the rank was killed
 
 and `event()` takes any other name. NaN and the infinities, which JSON lacks, become "nan", "inf" and "-inf".
+Data-parallel replicas after the first have `{prefix}_dp_rank_{d}` in place of `{prefix}`, and "dp_rank" in
+each event.
 
 Files are only ever appended to, so a directory may hold several runs. The reader shows the latest one: it
 takes each file from its last "start" on, and keeps the files whose prefix and run id match the newest
@@ -44,22 +46,31 @@ from typing import Any
 DEFAULT_PREFIX = "test_logs"
 LAUNCH_DIRECTORY = "launch"  # log_dir value that stands for the --log_dir of paddle.distributed.launch
 
-_FILE_NAME = re.compile(r"(?P<prefix>.+)_ep_rank_(?P<ep>\d+)_tp_rank_(?P<tp>\d+)\.jsonl")
-_RESERVED_FIELDS = ("time", "ep_rank", "tp_rank", "event")
+_FILE_NAME = re.compile(
+    r"(?P<prefix>.+?)(_dp_rank_(?P<dp>\d+))?_ep_rank_(?P<ep>\d+)_tp_rank_(?P<tp>\d+)\.jsonl"
+)
+_RESERVED_FIELDS = ("time", "ep_rank", "tp_rank", "dp_rank", "event")
 
 
 # ---------------------------------------------------------------- writing
 
 
 def get_rank_logger(
-    ep_rank: int, tp_rank: int, *, log_dir: str | os.PathLike | None = None, prefix: str = DEFAULT_PREFIX
+    ep_rank: int,
+    tp_rank: int,
+    *,
+    dp_rank: int = 0,
+    log_dir: str | os.PathLike | None = None,
+    prefix: str = DEFAULT_PREFIX,
 ) -> RankLogger:
     """The logger `moe_ep_rank_{ep_rank}_tp_rank{tp_rank}` of this process, with its two files open.
+
+    In the names of data-parallel replicas after the first, `dp_rank_{dp_rank}_` comes before `ep_rank`.
 
     Calling it again returns the same logger and adds no handler; another log_dir or prefix moves it there.
 
     Args:
-        ep_rank, tp_rank: position in the grid, 0 or more.
+        ep_rank, tp_rank, dp_rank: position in the grid, and which grid, 0 or more.
         log_dir: directory, created when missing. None: the current directory. "launch": the --log_dir of
             paddle.distributed.launch (write "./launch" for a directory of that name).
         prefix: first part of the file names.
@@ -68,7 +79,7 @@ def get_rank_logger(
         ValueError: a negative or non-integer rank, a prefix that is empty or contains a path separator.
         RuntimeError: log_dir="launch" in a process that paddle.distributed.launch did not start.
     """
-    for name, value in (("ep_rank", ep_rank), ("tp_rank", tp_rank)):
+    for name, value in (("ep_rank", ep_rank), ("tp_rank", tp_rank), ("dp_rank", dp_rank)):
         if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
             raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
     if not prefix or os.path.basename(prefix) != prefix:
@@ -76,16 +87,17 @@ def get_rank_logger(
             f"prefix: expected a file name without directories, got {prefix!r}; use log_dir for those"
         )
 
-    ep_rank, tp_rank = int(ep_rank), int(tp_rank)
-    logger = logging.getLogger(f"moe_ep_rank_{ep_rank}_tp_rank{tp_rank}")
+    ep_rank, tp_rank, dp_rank = int(ep_rank), int(tp_rank), int(dp_rank)
+    replica = f"dp_rank_{dp_rank}_" if dp_rank else ""
+    logger = logging.getLogger(f"moe_{replica}ep_rank_{ep_rank}_tp_rank{tp_rank}")
     if not isinstance(logger, RankLogger):
         # logging keeps one object per name, and someone may already hold it: the object itself changes class.
         logger.__class__ = RankLogger
-        logger.ep_rank, logger.tp_rank = ep_rank, tp_rank
+        logger.ep_rank, logger.tp_rank, logger.dp_rank = ep_rank, tp_rank, dp_rank
         logger._files = None
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
-    logger._open(_resolve_log_dir(log_dir), prefix)
+    logger._open(_resolve_log_dir(log_dir), f"{prefix}_{replica}ep_rank_{ep_rank}_tp_rank_{tp_rank}")
     return logger
 
 
@@ -94,7 +106,13 @@ class RankLogger(logging.Logger):
 
     ep_rank: int
     tp_rank: int
+    dp_rank: int
     _files: _RankFiles | None
+
+    @property
+    def place(self) -> dict[str, int]:
+        """ep_rank and tp_rank, after the first replica dp_rank before them."""
+        return _place(self)
 
     @property
     def log_path(self) -> Path:
@@ -108,8 +126,8 @@ class RankLogger(logging.Logger):
         """Appends one event. Values may be anything JSON knows, NumPy scalars and arrays, or tensors.
 
         Raises:
-            ValueError: a field is named time, ep_rank, tp_rank or event.
-        RuntimeError: the logger was closed.
+            ValueError: a field is named time, ep_rank, tp_rank, dp_rank or event.
+            RuntimeError: the logger was closed.
         """
         clash = [key for key in _RESERVED_FIELDS if key in fields]
         if clash:
@@ -120,13 +138,7 @@ class RankLogger(logging.Logger):
             raise RuntimeError(
                 f"{self.name} is closed; get_rank_logger({self.ep_rank}, {self.tp_rank}) opens it again"
             )
-        head = {
-            "time": round(time.time(), 6),
-            "ep_rank": self.ep_rank,
-            "tp_rank": self.tp_rank,
-            "event": name,
-        }
-        self._files.write_event({**head, **fields})
+        self._files.write_event({"time": round(time.time(), 6), **self.place, "event": name, **fields})
 
     def close(self) -> None:
         """Writes the "stop" event and closes the files; `get_rank_logger` opens them again."""
@@ -140,8 +152,7 @@ class RankLogger(logging.Logger):
         self._files = None
         atexit.unregister(self._close_at_exit)
 
-    def _open(self, log_dir: Path, prefix: str) -> None:
-        stem = f"{prefix}_ep_rank_{self.ep_rank}_tp_rank_{self.tp_rank}"
+    def _open(self, log_dir: Path, stem: str) -> None:
         log_path, events_path = log_dir / f"{stem}.log", log_dir / f"{stem}.jsonl"
         if self._files is not None:
             if self._files.events_path == events_path:
@@ -170,11 +181,7 @@ class _RankFiles:
         self._lock = threading.Lock()
         self._events = open(events_path, "a", encoding="utf-8")
         text = logging.FileHandler(log_path, encoding="utf-8")  # flushes after every record
-        text.setFormatter(
-            logging.Formatter(
-                f"%(asctime)s [%(levelname)s] ep_rank {logger.ep_rank} tp_rank {logger.tp_rank}: %(message)s"
-            )
-        )
+        text.setFormatter(logging.Formatter(f"%(asctime)s [%(levelname)s] {_position(logger)}: %(message)s"))
         self.handlers = (text, _ProblemsToEvents(logger))
 
     def write_event(self, event: dict) -> None:
@@ -258,6 +265,7 @@ class RankEvents:
 
     ep_rank: int
     tp_rank: int
+    dp_rank: int
     path: Path
     events: list[dict[str, Any]]  # without "start"
     start: dict[str, Any]  # the "start" event, {} when the file has none
@@ -276,7 +284,7 @@ class RankEvents:
 
 
 def load_events(directory: str | os.PathLike) -> list[RankEvents]:
-    """Reads the latest run found in a log directory, sorted by (ep_rank, tp_rank).
+    """Reads the latest run found in a log directory, sorted by (dp_rank, ep_rank, tp_rank).
 
     Lines that are no complete event (a killed rank can leave half of one) are counted, not raised.
 
@@ -290,7 +298,8 @@ def load_events(directory: str | os.PathLike) -> list[RankEvents]:
     for path in sorted(directory.iterdir()):
         match = _FILE_NAME.fullmatch(path.name)
         if match:
-            ranks[path] = match["prefix"], _read_last_run(path, int(match["ep"]), int(match["tp"]))
+            place = int(match["ep"]), int(match["tp"]), int(match["dp"] or 0)
+            ranks[path] = match["prefix"], _read_last_run(path, *place)
     if not ranks:
         hint = next(iter(sorted(directory.glob("*/*_ep_rank_*_tp_rank_*.jsonl"))), None)
         raise ValueError(
@@ -304,10 +313,10 @@ def load_events(directory: str | os.PathLike) -> list[RankEvents]:
 
     newest = max(ranks, key=lambda path: ranks[path][1].start_time)
     latest = [ranks[path][1] for path in ranks if identity(path) == identity(newest)]
-    return sorted(_drop_replaced(latest), key=lambda rank: (rank.ep_rank, rank.tp_rank))
+    return sorted(_drop_replaced(latest), key=lambda rank: (rank.dp_rank, rank.ep_rank, rank.tp_rank))
 
 
-def _read_last_run(path: Path, ep_rank: int, tp_rank: int) -> RankEvents:
+def _read_last_run(path: Path, ep_rank: int, tp_rank: int, dp_rank: int) -> RankEvents:
     start, events, unreadable = {}, [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.strip():
@@ -323,7 +332,7 @@ def _read_last_run(path: Path, ep_rank: int, tp_rank: int) -> RankEvents:
             start, events, unreadable = event, [], 0
         else:
             events.append(event)
-    return RankEvents(ep_rank, tp_rank, path, events, start, unreadable)
+    return RankEvents(ep_rank, tp_rank, dp_rank, path, events, start, unreadable)
 
 
 def _drop_replaced(ranks: list[RankEvents]) -> list[RankEvents]:
@@ -347,6 +356,7 @@ def _drop_replaced(ranks: list[RankEvents]) -> list[RankEvents]:
 class RankSummary:
     ep_rank: int
     tp_rank: int
+    dp_rank: int
     experts: tuple[int, int] | None  # first and last global expert, None without experts or calls
     calls: int
     rows: int  # token rows that this rank's experts received
@@ -405,11 +415,13 @@ def summarize(ranks: list[RankEvents]) -> Summary:
     """Merges the ranks of one run.
 
     The TP ranks of one EP rank run the same experts on the same tokens, so the load of an expert is taken
-    from one of them: the one with the most calls, because another may have been killed early.
+    from one of them: the one with the most calls, because another may have been killed early. Replicas have
+    tokens of their own, and add up.
     """
     layers: dict[str, LayerLoad] = {}
-    for ep_rank in sorted({rank.ep_rank for rank in ranks}):
-        witness = max((rank for rank in ranks if rank.ep_rank == ep_rank), key=lambda rank: len(_calls(rank)))
+    for dp_rank, ep_rank in sorted({(rank.dp_rank, rank.ep_rank) for rank in ranks}):
+        alike = [rank for rank in ranks if (rank.dp_rank, rank.ep_rank) == (dp_rank, ep_rank)]
+        witness = max(alike, key=lambda rank: len(_calls(rank)))
         for call in _calls(witness):
             if not call["tokens_per_expert"]:  # more ranks than experts
                 continue
@@ -438,6 +450,7 @@ def _summarize_rank(rank: RankEvents) -> RankSummary:
     return RankSummary(
         ep_rank=rank.ep_rank,
         tp_rank=rank.tp_rank,
+        dp_rank=rank.dp_rank,
         experts=(min(experts), max(experts)) if experts else None,
         calls=len(calls),
         rows=sum(sum(call["tokens_per_expert"]) for call in calls),
@@ -473,4 +486,13 @@ def _integer(value: Any) -> int | None:
 
 
 def _with_rank(rank: RankSummary, text: str) -> str:
-    return f"ep_rank {rank.ep_rank} tp_rank {rank.tp_rank}: {text}"
+    return f"{_position(rank)}: {text}"
+
+
+def _place(rank: RankLogger | RankSummary) -> dict[str, int]:
+    replica = {"dp_rank": rank.dp_rank} if rank.dp_rank else {}
+    return {**replica, "ep_rank": rank.ep_rank, "tp_rank": rank.tp_rank}
+
+
+def _position(rank: RankLogger | RankSummary) -> str:
+    return " ".join(f"{name} {number}" for name, number in _place(rank).items())

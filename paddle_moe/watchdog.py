@@ -107,9 +107,9 @@ class Watchdog:
         """The global ranks in the groups of this rank, by slot."""
         self._channel.send(type="groups", groups=groups)
 
-    def log_to(self, log_path: str, events_path: str, ep_rank: int, tp_rank: int) -> None:
-        """Has the reason of an end also appended to the two log files of this rank."""
-        self._channel.send(type="log", log=log_path, events=events_path, ep_rank=ep_rank, tp_rank=tp_rank)
+    def log_to(self, log_path: str, events_path: str, place: dict[str, int]) -> None:
+        """Has the reason of an end also appended to the two log files of this rank, which name its place."""
+        self._channel.send(type="log", log=log_path, events=events_path, place=place)
 
     @contextlib.contextmanager
     def waiting(self, slot: str, what: str) -> Iterator[None]:
@@ -382,11 +382,12 @@ class _Child:
     def write_log(self, text: str) -> None:
         if self.log is None:
             return
-        now, ep_rank, tp_rank = time.time(), self.log["ep_rank"], self.log["tp_rank"]
+        now, place = time.time(), self.log["place"]
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) + f",{int(now * 1000) % 1000:03d}"
-        event = {"time": now, "ep_rank": ep_rank, "tp_rank": tp_rank, "event": "error", "message": text}
+        event = {"time": now, **place, "event": "error", "message": text}
+        position = " ".join(f"{name} {rank}" for name, rank in place.items())
         for path, line in (
-            (self.log["log"], f"{stamp} [ERROR] ep_rank {ep_rank} tp_rank {tp_rank}: {text}"),
+            (self.log["log"], f"{stamp} [ERROR] {position}: {text}"),
             (self.log["events"], json.dumps(event)),
         ):
             with open(path, "a", encoding="utf-8") as file:

@@ -32,7 +32,7 @@ from paddle import nn
 import paddle_moe
 from paddle_moe import FusedMoE, ParallelContext
 from paddle_moe.console import print_table, progress_bar
-from paddle_moe.logs import DEFAULT_PREFIX, RankLogger
+from paddle_moe.logs import RankLogger
 from paddle_moe.params import random_expert, random_gate_weight
 
 NUM_BYTES = 256
@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--eager", action="store_true", help="a loop over the experts in plain Paddle, to compare with")
     add("--out", type=Path, default=Path("log/train_lm"), help="checkpoint, rank logs, picture")
     add("--save-every", type=int, default=100, help="steps between checkpoints")
-    add("--log-every", type=int, default=20, help="steps between lines, and events of the expert load")
+    add("--log-every", type=int, default=20, help="steps between lines, and events of each layer")
     add("--timeout", type=float, default=300.0, help="seconds to wait for a rank")
     arguments = parser.parse_args()
     for name in ("steps", "batch", "sequence", "layers", "heads", "save_every", "log_every"):
@@ -121,6 +121,7 @@ class EagerMoE(nn.Layer):
         self.gate_up = nn.ParameterList([self._parameter(gate_up) for gate_up, _ in weights])
         self.down = nn.ParameterList([self._parameter(down) for _, down in weights])
         self.top_k, self.balance_loss = top_k, balance_loss
+        self.logger: RankLogger | None = None
 
     def _parameter(self, value: np.ndarray) -> paddle.Tensor:
         return self.create_parameter(value.shape, default_initializer=nn.initializer.Assign(value))
@@ -130,6 +131,9 @@ class EagerMoE(nn.Layer):
         logits = tokens @ self.gate_weight
         weights, ids = F.softmax(logits).topk(self.top_k)
         weights = weights / weights.sum(-1, keepdim=True)
+        if self.logger is not None:
+            counts = np.bincount(ids.numpy().ravel(), minlength=len(self.down))
+            self.logger.event("moe_call", layer=self.full_name(), tokens_per_expert=counts, experts_min=0)
         output = paddle.zeros_like(tokens)
         for expert, (gate_up, down) in enumerate(zip(self.gate_up, self.down)):
             rows, slots = paddle.nonzero(ids == expert, as_tuple=True)
@@ -286,15 +290,19 @@ class Trainer:
         own = starts[self.parallel.dp_rank * share :][:share]
         return windows(self.training_text, own, self.arguments.sequence)
 
-    def step(self) -> tuple[float, list[paddle.Tensor]]:
-        loss, aux_loss, routing = self.model(*self.batch(len(self.losses)))
+    def step(self, logged: bool) -> float:
+        for block in self.model.blocks:
+            block.moe.logger = self.logger if logged else None
+        loss, aux_loss, _ = self.model(*self.batch(len(self.losses)))
+        for block in self.model.blocks:
+            block.moe.logger = None
         (loss + aux_loss).backward()
         paddle_moe.average_gradients(self.model.parameters(), self.parallel)
         self.optimizer.step()
         self.optimizer.clear_grad()
         self.schedule.step()
         mean = self.parallel.all_reduce(loss.detach(), "dp") / self.arguments.dp
-        return float(mean), routing
+        return float(mean)
 
     def run(self) -> None:
         """Trains up to --steps, with a checkpoint every --save-every steps and at the end."""
@@ -305,24 +313,17 @@ class Trainer:
         with progress_bar(title, arguments.steps) as advance:
             advance(done)
             while len(self.losses) < arguments.steps:
-                loss, routing = self.step()
+                logged = (len(self.losses) + 1) % arguments.log_every == 0
+                loss = self.step(logged)
                 self.losses.append(loss)
                 tokens += arguments.batch * arguments.sequence
                 step, speed = len(self.losses), tokens / (time.perf_counter() - started)
                 self.logger.event("step", step=step, loss=loss, tokens_per_second=speed)
                 advance(1, f"loss {loss:.3f}, {speed:,.0f} bytes/s")
-                if step % arguments.log_every == 0:
-                    self.log_load(step, routing)
-                    if not sys.stdout.isatty():
-                        self.say(f"step {step:>5}  loss {loss:.4f}  {speed:,.0f} bytes/s")
+                if logged and not sys.stdout.isatty():
+                    self.say(f"step {step:>5}  loss {loss:.4f}  {speed:,.0f} bytes/s")
                 if step % arguments.save_every == 0 or step == arguments.steps:
                     self.save()
-
-    def log_load(self, step: int, routing: list[paddle.Tensor]) -> None:
-        """One event for each layer: how many slots of this replica's tokens went to each expert."""
-        for layer, ids in enumerate(routing):
-            counts = np.bincount(ids.numpy().ravel(), minlength=self.arguments.experts)
-            self.logger.event("expert_load", step=step, layer=layer, tokens_per_expert=counts)
 
     @paddle.no_grad()
     def validate(self) -> tuple[float, np.ndarray]:
@@ -382,9 +383,8 @@ def main() -> None:
     arguments = parse_arguments()
     sizes = arguments.ep, arguments.tp, arguments.dp
     with paddle_moe.init_distributed(*sizes, timeout_seconds=arguments.timeout) as parallel:
-        prefix = DEFAULT_PREFIX if arguments.dp == 1 else f"dp_rank_{parallel.dp_rank}"
         logger = paddle_moe.get_rank_logger(
-            parallel.ep_rank, parallel.tp_rank, log_dir=arguments.out, prefix=prefix
+            parallel.ep_rank, parallel.tp_rank, dp_rank=parallel.dp_rank, log_dir=arguments.out
         )
         logger.propagate = False  # `say` prints what is for people
         parallel.log_failures_to(logger)

@@ -98,6 +98,20 @@ def test_names_and_line_format(get_logger, tmp_path):
     )
 
 
+def test_replicas_have_files_of_their_own(get_logger, tmp_path):
+    first, second = get_logger(0, 1), get_logger(0, 1, dp_rank=2)
+    assert second is not first and second.name == "moe_dp_rank_2_ep_rank_0_tp_rank1"
+    assert second.events_path == tmp_path / "test_logs_dp_rank_2_ep_rank_0_tp_rank_1.jsonl"
+    second.error("lost")
+    assert second.log_path.read_text().endswith(" [ERROR] dp_rank 2 ep_rank 0 tp_rank 1: lost\n")
+    assert read_events(second.events_path)[-1]["dp_rank"] == 2
+    summary = summarize(tmp_path)
+    assert [(rank.dp_rank, rank.ep_rank, rank.tp_rank) for rank in summary.ranks] == [(0, 0, 1), (2, 0, 1)]
+    assert summary.errors == ["dp_rank 2 ep_rank 0 tp_rank 1: lost"]
+    with pytest.raises(ValueError, match="dp_rank: expected an integer"):
+        get_logger(0, 0, dp_rank=-1)
+
+
 def test_prefix_and_new_directory(get_logger, tmp_path):
     logger = get_logger(0, 0, log_dir=tmp_path / "a" / "b", prefix="train")
     assert logger.log_path == tmp_path / "a" / "b" / "train_ep_rank_0_tp_rank_0.log"
@@ -255,6 +269,19 @@ def test_tp_ranks_repeat_tokens_that_count_once(tmp_path):
         (1, 1, 4, (2, 4)),
     ]
     assert summary.ranks[0].kernel_ms == 2.0 and summary.ranks[0].collective_ms == 1.0
+
+
+def test_replicas_have_tokens_of_their_own(tmp_path, capsys):
+    for dp_rank, prefix in enumerate(("test_logs", "test_logs_dp_rank_1")):
+        for rank in range(4):
+            written = start(1.0, rank=4 * dp_rank + rank, world_size=8), call([1 + dp_rank], rank // 2)
+            write_events(tmp_path, rank // 2, rank % 2, *written, prefix=prefix)
+    summary = summarize(tmp_path)
+    assert summary.layers[0].tokens_per_expert == {0: 3, 1: 3} and summary.missing_ranks == []
+    print_summary(summary)
+    save_picture(summary, tmp_path / "picture.png")
+    places = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert places.count(["1", "1", "0"]) == 1
 
 
 def test_load_comes_from_the_tp_rank_that_lived_longest(tmp_path):

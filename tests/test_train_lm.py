@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launcher import environment, launch
 from launcher import start as start_job
 
-from paddle_moe import init_distributed
+from paddle_moe import init_distributed, logs
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_lm.py"
 STEPS = 24
@@ -67,7 +67,7 @@ def test_it_learns_and_reports(uninterrupted):
     assert f"{result['validation_loss']:.3f} nats per byte" in printed
     assert f"step {STEPS:>5}  loss {result['losses'][-1]:.4f}" in printed
     assert (out / "loss.png").stat().st_size > 10_000
-    loads = events(out, "expert_load")
+    loads = events(out, "moe_call")
     assert len(loads) == 2 * (STEPS // 4)
     assert {sum(load["tokens_per_expert"]) for load in loads} == {2 * 4 * 32}
 
@@ -114,6 +114,11 @@ def test_a_grid_goes_on_with_the_losses_of_one_process(uninterrupted, killed, tm
     result = json.loads((tmp_path / "grid" / "result.json").read_text())
     np.testing.assert_allclose(result["losses"], expected["losses"], rtol=1e-3)
     assert result["losses"] != expected["losses"], "the grid adds in another order"
+    summary = logs.summarize(logs.load_events(tmp_path / "grid"))
+    assert [(rank.dp_rank, rank.ep_rank) for rank in summary.ranks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert summary.missing_ranks == [] and len(summary.layers) == 2
+    slots = 2 * 4 * 32 * summary.ranks[0].calls // 2
+    assert slots > 0 and {sum(one.tokens_per_expert.values()) for one in summary.layers} == {slots}
 
 
 def test_a_killed_grid_goes_on_with_the_same_bits(uninterrupted, tmp_path):
