@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from launcher import RUN_MOE, WORKERS, environment, launch
@@ -71,3 +73,19 @@ def test_finds_a_rank_that_skips_an_all_reduce(tmp_path):
     for path in tmp_path.glob("*_ep_rank_*.jsonl"):
         last = json.loads(path.read_text().splitlines()[-1])
         assert last["event"] == "error" and where in last["message"]
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_cn.md"])
+def test_the_script_in_the_readme(readme, tmp_path):
+    text = (Path(__file__).parents[2] / readme).read_text()
+    (code,) = [block for block in text.split("```python\n")[1:] if "with init_distributed(" in block]
+    script = tmp_path / "own.py"
+    script.write_text(code.partition("```")[0])
+    job = launch(tmp_path / "logs", script, ranks=4)
+    assert job.returncode == 0, job
+    said = [
+        re.search(r"^rank (\d) has the experts (\S+): (-?\d+\.\d{3})$", log, re.M).groups()
+        for log in job.logs
+    ]
+    assert [one[:2] for one in said] == [("0", "0..3"), ("1", "0..3"), ("2", "4..7"), ("3", "4..7")]
+    assert len({one[2] for one in said}) == 1, said
