@@ -1,4 +1,4 @@
-"""Starts real jobs with paddle.distributed.launch and ends all of their processes within a time limit."""
+"""Starts real jobs and ends all of their processes within a time limit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ def start(
     launch_options: Sequence[str] = (),
     command_prefix: Sequence[str] = (),
 ) -> subprocess.Popen:
-    """Starts `ranks` processes on this host; the launcher's output goes to log_dir/launcher."""
+    """paddle.distributed.launch with `ranks` processes on this host; its output goes to log_dir/launcher."""
     command = [
         *command_prefix,
         sys.executable,
@@ -55,16 +56,25 @@ def start(
         str(ranks),
     ]
     command += ["--log_dir", str(log_dir), *launch_options, str(script), *map(str, arguments)]
-    return spawn(command, log_dir, environment())
-
-
-def spawn(command: Sequence[str], log_dir: Path, variables: dict[str, str]) -> subprocess.Popen:
-    """Starts a command in a process group of its own."""
     log_dir.mkdir(parents=True, exist_ok=True)
-    with open(log_dir / "launcher", "w") as output:
+    return spawn(command, log_dir / "launcher", environment())
+
+
+def spawn(command: Sequence[str], output: Path, variables: dict[str, str]) -> subprocess.Popen:
+    """Starts a command in a process group of its own."""
+    with open(output, "w") as file:
         return subprocess.Popen(
-            command, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
+
+
+def kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def read_logs(log_dir: Path) -> list[str]:
+    return [path.read_text() for path in sorted(log_dir.glob("workerlog.*"))]
 
 
 def finish(process: subprocess.Popen, log_dir: Path, seconds: float) -> Job:
@@ -76,14 +86,45 @@ def finish(process: subprocess.Popen, log_dir: Path, seconds: float) -> Job:
     except subprocess.TimeoutExpired:
         returncode, timed_out = -signal.SIGKILL, True
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    logs = [path.read_text() for path in sorted(log_dir.glob("workerlog.*"))]
-    job = Job(returncode, time.monotonic() - started, logs, (log_dir / "launcher").read_text())
+        kill(process)
+    output = (log_dir / "launcher").read_text()
+    job = Job(returncode, time.monotonic() - started, read_logs(log_dir), output)
     assert not timed_out, f"the job did not end within {seconds} s: {job}"
     return job
 
 
 def launch(log_dir: Path, script: Path, *arguments: object, ranks: int, seconds: float = 120) -> Job:
-    """Runs a job on this host from start to end."""
-    return finish(start(log_dir, script, *arguments, ranks=ranks), log_dir, seconds)
+    """Runs a job on this host from start to end.
+
+    It starts the ranks as paddle.distributed.launch does, but at once: that one takes three seconds more.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as taken:
+        sockets = [taken.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(ranks + 1)]
+        master, *endpoints = (f"127.0.0.1:{one.getsockname()[1]}" for one in sockets)
+    started = time.monotonic()
+    end = started + seconds
+    processes = []
+    try:
+        for rank, endpoint in enumerate(endpoints):
+            variables = {
+                "PADDLE_MASTER": master,
+                "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
+                "PADDLE_CURRENT_ENDPOINT": endpoint,
+                "PADDLE_TRAINER_ID": str(rank),
+                "PADDLE_TRAINERS_NUM": str(ranks),
+                "PADDLE_LOCAL_SIZE": str(ranks),
+                "PADDLE_LOG_DIR": str(log_dir),
+            }
+            command = [sys.executable, "-u", str(script), *map(str, arguments)]
+            processes.append(spawn(command, log_dir / f"workerlog.{rank}", {**environment(), **variables}))
+        while None in (codes := [process.poll() for process in processes]) and time.monotonic() < end:
+            if any(codes):  # a moment for the others to notice
+                end = min(end, time.monotonic() + 5)
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            kill(process)
+    job = Job(next(filter(None, codes), 0), time.monotonic() - started, read_logs(log_dir), "")
+    assert any(codes) or None not in codes, f"the job did not end within {seconds} s: {job}"
+    return job

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
 from checks import relative_l2
+from launcher import WORKERS, launch
 from layer_cases import (
     EVERYTHING,
     EXPERTS,
@@ -25,7 +22,6 @@ from layer_cases import (
     tokens,
 )
 
-import paddle_moe
 from paddle_moe.layers import FusedMoE
 
 # Relative L2. Each rank rounds its partial sum, and so does each addition unless it runs in fp32.
@@ -37,14 +33,9 @@ def job(request, tmp_path_factory):
     """(directory, results of each rank) of one job of four processes."""
     ep_size, tp_size = request.param
     directory = tmp_path_factory.mktemp(f"ep{ep_size}_tp{tp_size}")
-    worker = Path(__file__).parent / "workers" / "fused_moe_layer.py"
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    environment.update(PADDLE_DISTRI_BACKEND="gloo", PYTHONPATH=str(Path(paddle_moe.__file__).parents[1]))
-    launch = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "4"]
-    launch += ["--log_dir", str(directory / "logs"), str(worker), str(ep_size), str(tp_size), str(directory)]
-    done = subprocess.run(launch, env=environment, timeout=300, capture_output=True, text=True)
-    logs = "\n".join(path.read_text() for path in sorted((directory / "logs").glob("workerlog.*")))
-    assert done.returncode == 0, done.stderr + logs
+    worker = WORKERS / "fused_moe_layer.py"
+    done = launch(directory / "logs", worker, ep_size, tp_size, directory, ranks=4, seconds=300)
+    assert done.returncode == 0, done
     return directory, [dict(np.load(directory / f"rank_{rank}.npz")) for rank in range(4)]
 
 

@@ -127,7 +127,8 @@ def test_hosts_whose_own_name_is_a_loopback_address(two_hosts):
         }
         command = [*host.command_prefix, sys.executable, str(WORKERS / "groups.py"), "2", "2", "quick"]
         directory = host.directory / str(rank)
-        running.append((spawn(command, directory, {**environment(), **variables}), directory))
+        directory.mkdir()
+        running.append((spawn(command, directory / "launcher", {**environment(), **variables}), directory))
     for process, directory in running:
         job = finish(process, directory, 120)
         assert job.returncode == 0 and "all checks passed" in job.output, str(job)
