@@ -15,14 +15,16 @@ from pathlib import Path
 
 import pytest
 
+from paddle_moe import core
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 INPUTS = ["csrc", "paddle_moe", "tests/cpp", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md"]
 INPUTS += ["pyproject.toml", "scripts", "setup.py"]
 LEFTOVERS = shutil.ignore_patterns("*.so", "__pycache__")
 
 
-# The builds of these tests are for the CPU alone; test_cuda_build.py has those with CUDA.
-ENVIRONMENT = {**os.environ, "PADDLE_MOE_CUDA": "0"}
+# As the installed package was built: then its objects in build/ are good for these builds too.
+ENVIRONMENT = {**os.environ, "PADDLE_MOE_CUDA": str(int(core._core.has_cuda()))}
 
 
 def run(*command, **options) -> str:
@@ -93,7 +95,10 @@ class Environment:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    return copy_of_the_tree(tmp_path_factory.mktemp("tree"))
+    tree = copy_of_the_tree(tmp_path_factory.mktemp("tree"))
+    for objects in REPOSITORY.glob("build/paddle-*/temp.*"):
+        shutil.copytree(objects, tree / objects.relative_to(REPOSITORY))
+    return tree
 
 
 @pytest.fixture(scope="module")
