@@ -230,6 +230,7 @@ class BuildExtension(build_ext):
     def build_extensions(self) -> None:
         compile_only_what_changed(self.compiler)
         self.force = self.compiler.force = True  # else it would not link when only the static library changed
+        self.parallel = self.parallel or len(self.extensions)  # each is one source that takes half a minute
         super().build_extensions()
 
 
