@@ -23,32 +23,37 @@ def build(directory, *targets: str, **options: str) -> None:
     run([*cmake_tool("cmake"), "--build", directory, "--parallel", "2", "--target", *targets], 600)
 
 
-CPP_CHECKS = [f"emulated_{path.stem}" for path in sorted((ROOT / "tests/cuda_emulator").glob("test_*.cc"))]
+CPU_CHECKS = [path.stem for path in sorted((ROOT / "tests/cpp").glob("test_*.cc"))]
+CUDA_CHECKS = [f"emulated_{path.stem}" for path in sorted((ROOT / "tests/cuda_emulator").glob("test_*.cc"))]
 
 
-def run_cpp_checks(directory: str) -> None:
-    options = ["--tests-regex", "emulated_", "--output-on-failure", "--timeout", "400", "--no-tests=error"]
-    run([*cmake_tool("ctest"), "--test-dir", directory, *options], 500)
+def run_cpp_checks(directory: str, checks: list[str]) -> None:
+    options = ["--tests-regex", f"^({'|'.join(checks)})$", "--output-on-failure", "--timeout", "400"]
+    options += ["--parallel", "2"]
+    done = run([*cmake_tool("ctest"), "--test-dir", directory, *options], 500)
+    assert f"100% tests passed, 0 tests failed out of {len(checks)}" in done
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory) -> str:
-    """A build of the C++ checks, and of paddle_moe._core linked with the emulated kernels."""
+    """A build of all C++ checks, and of paddle_moe._core linked with the emulated kernels."""
     directory = str(tmp_path_factory.mktemp("emulated"))
-    build(directory, "core_emulated", *CPP_CHECKS)
+    build(directory, "core_emulated", *CPU_CHECKS, *CUDA_CHECKS)
     return directory
 
 
 @pytest.mark.timeout(1200)
-def test_cpp_checks(emulated):
-    run_cpp_checks(emulated)
+@pytest.mark.parametrize("checks", [CPU_CHECKS, CUDA_CHECKS], ids=["cpu", "cuda"])
+def test_cpp_checks(emulated, checks):
+    """Those of the CPU are here because they can be built along; test_sanitizers.py has them too."""
+    run_cpp_checks(emulated, checks)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_cpp_checks_under_the_address_sanitizer(tmp_path):
-    build(str(tmp_path), *CPP_CHECKS, PADDLE_MOE_SANITIZE="address", CMAKE_CXX_FLAGS_RELEASE="-O1")
-    run_cpp_checks(str(tmp_path))
+    build(str(tmp_path), *CUDA_CHECKS, PADDLE_MOE_SANITIZE="address", CMAKE_CXX_FLAGS_RELEASE="-O1")
+    run_cpp_checks(str(tmp_path), CUDA_CHECKS)
 
 
 @pytest.fixture(scope="module")
