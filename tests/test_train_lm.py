@@ -48,6 +48,18 @@ def train(out: Path, *options: object) -> tuple[dict, str]:
     return json.loads((out / "result.json").read_text()), printed
 
 
+@pytest.fixture
+def train_here(monkeypatch, capsys):
+    """train in this process, which has imported Paddle already."""
+
+    def train(out: Path, *options: str) -> tuple[dict, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, "--out", str(out), *options])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return json.loads((out / "result.json").read_text()), capsys.readouterr().out
+
+    return train
+
+
 def events(out: Path, name: str) -> list[dict]:
     lines = [line for path in out.glob("*.jsonl") for line in path.read_text().splitlines()]
     return [event for event in map(json.loads, lines) if event["event"] == name]
@@ -170,14 +182,14 @@ def test_another_run_is_not_gone_on_with(uninterrupted, tmp_path, monkeypatch):
     assert len(resume()) == 1
 
 
-def test_nothing_is_left_to_do(uninterrupted):
+def test_nothing_is_left_to_do(uninterrupted, train_here):
     out, expected, _ = uninterrupted
-    result, printed = train(out)
+    result, printed = train_here(out)
     assert f"at step {STEPS}\n" in printed and result == expected
 
 
-def test_the_loop_over_experts_is_the_same_model(uninterrupted, tmp_path):
-    result, _ = train(tmp_path, "--eager")
+def test_the_loop_over_experts_is_the_same_model(uninterrupted, train_here, tmp_path):
+    result, _ = train_here(tmp_path, "--eager")
     _, expected, _ = uninterrupted
     np.testing.assert_allclose(result["losses"], expected["losses"], rtol=1e-3)
     np.testing.assert_allclose(result["losses"][:5], expected["losses"][:5], rtol=1e-6)
