@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -113,24 +114,45 @@ def test_the_operators_hold_the_instructions_they_are_fast_by():
         assert not missing, f"{file.name} has no {', '.join(missing)} for {architecture}"
 
 
+def cmake(*arguments: str) -> None:
+    command = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), SEARCH_PATH]))
+    if command is None:
+        pytest.skip("no cmake found (pip install cmake)")
+    done = subprocess.run(
+        [command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=800
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def configure(build: Path, *options: str) -> None:
+    options = ("-DPADDLE_MOE_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}", *options)
+    cmake("-S", str(REPOSITORY), "-B", str(build), *options)
+
+
 @needs_nvcc
-@pytest.mark.skipif(not core._core.has_cuda(), reason="paddle_moe was built without CUDA")
+def test_cmake_compiles_for_what_setup_py_does(tmp_path):
+    configure(tmp_path, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    targets = {
+        Path(one["file"]).name: re.findall(r"-gencode=arch=(\w+),code=(\w+)", one["command"])
+        for one in commands
+        if one["file"].endswith(".cu")
+    }
+    assert {*targets} == {path.name for path in REPOSITORY.glob("csrc/cuda/*.cu")}
+    hopper = ("compute_90a", "sm_90a")
+    everything = [("compute_80", "sm_80"), hopper, ("compute_80", "compute_80")]
+    for name, found in targets.items():
+        assert found == ([hopper] if name.endswith("_sm90.cu") else everything), name
+
+
+@pytest.mark.slow
+@needs_nvcc
 @pytest.mark.timeout(900)
 def test_cmake_builds_the_core_with_cuda(tmp_path):
-    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), SEARCH_PATH]))
-    if cmake is None:
-        pytest.skip("no cmake found (pip install cmake)")
-    build, package = str(tmp_path / "build"), tmp_path / "package"
-    options = ["-DPADDLE_MOE_CUDA=ON", "-DPADDLE_MOE_CUDA_ARCHS=90a"]  # one of them, in half the time
-    for command in (
-        ["-S", str(REPOSITORY), "-B", build, f"-DPython_EXECUTABLE={sys.executable}", *options],
-        ["--build", build, "--target", "_core", "--parallel", "2"],
-        ["--install", build, "--prefix", str(package)],
-    ):
-        done = subprocess.run(
-            [cmake, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=800
-        )
-        assert done.returncode == 0, done.stdout
+    build, package = tmp_path / "build", tmp_path / "package"
+    configure(build, "-DPADDLE_MOE_CUDA_ARCHS=90a")  # one of them, in half the time
+    cmake("--build", str(build), "--target", "_core", "--parallel", "2")
+    cmake("--install", str(build), "--prefix", str(package))
     code = "from paddle_moe import core; print(core.__file__, core._core.has_cuda())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(package)},
