@@ -10,7 +10,7 @@ import sys
 
 import checks
 import pytest
-from test_sanitizers import ROOT, cmake_tool, run
+from test_sanitizers import ROOT, cmake_tool, run, unused_isas
 
 # Not about the back end, or about threads and instruction sets that it does not have.
 LEFT_OUT = "paddle or thread or instruction_set or forked"
@@ -18,7 +18,7 @@ LEFT_OUT = "paddle or thread or instruction_set or forked"
 
 def build(directory, *targets: str, **options: str) -> None:
     definitions = [f"-D{name}={value}" for name, value in options.items()]
-    definitions += ["-DPADDLE_MOE_EMULATE_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    definitions += ["-DPADDLE_MOE_EMULATE_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}", unused_isas()]
     run([*cmake_tool("cmake"), "-S", ".", "-B", directory, *definitions], 60)
     run([*cmake_tool("cmake"), "--build", directory, "--parallel", "2", "--target", *targets], 600)
 

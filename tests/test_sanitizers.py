@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from paddle_moe import core
+
 ROOT = Path(__file__).parent.parent
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=1:strict_init_order=1",
@@ -31,6 +33,12 @@ def cmake_tool(name: str) -> list[str]:
     return [sys.executable, "-c", f"import sys, cmake; sys.exit(cmake.{name}())"]
 
 
+def unused_isas() -> str:
+    """The option of CMake that compiles quickly what this processor cannot run."""
+    every = {path.stem.partition("_")[2] for path in ROOT.glob("csrc/cpu/kernels_*.cc")}
+    return f"-DPADDLE_MOE_UNUSED_ISAS={';'.join(sorted(every - {*core.available_isas()}))}"
+
+
 def run(command: list[str], timeout: int) -> str:
     result = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **OPTIONS}, timeout=timeout, text=True,
@@ -46,7 +54,7 @@ def test_cpp_checks(tmp_path, sanitizer):
     """address includes undefined behaviour; thread checks the pool and the queue of tasks."""
     build = str(tmp_path / "build")
     options = [f"-DPADDLE_MOE_SANITIZE={sanitizer}", f"-DPython_EXECUTABLE={sys.executable}"]
-    options.append("-DCMAKE_CXX_FLAGS_RELEASE=-O1")  # compiles in half the time
+    options += ["-DCMAKE_CXX_FLAGS_RELEASE=-O1", unused_isas()]  # compiles in a third of the time
     run([*cmake_tool("cmake"), "-S", ".", "-B", build, *options], timeout=60)
     run([*cmake_tool("cmake"), "--build", build, "--parallel", "2"], timeout=400)
     ctest = [*cmake_tool("ctest"), "--test-dir", build, "--output-on-failure", "--timeout", "120"]
