@@ -74,7 +74,10 @@ def test_one_rank_needs_no_launcher():
         init_distributed(timeout_seconds=0)
 
 
-@pytest.mark.parametrize(("ep_size", "tp_size"), [(4, 1), (1, 4), (2, 2), (4, 2)])
+EIGHT = pytest.param(4, 2, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("ep_size", "tp_size"), [(4, 1), (1, 4), (2, 2), EIGHT])
 def test_groups_of_real_ranks(ep_size, tp_size, tmp_path):
     job = launch(tmp_path, WORKERS / "groups.py", ep_size, tp_size, ranks=ep_size * tp_size)
     assert job.returncode == 0, str(job)

@@ -10,7 +10,7 @@ from pathlib import Path
 import paddle
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from checkpoint_cases import LAYOUT, Model, assert_loaded, fill_moments, make_optimizer
+from checkpoint_cases import LAYOUT, ThreeExperts, assert_loaded, fill_moments, make_optimizer
 from layer_cases import HIDDEN
 
 from paddle_moe import init_distributed, load_checkpoint, load_moe_weights, save_checkpoint, save_moe_weights
@@ -19,7 +19,7 @@ from paddle_moe.tensor_files import CheckpointError
 
 ep_size, tp_size, dp_size = map(int, sys.argv[1:4])
 dispatch, source, target = sys.argv[4], sys.argv[5], Path(sys.argv[6])
-Model = partial(Model, dispatch=dispatch)
+Model = partial(ThreeExperts, dispatch=dispatch)
 own = init_distributed(ep_size, tp_size, dp_size, timeout_seconds=60)
 # As users of fleet have it: groups from elsewhere, no watchdog.
 foreign = ParallelContext.from_groups(own.ep_group, own.tp_group, dp_group=own.dp_group)
