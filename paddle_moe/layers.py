@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 import numpy as np
 import paddle
 from paddle import nn
 
-from paddle_moe import functional
-from paddle_moe._options import integer
+from paddle_moe import _core, functional
+from paddle_moe._options import experts_options, integer
 from paddle_moe.all_to_all import all_to_all_experts
 from paddle_moe.collectives import enter_shards, leave_shards, no_contribution
 from paddle_moe.params import (
@@ -28,6 +29,9 @@ from paddle_moe.router import Router
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
     from paddle_moe.logs import RankLogger
+
+
+T = TypeVar("T")
 
 
 def _now(tensor: paddle.Tensor) -> float:
@@ -48,6 +52,7 @@ class _Partial:
     output: paddle.Tensor  # [T, H]
     amax: paddle.Tensor | None  # [E_l], where it was asked for
     ids: paddle.Tensor  # the routing table that they saw
+    exchange_seconds: float = 0.0  # of an all-to-all, where there is a logger: what no computation hid
 
 
 class _OwnExperts:
@@ -121,14 +126,17 @@ class FusedMoE(nn.Layer):
         dtype: of the expert weights and the hidden states; None: paddle.get_default_dtype().
         gate_dtype: of the gate weights, "float32" or dtype.
         seed: weights are drawn per expert from it, so that the shards of any grid assemble to the same
-            dense layer. Give the layers of one model different seeds. None: zeros, for weights that are
-            loaded later.
+            dense layer. "own": 0 for the first layer that this process makes so, 1 for the second and so on;
+            the same on all ranks that make the same layers, those without `parallel` counted apart. None:
+            zeros, for weights that are loaded later.
         logger: a RankLogger (also assignable as layer.logger). Each forward then writes a "moe_call"
             event, which counts tokens on the host and waits for the device.
 
     Raises:
         ValueError: an argument is out of its range, or does not fit another one.
     """
+
+    _own_seeds = {False: itertools.count(), True: itertools.count()}  # of layers that are parallel
 
     def __init__(
         self,
@@ -167,7 +175,7 @@ class FusedMoE(nn.Layer):
         chunk_size: int = 0,
         dtype: str | None = None,
         gate_dtype: str = "float32",
-        seed: int | None = 0,
+        seed: int | str | None = "own",
         logger: RankLogger | None = None,
     ):
         super().__init__()
@@ -195,6 +203,10 @@ class FusedMoE(nn.Layer):
             raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}")
         if gate_dtype not in ("float32", dtype):
             raise ValueError(f"gate_dtype must be 'float32' or dtype = {dtype!r}, got {gate_dtype!r}")
+        if seed == "own":
+            seed = next(self._own_seeds[parallel is not None])
+        elif seed is not None and integer("seed", seed) < 0:
+            raise ValueError(f"seed must be at least 0, 'own' or None, got {seed}")
 
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.num_experts, self.top_k = num_experts, top_k
@@ -230,6 +242,17 @@ class FusedMoE(nn.Layer):
             parallel=parallel,
             same_tokens="tp" if dispatch == "alltoall" else "grid",
             replicas=("dp", "ep") if dispatch == "alltoall" else ("dp",),
+        )
+        # Options that the operator would refuse are refused before there are weights.
+        _core.Experts(
+            _core.Spec(dtype, [-1, hidden_size]),
+            _core.Spec("int32", [-1, top_k]),
+            _core.Spec("float32", [-1, top_k]),
+            [_core.Spec(dtype, [1, hidden_size, 2 * intermediate_size])],
+            [_core.Spec(dtype, [1, intermediate_size, hidden_size])],
+            None,
+            None,
+            *experts_options(False, activation, 0, None, chunk_size, False),
         )
         self._has_down_bias = down_bias
         self.parallel, self.logger = parallel, logger
@@ -491,22 +514,37 @@ class FusedMoE(nn.Layer):
         if self.dispatch == "alltoall" and self.ep_size > 1:
             own_experts = _OwnExperts(self, measure)
             ranges = [shard_range(self.num_experts, rank, self.ep_size) for rank in range(self.ep_size)]
-            routed, shared = all_to_all_experts(
+            seconds = {"all": 0.0, "experts": 0.0, "shared": 0.0}
+            routed, shared = self._watched(all_to_all_experts, seconds, "all")(
                 hidden_states,
                 routing_table,
                 router_weights,
-                own_experts,
+                self._watched(own_experts, seconds, "experts"),
                 ranges,
                 self.parallel,
-                shared_output,
+                self._watched(shared_output, seconds, "shared"),
             )
             amax, ids = own_experts.amax, own_experts.ids
+            exchange_seconds = seconds["all"] - seconds["experts"] - seconds["shared"]
         else:
             routed, amax = self._routed_output(hidden_states, routing_table, router_weights, measure)
-            shared, ids = shared_output(), routing_table
+            shared, ids, exchange_seconds = shared_output(), routing_table, 0.0
         if shared is not None:  # in fp32, also because the CPU has no half-precision addition
             routed = routed.astype("float32") + shared.astype("float32")
-        return _Partial(routed.astype(dtype), amax, ids)
+        return _Partial(routed.astype(dtype), amax, ids, exchange_seconds)
+
+    def _watched(self, function: Callable[..., T], seconds: dict[str, float], name: str) -> Callable[..., T]:
+        """`function`; where there is a logger, what a call takes is added to `seconds`."""
+        if self.logger is None:
+            return function
+
+        def call(*arguments: Any) -> T:
+            started = _now(self.gate_weight)
+            result = function(*arguments)
+            seconds[name] += _now(self.gate_weight) - started
+            return result
+
+        return call
 
     def _routed_output(
         self,
@@ -684,8 +722,8 @@ class FusedMoE(nn.Layer):
             num_tokens=tokens.shape[0],
             tokens_per_expert=np.bincount(slots, minlength=experts).tolist(),
             experts_min=self.experts_min,
-            kernel_ms=1e3 * (computed - started),
-            collective_ms=1e3 * (reduced - computed),
+            kernel_ms=1e3 * (computed - started - partial.exchange_seconds),
+            collective_ms=1e3 * (reduced - computed + partial.exchange_seconds),
         )
         return output, partial.amax
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import paddle
 from paddle import _C_ops
 
-from paddle_moe import functional
-from paddle_moe._options import integer
+from paddle_moe import _core, functional
+from paddle_moe._options import integer, route_options
 from paddle_moe.losses import load_balancing_loss, router_z_loss
 from paddle_moe.policies import balanced_correction_bias, check_capacity, count_ids, jitter, limit_capacity
 
@@ -31,7 +31,7 @@ class Router:
         Everything else: as in FusedMoE.
 
     Raises:
-        ValueError: an option is out of its range. functional.route checks the route_options.
+        ValueError: an option is out of its range.
     """
 
     num_experts: int
@@ -53,6 +53,11 @@ class Router:
             raise ValueError(
                 f"top_k must be between 1 and num_experts = {self.num_experts}, got {self.top_k}"
             )
+        _core.Route(
+            _core.Spec("float32", [-1, self.num_experts]),
+            None,
+            *route_options(self.top_k, **self.route_options),
+        )
         if self.balance_loss not in ("batch", "sequence", "global"):
             raise ValueError(
                 f"balance_loss must be 'batch', 'sequence' or 'global', got {self.balance_loss!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -247,10 +248,26 @@ def test_drawn_weights_are_the_slices_of_the_dense_layer(shard, dtype):
         np.testing.assert_array_equal(value.numpy(), cut.state_dict()[name].numpy(), err_msg=name)
 
 
-def test_seeds_differ():
-    first, second = (FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, seed=seed) for seed in (0, 1))
+@pytest.mark.parametrize("seeds", [(0, 1), ("own", "own")])
+def test_seeds_differ(seeds):
+    first, second = (FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, seed=seed) for seed in seeds)
     for name, value in first.state_dict().items():
         assert (value.numpy() != second.state_dict()[name].numpy()).any()
+
+
+def test_ranks_that_make_the_same_layers_have_the_same_seeds(monkeypatch):
+    """Also where one of them makes a layer without `parallel` besides."""
+    drawn = {}
+    for rank in range(2):
+        monkeypatch.setattr(FusedMoE, "_own_seeds", {False: itertools.count(), True: itertools.count()})
+        layers = []
+        for _ in range(2):
+            if rank == 0:
+                FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K)
+            layers.append(FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, parallel=Shard(rank, 2, 0, 1)))
+        drawn[rank] = [layer.gate_weight.numpy() for layer in layers]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert (drawn[0][0] != drawn[0][1]).any()
 
 
 def test_state_dict_of_a_rank_without_experts():
@@ -279,6 +296,12 @@ def test_state_dict_of_a_rank_without_experts():
         (dict(shared_gate=True), "shared_gate=True needs a shared expert"),
         (dict(dtype="float64"), "dtype must be 'float32', 'bfloat16' or 'float16', got 'float64'"),
         (dict(gate_dtype="float16"), "gate_dtype must be 'float32' or dtype = 'float32', got 'float16'"),
+        (dict(seed=-1), "seed must be at least 0, 'own' or None, got -1"),
+        (dict(seed="mine"), "seed must be an integer, got 'mine'"),
+        (dict(activation="swish"), "activation must be one of silu, .* got 'swish'"),
+        (dict(chunk_size=-1), "chunk_size must be at least 0"),
+        (dict(scoring="max"), "scoring must be one of softmax, sigmoid, softmax_topk, got 'max'"),
+        (dict(num_groups=2), "num_groups must divide the number of experts 5, got 2"),
         (dict(parallel=Shard(0, 1, 0, 11)), "intermediate_size must be at least tp_size = 11, got 10"),
     ],
 )
@@ -316,5 +339,3 @@ def test_forward_errors():
         layer(x[:, :5])
     with pytest.raises(ValueError, match="routing_table"):
         layer(x, ids[:3], paddle.zeros([3, TOP_K]))
-    with pytest.raises(ValueError, match="chunk_size must be at least 0"):
-        FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, chunk_size=-1)(x)

@@ -83,6 +83,13 @@ def test_other_work_runs_while_rows_travel(job):
     assert all(results["overlapped"] for results in ranks)
 
 
+def test_a_rank_that_waits_logs_collective_time(job):
+    _, _, ranks = job
+    for rank, results in enumerate(ranks):
+        kernel, collective = results["logged seconds"]
+        assert kernel >= 0 and (rank == 0 or collective > 0.5 > kernel), (rank, kernel, collective)
+
+
 @pytest.mark.parametrize("size", range(1, 18))
 def test_meeting_order(size):
     """Each pair meets once, both at the same time."""
