@@ -23,7 +23,8 @@ import random
 import re
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ from paddle.optimizer.lr import LRScheduler
 from safetensors import SafetensorError, safe_open
 
 from paddle_moe.compat.safetensors_paddle import save_file
+from paddle_moe.integrations.blocks import MoEBlock
 from paddle_moe.layers import FusedMoE
 from paddle_moe.params import Part
 from paddle_moe.tensor_files import (
@@ -79,12 +81,12 @@ def _unwrapped(model: nn.Layer) -> nn.Layer:
 
 def parallel_of(model: nn.Layer, parallel: ParallelContext | None) -> ParallelContext | None:
     for layer in model.sublayers(include_self=True):
-        if isinstance(layer, FusedMoE) and layer.parallel is not None:
+        if isinstance(layer, (FusedMoE, MoEBlock)) and layer.parallel is not None:
             parallel = parallel or layer.parallel
             if layer.parallel is not parallel:
                 raise ValueError(
-                    "parallel must be the context of every FusedMoE layer of model, and is not that of "
-                    f"{layer.full_name()}; make all layers with one context, and pass that or None"
+                    "parallel must be the context of every layer of model that is split over ranks, and"
+                    f" is not that of {layer.full_name()}; use one for all, and pass that or None"
                 )
     if parallel is None and paddle.distributed.get_world_size() > 1:
         raise ValueError(
@@ -94,11 +96,24 @@ def parallel_of(model: nn.Layer, parallel: ParallelContext | None) -> ParallelCo
     return parallel
 
 
-def _holdings(model: nn.Layer) -> dict[str, tuple[paddle.Tensor | None, Part, Part]]:
-    """{name: (tensor, the part that it is, the whole)} of parameters and buffers, a shared one once.
+@dataclass(frozen=True)
+class _Holding:
+    """A tensor of this rank, None where only other ranks hold a part; the part that it is; the whole.
 
-    The tensor is None where only other ranks hold a part.
+    alone: no other EP rank has it, so this rank writes it though it is the whole.
     """
+
+    tensor: paddle.Tensor | None
+    part: Part
+    whole: Part
+    alone: bool = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.tensor, self.part, self.whole))
+
+
+def _holdings(model: nn.Layer) -> dict[str, _Holding]:
+    """By name, of parameters and buffers, a shared one once."""
     holdings = {}
     for prefix, layer in model.named_sublayers(include_self=True):
         if isinstance(layer, FusedMoE):
@@ -107,28 +122,58 @@ def _holdings(model: nn.Layer) -> dict[str, tuple[paddle.Tensor | None, Part, Pa
                 name, tensor = f"{prefix}.{attribute}".lstrip("."), getattr(layer, attribute)
                 if tensor is not None and list(tensor.shape) != part.shape:
                     raise ValueError(f"model: {name} should have the shape {part.shape}, got {tensor.shape}")
-                holdings[name] = tensor, part, dense[attribute]
+                holdings[name] = _Holding(tensor, part, dense[attribute])
+        elif isinstance(layer, MoEBlock):
+            here = {id(tensor) for tensor in layer.state_dict().values()}
+            for attribute, one in layer.named_slices().items():
+                tensor = one.parameter if id(one.parameter) in here else None
+                first, end = one.whole.ranges.get("E", (0, 0))
+                alone = one.shared_by == "grid" and end - first == 1  # an expert of a list
+                holdings[f"{prefix}.{attribute}".lstrip(".")] = _Holding(tensor, one.part, one.whole, alone)
     seen = {id(tensor) for tensor, _, _ in holdings.values()}
     for name, tensor in model.state_dict().items():
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
         if getattr(tensor, "is_distributed", False) or hasattr(tensor, "shard_group"):
-            raise ValueError(f"model: {name} is split over ranks, which is supported in FusedMoE layers only")
-        holdings[name] = tensor, *[Part.whole(tensor.shape)] * 2
+            raise ValueError(
+                f"model: {name} is split over ranks, which is supported in FusedMoE layers and in blocks of"
+                " accelerate only"
+            )
+        holdings[name] = _Holding(tensor, *[Part.whole(tensor.shape)] * 2)
     return holdings
 
 
-def _optimizer_holdings(
-    optimizer: paddle.optimizer.Optimizer, holdings: Mapping[str, tuple[paddle.Tensor | None, Part, Part]]
-) -> dict[str, tuple[paddle.Tensor | None, Part, Part]]:
-    """The same for what the optimizer keeps, by `parameter.accumulator`.
+def _listed(optimizer: Any) -> list[paddle.optimizer.Optimizer]:
+    """None, one or several optimizers as a list."""
+    optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    optimizers = [one for one in optimizers if one is not None]
+    for one in optimizers:
+        if not isinstance(one, paddle.optimizer.Optimizer):
+            raise ValueError(f"optimizer must be a paddle.optimizer.Optimizer, got {type(one).__name__}")
+    return optimizers
 
-    Creates what the first step would create, so that the state does not depend on which parameters have had a
-    gradient yet on which rank.
+
+def _optimizer_holdings(
+    optimizers: Sequence[paddle.optimizer.Optimizer], holdings: Mapping[str, _Holding], tp_rank: int
+) -> dict[str, _Holding]:
+    """The same for what the optimizers keep, by `parameter.accumulator`."""
+    result: dict[str, _Holding] = {}
+    for optimizer in optimizers:
+        kept = _kept_by(optimizer, holdings, tp_rank)
+        twice = sorted(kept.keys() & result.keys())
+        if twice:
+            raise ValueError(f"optimizer: {twice[0]} is kept by two of them; give each parameter to one")
+        result.update(kept)
+    return result
+
+
+def _kept_by(
+    optimizer: paddle.optimizer.Optimizer, holdings: Mapping[str, _Holding], tp_rank: int
+) -> dict[str, _Holding]:
+    """Creates what the first step would create, so that the state does not depend on which parameters have
+    had a gradient yet on which rank.
     """
-    if not isinstance(optimizer, paddle.optimizer.Optimizer):
-        raise ValueError(f"optimizer must be a paddle.optimizer.Optimizer, got {type(optimizer).__name__}")
     trained = [parameter for parameter in parameters_of(optimizer) if not parameter.stop_gradient]
     optimizer._create_accumulators(paddle.static.default_main_program().global_block(), trained)
     name_of = {tensor.name: name for name, (tensor, _, _) in holdings.items() if tensor is not None}
@@ -143,18 +188,36 @@ def _optimizer_holdings(
     owner_of = {**{owner: owner for owner in name_of}, **{one.name: owner for owner, one in masters.items()}}
     for accumulator, by_parameter in optimizer._accumulators.items():
         kept.update({(owner_of[name], accumulator): tensor for name, tensor in by_parameter.items()})
+    # One value for the whole parameter, the same on every rank; a parameter may have a single one too.
+    single = {
+        kind
+        for (owner, kind), tensor in kept.items()
+        if kind.endswith("_acc") or tensor.size == 1 != holdings[name_of[owner]].tensor.size
+    }
     result = {}
     for (owner, kind), tensor in kept.items():
-        parameter, part, whole = holdings[name_of[owner]]
-        if tensor.shape != parameter.shape:  # one value for the whole parameter, the same on every rank
+        own = holdings[name_of[owner]]
+        kept_alike = _Holding(tensor, own.part, own.whole, own.alone)
+        if kind in single or tensor.shape != own.tensor.shape:
             if tensor.size != 1:
                 raise ValueError(
                     f"optimizer: {kind} of {name_of[owner]} has the shape {tensor.shape}; only that of the"
-                    f" parameter, {parameter.shape}, and single values can be saved"
+                    f" parameter, {own.tensor.shape}, and single values can be saved"
                 )
-            part = whole = Part.whole(tensor.shape)
-        result[f"{name_of[owner]}.{kind}"] = tensor, part, whole
+            whole = Part.whole(tensor.shape)
+            kept_alike = _Holding(tensor, whole, whole, own.alone and own.part.size > 0 and tp_rank == 0)
+        result[f"{name_of[owner]}.{kind}"] = kept_alike
     return result
+
+
+def _schedules(optimizers: Sequence[paddle.optimizer.Optimizer]) -> list[LRScheduler | None]:
+    rates = [one._learning_rate for one in optimizers]
+    return [rate if isinstance(rate, LRScheduler) else None for rate in rates]
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    """How the index has what belongs to the optimizers: of one alone, or a list."""
+    return values[0] if len(values) == 1 else values
 
 
 # ---------------------------------------------------------------- saving
@@ -163,7 +226,7 @@ def _optimizer_holdings(
 def save_checkpoint(
     path: str | os.PathLike,
     model: nn.Layer,
-    optimizer: paddle.optimizer.Optimizer | None = None,
+    optimizer: paddle.optimizer.Optimizer | Sequence[paddle.optimizer.Optimizer] | None = None,
     *,
     state: Any = None,
     parallel: ParallelContext | None = None,
@@ -175,16 +238,17 @@ def save_checkpoint(
 
     Args:
         path: the directory, made when missing.
-        model: any layer; its FusedMoE layers may be split over ranks, everything else is the same on all.
-            paddle.DataParallel and fleet's wrappers are looked through.
-        optimizer: its moments, master weights and learning rate scheduler are saved.
+        model: any layer; its FusedMoE layers and the blocks of an accelerated model may be split over ranks,
+            everything else is the same on all. paddle.DataParallel and fleet's wrappers are looked through.
+        optimizer: its moments, master weights and learning rate scheduler are saved. Or a list of several.
         state: what else the job needs to go on, for example the step and the position in the data; anything
             that JSON can hold. `load_checkpoint` returns it.
         parallel: the ranks; None: those of the FusedMoE layers of the model.
 
     Raises:
         ValueError: path holds an index that save_checkpoint did not write, state is not for JSON, a parameter
-            outside FusedMoE is split over ranks, or the optimizer keeps something of another shape.
+            of another layer is split over ranks, a parameter is in two optimizers, or one keeps something of
+            another shape.
         RuntimeError: a rank could not write, on every rank, with the reason.
     """
     model = _unwrapped(model)
@@ -193,16 +257,24 @@ def save_checkpoint(
     holdings = _holdings(model)
     kept = {"model": holdings}
     index = {"metadata": {"format": FORMAT, "version": VERSION}, "state": state}
-    if optimizer is not None:
-        kept["optimizer"] = _optimizer_holdings(optimizer, holdings)
-        index["optimizer"] = type(optimizer).__name__
-        if isinstance(optimizer._learning_rate, LRScheduler):
-            index["lr_scheduler"] = optimizer._learning_rate.state_dict()
+    if optimizers := _listed(optimizer):
+        kept["optimizer"] = _optimizer_holdings(optimizers, holdings, parallel.tp_rank if parallel else 0)
+        index["optimizer"] = _one_or_all([type(one).__name__ for one in optimizers])
+        schedules = _schedules(optimizers)
+        if any(schedules):
+            index["lr_scheduler"] = _one_or_all([one and one.state_dict() for one in schedules])
     try:
         json.dumps(index)
     except (TypeError, ValueError) as error:
         raise ValueError(f"state and the learning rate scheduler must be fit for JSON: {error}") from error
     tensors = {kind: pieces_to_write(held, parallel) for kind, held in kept.items()}
+    if parallel is None or parallel.dp_rank == 0:
+        for kind, held in kept.items():
+            pieces = {part_key(name, one.part, one.whole): one for name, one in held.items() if one.alone}
+            present = {
+                key: one.tensor for key, one in pieces.items() if one.tensor is not None and one.part.size
+            }
+            tensors[kind].update(present)
     write_files(path, tensors, index, parallel, state=_random_state())
 
 
@@ -352,7 +424,7 @@ def _flush(path: Path) -> None:
 def load_checkpoint(
     path: str | os.PathLike,
     model: nn.Layer,
-    optimizer: paddle.optimizer.Optimizer | None = None,
+    optimizer: paddle.optimizer.Optimizer | Sequence[paddle.optimizer.Optimizer] | None = None,
     *,
     parallel: ParallelContext | None = None,
     progress: bool = False,
@@ -381,8 +453,8 @@ def load_checkpoint(
     path, parallel = Path(path), parallel_of(model, parallel)
     holdings = _holdings(model)
     kept = {"weight_map": holdings}
-    if optimizer is not None:
-        kept["optimizer_map"] = _optimizer_holdings(optimizer, holdings)
+    if optimizers := _listed(optimizer):
+        kept["optimizer_map"] = _optimizer_holdings(optimizers, holdings, parallel.tp_rank if parallel else 0)
     plans = []
     for map_name, held in kept.items():
         files = TensorFiles(path, map_name)
@@ -390,16 +462,17 @@ def load_checkpoint(
             _plan(path, files, held, [name for name, (one, _, _) in holdings.items() if one is None])
         )
     index = files.index
-    problems = _check_index(path, index, optimizer) if index or not files.problems else []
+    problems = _check_index(path, index, optimizers) if index or not files.problems else []
     random_state = None
-    if optimizer is not None:
+    if optimizers:
         # A rank that does not see the index must not go on alone.
         raise_together(path, [*problems, *(one for plan in plans for one in plan.problems)], parallel)
         random_state, problems = _read_random_state(path, index, parallel)
     execute(plans, path, parallel, problems=problems, progress=f"loading {path}" if progress else None)
-    if optimizer is not None:
-        if "lr_scheduler" in index:
-            optimizer._learning_rate.set_state_dict(index["lr_scheduler"])
+    if optimizers:
+        for schedule, stored in zip(_schedules(optimizers), _stored_schedules(index, len(optimizers))):
+            if schedule is not None:
+                schedule.set_state_dict(stored)
         if random_state is None:
             warnings.warn(
                 f"{path} was saved by {len(index['state_files'])} ranks: random generators were left alone",
@@ -410,7 +483,12 @@ def load_checkpoint(
     return index.get("state")
 
 
-def _check_index(path: Path, index: Mapping[str, Any], optimizer: Any) -> list[Problem]:
+def _stored_schedules(index: Mapping[str, Any], number: int) -> list[Any]:
+    stored = index.get("lr_scheduler")
+    return [stored] if number == 1 else stored or [None] * number
+
+
+def _check_index(path: Path, index: Mapping[str, Any], optimizers: Sequence[Any]) -> list[Problem]:
     def differs(key: str, expected: Any, found: Any) -> list[Problem]:
         return [] if found == expected else [Problem(str(path / INDEX_NAME), key, str(expected), str(found))]
 
@@ -418,13 +496,18 @@ def _check_index(path: Path, index: Mapping[str, Any], optimizer: Any) -> list[P
     metadata = metadata if isinstance(metadata, dict) else {}
     problems = differs("metadata.format", FORMAT, metadata.get("format"))
     problems = problems or differs("metadata.version", VERSION, metadata.get("version"))
-    if problems or optimizer is None:
+    if problems or not optimizers:
         return problems
-    problems = differs("optimizer", type(optimizer).__name__, index.get("optimizer"))
+    problems = differs(
+        "optimizer", _one_or_all([type(one).__name__ for one in optimizers]), index.get("optimizer")
+    )
     if not problems and not isinstance(index.get("state_files"), list):
         problems = [Problem(str(path / INDEX_NAME), "state_files", "a list of files", "none")]
-    scheduled = isinstance(optimizer._learning_rate, LRScheduler)
-    return problems + differs("lr_scheduler", _there(scheduled), _there("lr_scheduler" in index))
+    if problems:
+        return problems
+    for schedule, stored in zip(_schedules(optimizers), _stored_schedules(index, len(optimizers))):
+        problems += differs("lr_scheduler", _there(schedule is not None), _there(stored is not None))
+    return problems
 
 
 def _there(is_there: bool) -> str:
@@ -434,7 +517,7 @@ def _there(is_there: bool) -> str:
 def _plan(
     path: Path,
     files: TensorFiles,
-    holdings: Mapping[str, tuple[paddle.Tensor | None, Part, Part]],
+    holdings: Mapping[str, _Holding],
     elsewhere: list[str],
 ) -> Plan:
     """elsewhere: parameters of which this rank holds nothing, and so knows no optimizer state either."""

@@ -109,7 +109,7 @@ def fill_moments(model, optimizer):
 
 def expected_moment(name, parameter, tensor):
     value = parameter.detach().astype("float32")
-    if tensor.shape != parameter.shape:
+    if name.endswith("_pow_acc"):
         return paddle.full(tensor.shape, 0.5)
     return {"moment1": 2 * value, "moment2": value * value, "master_weight": value + 2.0**-20}[name]
 

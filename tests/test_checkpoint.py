@@ -96,6 +96,42 @@ def test_training_goes_on_as_if_never_interrupted(tmp_path):
     assert [step(model, optimizer) for _ in range(3)] == expected
 
 
+def test_several_optimizers(tmp_path):
+    def make(seed):
+        model = Model(seed=seed)
+        named = dict(model.named_parameters())
+        experts = [one for name, one in named.items() if name.endswith(("up_weight", "down_weight"))]
+        dense = [one for name, one in named.items() if not name.endswith(("up_weight", "down_weight"))]
+        schedule = paddle.optimizer.lr.StepDecay(0.1, 2)
+        return model, [
+            paddle.optimizer.AdamW(schedule, parameters=dense),
+            paddle.optimizer.Momentum(0.1, parameters=experts),
+        ]
+
+    model, optimizers = make(3)
+    for parameter in model.parameters():
+        parameter.grad = paddle.full_like(parameter, 0.25)
+    for optimizer in optimizers:
+        optimizer.step()
+    optimizers[0]._learning_rate.step()
+    save_checkpoint(tmp_path, model, optimizers)
+    other, others = make(None)
+    load_checkpoint(tmp_path, other, others)
+    assert_loaded(other, None, model)
+    assert others[0]._learning_rate.last_epoch == 1
+    for loaded, saved, kind in zip(others, optimizers, ("moment1", "velocity")):
+        assert len(saved._accumulators[kind]) > 3
+        for one, expected in zip(loaded._accumulators[kind].values(), saved._accumulators[kind].values()):
+            assert one.numpy().tobytes() == expected.numpy().tobytes()
+            assert one.size == 0 or float(one.abs().max()) > 0
+    with pytest.raises(CheckpointError, match=r"optimizer: expected AdamW, found \['AdamW', 'Momentum'\]"):
+        load_checkpoint(tmp_path, other, others[:1])
+    with pytest.raises(CheckpointError, match=r"expected \['Momentum', 'AdamW'\], found"):
+        load_checkpoint(tmp_path, other, others[::-1])
+    with pytest.raises(ValueError, match="is kept by two of them; give each parameter to one"):
+        save_checkpoint(tmp_path, model, [optimizers[0], make_optimizer(model)])
+
+
 def test_other_tools_can_read_it(tmp_path):
     model, _ = save(tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -325,7 +361,7 @@ def test_parameters_that_other_layers_split(tmp_path):
     model = nn.Linear(2, 2)
     model.weight.is_distributed = True
     with pytest.raises(
-        ValueError, match="weight is split over ranks, which is supported in FusedMoE layers only"
+        ValueError, match="weight is split over ranks, which is supported in FusedMoE layers and in blocks"
     ):
         save_checkpoint(tmp_path, model)
 

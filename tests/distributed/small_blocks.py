@@ -74,6 +74,22 @@ class Block(nn.Layer):
         return out + self.shared(x) if hasattr(self, "shared") else out
 
 
+class Beside(nn.Layer):
+    """Two blocks next to each other: their collectives have no order but that of the graph."""
+
+    def __init__(self, few, many):
+        super().__init__()
+        self.few, self.many = few, many
+
+    def forward(self, x):
+        return x + self.few(x) + self.many(x)
+
+
+def to_checkpoint():
+    """Experts in a list, with everything they can have, and stacked ones."""
+    return Beside(Block(5, 6, shared=4, bias=True), Block(3, 5, stacked=True))
+
+
 class Accelerated(MoEBlock):
     stock = f"{__name__}:Block"
     model = "the tests"

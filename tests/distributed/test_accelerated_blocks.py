@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import paddle
 import pytest
+from checkpoint_cases import assert_loaded, make_optimizer
 from launcher import WORKERS, launch
-from small_blocks import HIDDEN, Block, accelerate
+from small_blocks import HIDDEN, Block, accelerate, to_checkpoint
 from training_cases import autocast, native_operators
 
+from paddle_moe import load_checkpoint
+
 GRID = ("graphs_of_one_shape", "half_precision", "all_to_all", "steps_of_an_optimizer", "recomputed")
-GRID += ("built_under_patch",)
-FLEET = ("all_to_all", "steps_of_an_optimizer", "divided_by_fleet")
+GRID += ("checkpointed", "built_under_patch")
+FLEET = ("all_to_all", "steps_of_an_optimizer", "checkpointed", "divided_by_fleet")
 
 
 @pytest.mark.parametrize(
@@ -21,6 +24,15 @@ def test_accelerated_blocks(ep_size, tp_size, ranks, checks, tmp_path):
     assert job.returncode == 0, job
     for name in checks:
         assert all(f"{name} passed" in log for log in job.logs), job
+    for dispatch in ("replicated", "alltoall"):
+        model = to_checkpoint()
+        accelerate(model)
+        for parameter in model.parameters():
+            parameter.set_value(paddle.zeros_like(parameter))
+        optimizer = make_optimizer(model)
+        with pytest.warns(UserWarning, match="random generators were left alone"):
+            load_checkpoint(tmp_path / dispatch, model, optimizer)
+        assert_loaded(model, optimizer, to_checkpoint())
 
 
 def test_autocast_leaves_the_sums_in_float32():

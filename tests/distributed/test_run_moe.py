@@ -75,12 +75,16 @@ def test_finds_a_rank_that_skips_an_all_reduce(tmp_path):
         assert last["event"] == "error" and where in last["message"]
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README_cn.md"])
-def test_the_script_in_the_readme(readme, tmp_path):
-    text = (Path(__file__).parents[2] / readme).read_text()
-    (code,) = [block for block in text.split("```python\n")[1:] if "with init_distributed(" in block]
+def test_the_script_in_the_readme(tmp_path):
+    codes = []
+    for readme in ("README.md", "README_cn.md"):
+        blocks = (Path(__file__).parents[2] / readme).read_text().split("```python\n")[1:]
+        (block,) = [block for block in blocks if "with init_distributed(" in block]
+        codes.append(block.partition("```")[0])
+    english, chinese = (re.sub(r"# .*", "", code) for code in codes)
+    assert english == chinese
     script = tmp_path / "own.py"
-    script.write_text(code.partition("```")[0])
+    script.write_text(codes[0])
     job = launch(tmp_path / "logs", script, ranks=4)
     assert job.returncode == 0, job
     said = [

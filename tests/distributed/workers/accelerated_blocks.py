@@ -4,6 +4,7 @@ With EP_SIZE fleet the EP group is fleet's data-parallel group of all ranks. Eve
 by itself in plain Paddle and compares. Prints "CHECK passed" after each check.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import numpy as np
 import paddle
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+from checkpoint_cases import assert_loaded, fill_moments, make_optimizer
 from checks import part_of, relative_l2
 from paddle.distributed.fleet.utils import recompute
-from small_blocks import HIDDEN, Block, accelerate, integration, restore
+from small_blocks import HIDDEN, Beside, Block, accelerate, integration, restore, to_checkpoint
 
 from paddle_moe import (
     ClipGradByGlobalNorm,
@@ -21,6 +23,8 @@ from paddle_moe import (
     average_gradients,
     broadcast_parameters,
     init_distributed,
+    load_checkpoint,
+    save_checkpoint,
 )
 from paddle_moe.params import shard_range
 
@@ -75,17 +79,6 @@ def assert_gradients(model, expected: dict, tolerance: float, *, only=lambda nam
 
 def gradients_of(model) -> dict:
     return {name: one.grad.numpy() for name, one in model.named_parameters() if one.grad is not None}
-
-
-class Beside(paddle.nn.Layer):
-    """Two blocks next to each other: their collectives have no order but that of the graph."""
-
-    def __init__(self, few, many):
-        super().__init__()
-        self.few, self.many = few, many
-
-    def forward(self, x):
-        return x + self.few(x) + self.many(x)
 
 
 @check
@@ -232,6 +225,24 @@ def recomputed():
             model.clear_gradients()
         for plain, again in zip(*gradients):
             np.testing.assert_array_equal(plain, again)
+
+
+@check
+def checkpointed():
+    """A job with its optimizer: saved by this grid, and loaded by it bit by bit."""
+    for dispatch in ("replicated", "alltoall"):
+        path = Path(os.environ["PADDLE_LOG_DIR"]) / dispatch
+        expected, model = to_checkpoint(), to_checkpoint()
+        optimizers = []
+        for one in (expected, model):
+            accelerate(one, parallel=parallel, dispatch=dispatch)
+            optimizers.append(make_optimizer(one))
+        fill_moments(expected, optimizers[0])
+        save_checkpoint(path, expected, optimizers[0], parallel=parallel)
+        for parameter in model.parameters():
+            parameter.set_value(paddle.zeros_like(parameter))
+        load_checkpoint(path, model, optimizers[1])
+        assert_loaded(model, optimizers[1], expected)
 
 
 @check
