@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +57,25 @@ def test_merge_keeps_other_cases_and_replaces_the_same(tmp_path):
     assert done.stdout.count("; of one thread") == 2
     measured = [(r["num_tokens"], *r["variants"]) for r in results]
     assert measured == [(1, "numpy loop"), (2, "paddle_moe.core 1 thread"), (5, "paddle_moe.core 1 thread")]
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_cn.md"])
+def test_the_readme_quotes_the_published_figures(readme):
+    repository = Path(__file__).parent.parent
+    rows = re.findall(
+        r"^\| \[.*\]\((benchmarks/results/.*\.json)\)[^|]*\|(.*)\|$", (repository / readme).read_text(), re.M
+    )
+    assert len(rows) == 2
+    for file, cells in rows:
+        ratios = {}
+        for result in json.loads((repository / file).read_text())["results"]:
+            for name, figures in result["variants"].items():
+                ratios.setdefault(name, []).append(figures["cold"]["times_paddle_moe"]["median"])
+        peers = ("numpy loop", "torch grouped", "vllm", "ggml")
+        expected = [
+            f"{min(ratios[peer]):.2f} to {max(ratios[peer]):.2f}" if peer in ratios else "" for peer in peers
+        ]
+        assert [cell.strip() for cell in cells.split("|")] == expected, file
 
 
 def test_results_of_another_machine_are_not_merged():
