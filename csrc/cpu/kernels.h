@@ -29,14 +29,15 @@ constexpr int64_t kBlockRows = 192;
 constexpr int64_t kPackedColumns = 64;
 constexpr int64_t kStreamedResults = 16384;
 constexpr int64_t kMaxStreamedColumns = 2048;
-// Floats of a GemmTask's result when it is scratch, and bytes of its other scratch: two packed blocks, one
-// that is multiplied and one that is packed meanwhile.
-constexpr int64_t kResultFloats = kBlockRows * (2 * kPackedColumns + 16);
-constexpr int64_t kPackedBytes = 2 * kBlockUnits * 2 * kPackedColumns * kUnitBytes;
 
 // From one row of sums to the next, where each has two blocks of `width` columns. A cache line more than they
 // need: rows a power of two apart would fall into the same cache sets.
-inline int64_t sums_stride(int64_t width) { return 2 * width + 16; }
+constexpr int64_t sums_stride(int64_t width) { return 2 * width + 16; }
+
+// Floats of a GemmTask's result when it is scratch, and bytes of its other scratch: two packed blocks, one
+// that is multiplied and one that is packed meanwhile.
+constexpr int64_t kResultFloats = kBlockRows * sums_stride(kPackedColumns);
+constexpr int64_t kPackedBytes = 2 * kBlockUnits * 2 * kPackedColumns * kUnitBytes;
 
 struct GemmTask;
 
