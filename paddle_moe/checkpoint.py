@@ -23,6 +23,7 @@ import random
 import re
 import secrets
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,14 +159,14 @@ def _optimizer_holdings(
     optimizers: Sequence[paddle.optimizer.Optimizer], holdings: Mapping[str, _Holding], tp_rank: int
 ) -> dict[str, _Holding]:
     """The same for what the optimizers keep, by `parameter.accumulator`."""
-    result: dict[str, _Holding] = {}
+    owned = Counter(parameter.name for one in optimizers for parameter in parameters_of(one))
+    twice = [name for name, number in owned.items() if number > 1]
+    if twice:
+        raise ValueError(f"optimizer: each parameter must be in one of them, and {twice} are in more")
+    kept: dict[str, _Holding] = {}
     for optimizer in optimizers:
-        kept = _kept_by(optimizer, holdings, tp_rank)
-        twice = sorted(kept.keys() & result.keys())
-        if twice:
-            raise ValueError(f"optimizer: {twice[0]} is kept by two of them; give each parameter to one")
-        result.update(kept)
-    return result
+        kept.update(_kept_by(optimizer, holdings, tp_rank))
+    return kept
 
 
 def _kept_by(
@@ -270,11 +271,9 @@ def save_checkpoint(
     tensors = {kind: pieces_to_write(held, parallel) for kind, held in kept.items()}
     if parallel is None or parallel.dp_rank == 0:
         for kind, held in kept.items():
-            pieces = {part_key(name, one.part, one.whole): one for name, one in held.items() if one.alone}
-            present = {
-                key: one.tensor for key, one in pieces.items() if one.tensor is not None and one.part.size
-            }
-            tensors[kind].update(present)
+            for name, one in held.items():
+                if one.alone and one.tensor is not None and one.part.size:
+                    tensors[kind][part_key(name, one.part, one.whole)] = one.tensor
     write_files(path, tensors, index, parallel, state=_random_state())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import paddle
 import pytest
 from checkpoint_cases import assert_loaded, make_optimizer
@@ -24,15 +26,18 @@ def test_accelerated_blocks(ep_size, tp_size, ranks, checks, tmp_path):
     assert job.returncode == 0, job
     for name in checks:
         assert all(f"{name} passed" in log for log in job.logs), job
-    for dispatch in ("replicated", "alltoall"):
-        model = to_checkpoint()
+    saved = {"replicated": to_checkpoint, "alltoall": to_checkpoint}
+    if "divided_by_fleet" in checks:
+        saved["divided"] = partial(Block, 6, 6, shared=4)
+    for name, make in saved.items():
+        model = make()
         accelerate(model)
         for parameter in model.parameters():
             parameter.set_value(paddle.zeros_like(parameter))
         optimizer = make_optimizer(model)
         with pytest.warns(UserWarning, match="random generators were left alone"):
-            load_checkpoint(tmp_path / dispatch, model, optimizer)
-        assert_loaded(model, optimizer, to_checkpoint())
+            load_checkpoint(tmp_path / name, model, optimizer)
+        assert_loaded(model, optimizer, make())
 
 
 def test_autocast_leaves_the_sums_in_float32():

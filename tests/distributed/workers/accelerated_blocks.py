@@ -279,6 +279,16 @@ def divided_by_fleet():
             raise AssertionError(f"{options} was accepted")
     accelerate(model, parallel=parallel, dispatch="alltoall")
     assert [name for name, _ in model.named_parameters()] == names
+    path = Path(os.environ["PADDLE_LOG_DIR"]) / "divided"
+    optimizer, other = make_optimizer(model), Block(6, 6, shared=4, here=here)
+    fill_moments(model, optimizer)
+    save_checkpoint(path, model, optimizer)
+    accelerate(other, parallel=parallel, dispatch="alltoall")
+    for parameter in other.parameters():
+        parameter.set_value(paddle.zeros_like(parameter))
+    optimizer = make_optimizer(other)
+    load_checkpoint(path, other, optimizer)
+    assert_loaded(other, optimizer, model)
     parts = [draw(count, 20 + count) for count in (4, 7)]
     x = parts[parallel.ep_rank]
     out = model(x)
