@@ -6,6 +6,7 @@ They are compared with the reference, which is itself checked against finite dif
 from __future__ import annotations
 
 import functools
+import os
 import re
 
 import hypothesis
@@ -327,6 +328,18 @@ def test_route_backward(name):
     )
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
     assert not actual[5].any()
+
+
+@pytest.mark.skipif(
+    "PADDLE_MOE_EMULATED_CAPABILITY" not in os.environ, reason="a ValueError on a CPU, see test_bad_input.py"
+)
+@pytest.mark.parametrize("row", [[1, -1], [-1, 1], [0, 16]])
+def test_route_backward_of_a_changed_table_is_not_a_number_on_a_gpu(row):
+    logits = np.random.default_rng(3).standard_normal((70, 16)).astype(np.float32)
+    table, weights = core.route(logits, 2)
+    table[66] = row
+    gradient = core.route_backward(np.ones_like(weights), table, logits, 2, out=np.zeros_like(logits))
+    assert np.isnan(gradient[66]).all() and np.isfinite(np.delete(gradient, 66, 0)).all()
 
 
 # ---------------------------------------------------------------- mutations
