@@ -181,8 +181,9 @@ def test_parts_of_all_ranks_make_up_every_weight_of_a_layer(ep_size, tp_size, sh
                 assert part.copy == (shared and not shared_over_grid and ep_rank > 0)
                 if part.size and not part.copy:
                     held[name] += part.cut(dense[name], wholes[name]).ravel().tolist()
+    whole_everywhere = ("gate_weight", "gate_bias", "correction_bias", "shared_gate_weight")
     for name, numbers in held.items():
-        times = ep_size * tp_size if name in ("gate_weight", "correction_bias", "shared_gate_weight") else 1
+        times = ep_size * tp_size if name in whole_everywhere else 1
         assert sorted(numbers) == np.repeat(dense[name], times).tolist(), name
 
 
