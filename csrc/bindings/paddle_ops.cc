@@ -8,7 +8,14 @@
 #endif
 #include <paddle/phi/core/enforce.h>
 
+#include <pthread.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
+#include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -115,6 +122,86 @@ Device device_of(const char* name, const paddle::Tensor& tensor) {
 #endif
   throw std::runtime_error(std::string(name) + " is on " + tensor.place().DebugString() +
                            ", which paddle_moe has no back end for; move the arguments to the CPU");
+}
+
+// Memory on the CPU that outlives the tensors in it. The C library returns arrays of this size to the system
+// when they are freed, and the next step of a training pays for fresh pages, which takes longer than to write
+// gradients into them. What is kept and what is in use together never exceed what was once in use.
+class KeptMemory {
+ public:
+  static constexpr size_t kSmallest = size_t{32} << 20;  // the C library keeps smaller ones by itself
+
+  static bool is_wanted() {
+    static const char* const text = std::getenv("PADDLE_MOE_KEEP_MEMORY");
+    return text == nullptr || std::strcmp(text, "0") != 0;
+  }
+
+  static KeptMemory& instance() {
+    // Never destroyed: tensors may still be in it while the process exits. A forked child starts anew, with
+    // no lock held; the tensors that it inherited are not freed.
+    static KeptMemory* const memory = [] {
+      pthread_atfork(nullptr, nullptr, [] { new (storage()) KeptMemory(); });
+      return new (storage()) KeptMemory();
+    }();
+    return *memory;
+  }
+
+  void* take(size_t bytes) {
+    std::vector<void*> dropped;
+    void* block = nullptr;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      for (auto it = free_.begin(); it != free_.end() && !block; ++it) {
+        if (it->bytes != bytes) continue;
+        block = it->data;
+        free_bytes_ -= bytes;
+        free_.erase(it);
+        break;
+      }
+      used_bytes_ += bytes;
+      most_used_bytes_ = std::max(most_used_bytes_, used_bytes_);
+      while (!free_.empty() && used_bytes_ + free_bytes_ > most_used_bytes_) {
+        dropped.push_back(free_.front().data);
+        free_bytes_ -= free_.front().bytes;
+        free_.erase(free_.begin());
+      }
+    }
+    for (void* old : dropped) std::free(old);
+    if (!block && posix_memalign(&block, 4096, bytes) != 0) throw std::bad_alloc();
+    return block;
+  }
+
+  void give_back(void* data, size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    used_bytes_ -= bytes;
+    free_.push_back({data, bytes});
+    free_bytes_ += bytes;
+  }
+
+ private:
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+
+  static void* storage() {
+    alignas(KeptMemory) static unsigned char bytes[sizeof(KeptMemory)];
+    return bytes;
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> free_;  // the longest unused first
+  size_t used_bytes_ = 0, free_bytes_ = 0, most_used_bytes_ = 0;
+};
+
+// The gradient of a tensor, not yet computed.
+paddle::Tensor empty_gradient(const paddle::Tensor& tensor) {
+  const size_t bytes = static_cast<size_t>(tensor.numel()) * phi::SizeOf(tensor.dtype());
+  if (!tensor.is_cpu() || bytes < KeptMemory::kSmallest || !KeptMemory::is_wanted())
+    return paddle::empty(tensor.shape(), tensor.dtype(), tensor.place());
+  return paddle::from_blob(KeptMemory::instance().take(bytes), tensor.shape(), tensor.dtype(),
+                           phi::DataLayout::NCHW, tensor.place(),
+                           [bytes](void* data) { KeptMemory::instance().give_back(data, bytes); });
 }
 
 class Workspace {
@@ -226,8 +313,7 @@ PaddleTensors experts_backward(const paddle::Tensor& routing_table, const Paddle
   const paddle::Place& place = tensors[0].place();
   PaddleTensors gradients;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    gradients.push_back(wanted[i] ? paddle::empty(tensors[i].shape(), tensors[i].dtype(), place)
-                                  : paddle::Tensor());
+    gradients.push_back(wanted[i] ? empty_gradient(tensors[i]) : paddle::Tensor());
   }
   auto arguments = [&](const PaddleTensors& list) {
     return experts_arguments(routing_table, list, counts, permuted_weights, activation, experts_min,
