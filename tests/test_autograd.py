@@ -374,4 +374,4 @@ def test_memory_of_large_gradients_is_kept_unless_told_otherwise():
     same, shrunk = checks.run_python("-c", KEPT_MEMORY, timeout=120).split()[-2:]
     assert same == "True" and float(shrunk) < 8
     _, shrunk = checks.run_python("-c", KEPT_MEMORY, timeout=120, PADDLE_MOE_KEEP_MEMORY="0").split()[-2:]
-    assert float(shrunk) > 64
+    assert float(shrunk) > 32
