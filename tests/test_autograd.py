@@ -336,7 +336,7 @@ def test_a_block_learns():
 # Whether a gradient of 36 MiB has the memory of the one that was freed before it; by how many MiB the process
 # shrinks when the last one is freed.
 KEPT_MEMORY = """
-import gc
+import gc, os
 import numpy as np, paddle, paddle_moe
 
 def resident():
@@ -359,6 +359,12 @@ second = gradient()
 assert second.data_ptr() != place and (second.numpy() == expected).all() and (first.numpy() == expected).all()
 del first
 gc.collect()
+child = os.fork()
+if child == 0:  # frees what it inherited and goes on with memory of its own
+    del second
+    gc.collect()
+    os._exit(0 if (gradient().numpy() == expected).all() else 1)
+assert os.waitpid(child, 0)[1] == 0
 third = gradient()
 assert (third.numpy() == expected).all()
 print(third.data_ptr() == place)

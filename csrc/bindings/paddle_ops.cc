@@ -137,11 +137,12 @@ class KeptMemory {
   }
 
   static KeptMemory& instance() {
-    // Never destroyed: tensors may still be in it while the process exits. A forked child starts anew, with
-    // no lock held; the tensors that it inherited are not freed.
+    // Never destroyed: tensors may still be in it while the process exits. A fork waits for the lock, so that
+    // nobody holds it in the child.
     static KeptMemory* const memory = [] {
-      pthread_atfork(nullptr, nullptr, [] { new (storage()) KeptMemory(); });
-      return new (storage()) KeptMemory();
+      const auto unlock = [] { instance().mutex_.unlock(); };
+      pthread_atfork([] { instance().mutex_.lock(); }, unlock, unlock);
+      return new KeptMemory();
     }();
     return *memory;
   }
@@ -151,12 +152,12 @@ class KeptMemory {
     void* block = nullptr;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      for (auto it = free_.begin(); it != free_.end() && !block; ++it) {
-        if (it->bytes != bytes) continue;
-        block = it->data;
+      const auto same =
+          std::find_if(free_.begin(), free_.end(), [&](const Block& one) { return one.bytes == bytes; });
+      if (same != free_.end()) {
+        block = same->data;
         free_bytes_ -= bytes;
-        free_.erase(it);
-        break;
+        free_.erase(same);
       }
       used_bytes_ += bytes;
       most_used_bytes_ = std::max(most_used_bytes_, used_bytes_);
@@ -167,8 +168,10 @@ class KeptMemory {
       }
     }
     for (void* old : dropped) std::free(old);
-    if (!block && posix_memalign(&block, 4096, bytes) != 0) throw std::bad_alloc();
-    return block;
+    if (block || posix_memalign(&block, 4096, bytes) == 0) return block;
+    std::lock_guard<std::mutex> lock(mutex_);
+    used_bytes_ -= bytes;
+    throw std::bad_alloc();
   }
 
   void give_back(void* data, size_t bytes) {
@@ -183,11 +186,6 @@ class KeptMemory {
     void* data;
     size_t bytes;
   };
-
-  static void* storage() {
-    alignas(KeptMemory) static unsigned char bytes[sizeof(KeptMemory)];
-    return bytes;
-  }
 
   std::mutex mutex_;
   std::vector<Block> free_;  // the longest unused first
