@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,25 @@ def text(name: str, value: Any) -> str:
     raise ValueError(f"{name} must be a string, got {value!r}")
 
 
+def at_least(least: int, note: str = "") -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        if integer(name, value) < least:
+            raise ValueError(f"{name} must be at least {least}{note}, got {value}")
+        return value
+
+    return check
+
+
+def one_of(*choices: str) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if value not in choices:
+            *others, last = map(repr, choices)
+            raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
+        return value
+
+    return check
+
+
 def array_list(name: str, value: Any) -> list:
     """A list argument that may also be one stacked array."""
     if isinstance(value, (list, tuple)):
@@ -55,38 +75,38 @@ def optional_array_list(name: str, value: Any) -> list | None:
     return None if value is None else array_list(name, value)
 
 
-def experts_options(
-    permuted_weights, activation, experts_min, experts_max, chunk_size, measurement_mode
-) -> tuple:
-    return (
-        flag("permuted_weights", permuted_weights),
-        text("activation", activation),
-        integer("experts_min", experts_min),
-        LAST_EXPERT_PASSED if experts_max is None else integer("experts_max", experts_max),
-        integer("chunk_size", chunk_size),
-        flag("measurement_mode", measurement_mode),
-    )
+def last_expert(name: str, value: Any) -> int:
+    return LAST_EXPERT_PASSED if value is None else integer(name, value)
 
 
-def route_options(
-    top_k,
-    scoring,
-    num_groups,
-    topk_groups,
-    group_score,
-    group_mask_fill,
-    renormalize,
-    renormalize_eps,
-    scaling_factor,
-) -> tuple:
-    return (
-        integer("top_k", top_k),
-        text("scoring", scoring),
-        integer("num_groups", num_groups),
-        integer("topk_groups", topk_groups),
-        text("group_score", group_score),
-        real("group_mask_fill", group_mask_fill),
-        flag("renormalize", renormalize),
-        real("renormalize_eps", renormalize_eps),
-        real("scaling_factor", scaling_factor),
-    )
+# What the operators take besides other tensors, in their order: a name, and what gives a value its type.
+WEIGHTS = {
+    "gate_up_weights": array_list,
+    "down_weights": array_list,
+    "gate_up_bias": optional_array_list,
+    "down_bias": optional_array_list,
+}
+EXPERTS_OPTIONS = {
+    "permuted_weights": flag,
+    "activation": text,
+    "experts_min": integer,
+    "experts_max": last_expert,
+    "chunk_size": integer,
+    "measurement_mode": flag,
+}
+ROUTE_OPTIONS = {
+    "top_k": integer,
+    "scoring": text,
+    "num_groups": integer,
+    "topk_groups": integer,
+    "group_score": text,
+    "group_mask_fill": real,
+    "renormalize": flag,
+    "renormalize_eps": real,
+    "scaling_factor": real,
+}
+
+
+def checked(options: dict[str, Callable[[str, Any], Any]], arguments: dict[str, Any]) -> tuple:
+    """What `arguments`, such as the locals() of a function that takes them, holds for each of `options`."""
+    return tuple(check(name, arguments[name]) for name, check in options.items())

@@ -31,7 +31,7 @@ except ImportError as error:
         "`pip install --no-build-isolation .`, or inside a clone with `python setup.py build_ext --inplace`"
     ) from error
 
-from paddle_moe._options import array_list, experts_options, flag, integer, optional_array_list, route_options
+from paddle_moe._options import EXPERTS_OPTIONS, ROUTE_OPTIONS, WEIGHTS, checked, flag, integer
 
 __all__ = [
     "Gradients",
@@ -71,18 +71,12 @@ def _experts(
     measurement_mode=False,
     chunk_size=0,
 ) -> _core.Experts:
-    return _core.Experts(
-        hidden_states,
-        routing_table,
-        router_weights,
-        array_list("gate_up_weights", gate_up_weights),
-        array_list("down_weights", down_weights),
-        optional_array_list("gate_up_bias", gate_up_bias),
-        optional_array_list("down_bias", down_bias),
-        *experts_options(
-            permuted_weights, activation, experts_min, experts_max, chunk_size, measurement_mode
-        ),
-    )
+    return _call(hidden_states, routing_table, router_weights, locals())
+
+
+def _call(hidden_states, routing_table, router_weights, arguments: dict[str, Any]) -> _core.Experts:
+    weights, options = checked(WEIGHTS, arguments), checked(EXPERTS_OPTIONS, arguments)
+    return _core.Experts(hidden_states, routing_table, router_weights, *weights, *options)
 
 
 def mixture_of_experts(
@@ -115,21 +109,7 @@ def mixture_of_experts(
             T * K slots, of which those without a local expert are not written. ``pre_activation_rows(...)``
             is R.
     """
-    call = _experts(
-        hidden_states,
-        routing_table,
-        router_weights,
-        gate_up_weights,
-        down_weights,
-        gate_up_bias,
-        down_bias,
-        permuted_weights=permuted_weights,
-        activation=activation,
-        experts_min=experts_min,
-        experts_max=experts_max,
-        measurement_mode=measurement_mode,
-        chunk_size=chunk_size,
-    )
+    call = _call(hidden_states, routing_table, router_weights, locals())
     return call.run(out, workspace, pre_activations)
 
 
@@ -225,24 +205,8 @@ def mixture_of_experts_backward(
         workspace: uint8, at least ``backward_workspace_size(...)`` bytes.
         Every other argument is that of the forward call.
     """
-    call, collect = _backward(
-        grad_out,
-        hidden_states,
-        routing_table,
-        router_weights,
-        gate_up_weights,
-        down_weights,
-        gate_up_bias,
-        down_bias,
-        permuted_weights=permuted_weights,
-        activation=activation,
-        experts_min=experts_min,
-        experts_max=experts_max,
-        chunk_size=chunk_size,
-        pre_activations=pre_activations,
-        wanted=wanted,
-        out=out,
-    )
+    passed = {name: value for name, value in locals().items() if name != "workspace"}
+    call, collect = _backward(**passed)
     return collect(call.run(workspace))
 
 
@@ -308,17 +272,7 @@ def route(
         out = (None, None)
     elif not isinstance(out, (tuple, list)) or len(out) != 2:
         raise ValueError(f"out must be a pair (routing_table, router_weights), got {type(out).__name__}")
-    options = route_options(
-        top_k,
-        scoring,
-        num_groups,
-        topk_groups,
-        group_score,
-        group_mask_fill,
-        renormalize,
-        renormalize_eps,
-        scaling_factor,
-    )
+    options = checked(ROUTE_OPTIONS, locals())
     return _core.Route(logits, correction_bias, *options).run(*out)
 
 
@@ -349,17 +303,7 @@ def route_backward(
             ValueError on a CPU; on a GPU its rows get NaN.
         out: float32 [T, E], contiguous.
     """
-    options = route_options(
-        top_k,
-        scoring,
-        num_groups,
-        topk_groups,
-        group_score,
-        group_mask_fill,
-        renormalize,
-        renormalize_eps,
-        scaling_factor,
-    )
+    options = checked(ROUTE_OPTIONS, locals())
     return _core.Route(logits, correction_bias, *options).backward(routing_table, grad_router_weights, out)
 
 
@@ -398,33 +342,10 @@ def fused_gate_moe(
         workspace: uint8, at least as large as both :func:`gate` and :func:`mixture_of_experts` need.
     """
     gate_call = _core.Gate(hidden_states, gate_weight)
-    options = route_options(
-        top_k,
-        scoring,
-        num_groups,
-        topk_groups,
-        group_score,
-        group_mask_fill,
-        renormalize,
-        renormalize_eps,
-        scaling_factor,
-    )
+    options = checked(ROUTE_OPTIONS, locals())
     route_call = _core.Route(gate_call.new_logits(), correction_bias, *options)
     routing = route_call.new_routing()
-    experts_call = _experts(
-        hidden_states,
-        *routing,
-        gate_up_weights,
-        down_weights,
-        gate_up_bias,
-        down_bias,
-        permuted_weights=permuted_weights,
-        activation=activation,
-        experts_min=experts_min,
-        experts_max=experts_max,
-        measurement_mode=measurement_mode,
-        chunk_size=chunk_size,
-    )
+    experts_call = _call(hidden_states, *routing, locals())
     return_routing = flag("return_routing", return_routing)
     result = experts_call.run_after(gate_call, route_call, out, workspace)
     if not return_routing:

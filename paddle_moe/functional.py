@@ -25,7 +25,7 @@ from paddle.base.layer_helper import LayerHelper
 from paddle.framework import in_dynamic_mode, in_dynamic_or_pir_mode
 from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
-from paddle_moe._options import array_list, experts_options, flag, integer, optional_array_list, route_options
+from paddle_moe._options import EXPERTS_OPTIONS, ROUTE_OPTIONS, WEIGHTS, checked, flag, integer
 from paddle_moe.core import _core  # says what to do where it is missing
 
 try:
@@ -244,17 +244,7 @@ def _arrange_experts(
 _experts = _Operator(
     "paddle_moe_experts",
     ("routing_table", "tensors@VECTOR"),
-    (
-        "counts",
-        "wanted",
-        "permuted_weights",
-        "activation",
-        "experts_min",
-        "experts_max",
-        "chunk_size",
-        "measurement_mode",
-        "save_pre_activations",
-    ),
+    ("counts", "wanted", *EXPERTS_OPTIONS, "save_pre_activations"),
     ("out", "amax", "pre_activations"),
     lambda *arguments: _core.Experts(*arguments[:7], *arguments[8:]),
     (
@@ -272,17 +262,7 @@ _gate = _Operator("paddle_moe_gate", ("hidden_states", "gate_weight"), (), ("log
 _route = _Operator(
     "paddle_moe_route",
     ("logits", "correction_bias@OPTIONAL"),
-    (
-        "top_k",
-        "scoring",
-        "num_groups",
-        "topk_groups",
-        "group_score",
-        "group_mask_fill",
-        "renormalize",
-        "renormalize_eps",
-        "scaling_factor",
-    ),
+    tuple(ROUTE_OPTIONS),
     ("routing_table", "router_weights"),
     _core.Route,
 )
@@ -309,6 +289,22 @@ _fused = _EagerOperator(
     ("hidden_states", "gate_weight", *_experts.tensors[3:], "correction_bias@OPTIONAL"),
     _arrange_fused,
 )
+
+
+def _mix(arrays: list, recompute: bool, options: tuple) -> tuple[Tensor, Tensor]:
+    """out and amax; the first three arrays are hidden_states and the routing."""
+    dtype = _autocast_dtype()
+    if dtype is not None:  # the router's weights stay as they are, usually float32
+        arrays = [_cast(array, dtype) if place not in (1, 2) else array for place, array in enumerate(arrays)]
+    out, amax, _ = _experts(*arrays, flag("recompute", recompute), *options)
+    amax.stop_gradient = True
+    return out, amax
+
+
+def _choose(logits: Tensor, correction_bias: Tensor | None, options: tuple) -> tuple[Tensor, Tensor]:
+    routing_table, router_weights = _route(logits, correction_bias, *options)
+    routing_table.stop_gradient = True  # else backward() would wait for a gradient of the ids
+    return routing_table, router_weights
 
 
 @unified
@@ -375,23 +371,9 @@ def mixture_of_experts(
     Raises:
         ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range.
     """
-    options = experts_options(
-        permuted_weights, activation, experts_min, experts_max, chunk_size, measurement_mode
-    )
-    arrays = [
-        hidden_states,
-        routing_table,
-        router_weights,
-        array_list("gate_up_weights", gate_up_weights),
-        array_list("down_weights", down_weights),
-        optional_array_list("gate_up_bias", gate_up_bias),
-        optional_array_list("down_bias", down_bias),
-    ]
-    dtype = _autocast_dtype()
-    if dtype is not None:  # the router's weights stay as they are, usually float32
-        arrays = [_cast(array, dtype) if place not in (1, 2) else array for place, array in enumerate(arrays)]
-    out, amax, _ = _experts(*arrays, flag("recompute", recompute), *options)
-    amax.stop_gradient = True
+    options = checked(EXPERTS_OPTIONS, locals())
+    arrays = [hidden_states, routing_table, router_weights, *checked(WEIGHTS, locals())]
+    out, amax = _mix(arrays, recompute, options)
     return (out, amax) if measurement_mode else out
 
 
@@ -456,20 +438,7 @@ def route(
     Raises:
         ValueError: an argument has a wrong type, rank, shape, dtype, device or range.
     """
-    options = route_options(
-        top_k,
-        scoring,
-        num_groups,
-        topk_groups,
-        group_score,
-        group_mask_fill,
-        renormalize,
-        renormalize_eps,
-        scaling_factor,
-    )
-    routing_table, router_weights = _route(logits, correction_bias, *options)
-    routing_table.stop_gradient = True  # else backward() would wait for a gradient of the ids
-    return routing_table, router_weights
+    return _choose(logits, correction_bias, checked(ROUTE_OPTIONS, locals()))
 
 
 @unified
@@ -514,65 +483,17 @@ def fused_gate_moe(
     Raises:
         ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range.
     """
-    arrays = [
-        hidden_states,
-        gate_weight,
-        array_list("gate_up_weights", gate_up_weights),
-        array_list("down_weights", down_weights),
-        optional_array_list("gate_up_bias", gate_up_bias),
-        optional_array_list("down_bias", down_bias),
-        correction_bias,
-    ]
-    if not _needs_a_graph(arrays) and _autocast_dtype() is None:
-        options = route_options(
-            top_k,
-            scoring,
-            num_groups,
-            topk_groups,
-            group_score,
-            group_mask_fill,
-            renormalize,
-            renormalize_eps,
-            scaling_factor,
-        ) + experts_options(
-            permuted_weights, activation, experts_min, experts_max, chunk_size, measurement_mode
-        )
-        return_routing = flag("return_routing", return_routing)
-        flag("recompute", recompute)
-        out, amax, *routing = _fused(*arrays, *options)
-        results = (out, *((amax,) if measurement_mode else ()), *(routing if return_routing else ()))
-        return results if len(results) > 1 else out
-    routing = route(
-        gate(hidden_states, gate_weight),
-        top_k,
-        scoring=scoring,
-        correction_bias=correction_bias,
-        num_groups=num_groups,
-        topk_groups=topk_groups,
-        group_score=group_score,
-        group_mask_fill=group_mask_fill,
-        renormalize=renormalize,
-        renormalize_eps=renormalize_eps,
-        scaling_factor=scaling_factor,
-    )
-    result = mixture_of_experts(
-        hidden_states,
-        *routing,
-        gate_up_weights,
-        down_weights,
-        gate_up_bias,
-        down_bias,
-        permuted_weights=permuted_weights,
-        activation=activation,
-        experts_min=experts_min,
-        experts_max=experts_max,
-        measurement_mode=measurement_mode,
-        chunk_size=chunk_size,
-        recompute=recompute,
-    )
-    if not flag("return_routing", return_routing):
-        return result
-    return (*result, *routing) if measurement_mode else (result, *routing)
+    weights = checked(WEIGHTS, locals())
+    route_options, experts_options = checked(ROUTE_OPTIONS, locals()), checked(EXPERTS_OPTIONS, locals())
+    return_routing, recompute = flag("return_routing", return_routing), flag("recompute", recompute)
+    arrays = [hidden_states, gate_weight, *weights, correction_bias]
+    if _needs_a_graph(arrays) or _autocast_dtype() is not None:
+        routing = _choose(gate(hidden_states, gate_weight), correction_bias, route_options)
+        out, amax = _mix([hidden_states, *routing, *weights], recompute, experts_options)
+    else:
+        out, amax, *routing = _fused(*arrays, *route_options, *experts_options)
+    results = (out, *((amax,) if measurement_mode else ()), *(routing if return_routing else ()))
+    return results if len(results) > 1 else out
 
 
 def set_num_threads(n: int) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from paddle_moe import _core, functional
-from paddle_moe._options import experts_options, integer
+from paddle_moe import _core, core, functional
+from paddle_moe._options import ROUTE_OPTIONS, at_least, checked, one_of
 from paddle_moe.all_to_all import all_to_all_experts
 from paddle_moe.collectives import enter_shards, leave_shards, no_contribution
 from paddle_moe.params import (
@@ -32,6 +32,17 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+# Of those options of FusedMoE that can be checked one by one.
+_CHECKS = {
+    "hidden_size": at_least(1),
+    "intermediate_size": at_least(1),
+    "num_experts": at_least(1),
+    "shared_intermediate_size": at_least(0, " (0: none)"),
+    "dispatch": one_of("replicated", "alltoall"),
+    "reduce": one_of("two", "one"),
+    "dtype": one_of("float32", "bfloat16", "float16"),
+}
 
 
 def _now(tensor: paddle.Tensor) -> float:
@@ -179,34 +190,19 @@ class FusedMoE(nn.Layer):
         logger: RankLogger | None = None,
     ):
         super().__init__()
-        for name, size in (
-            ("hidden_size", hidden_size),
-            ("intermediate_size", intermediate_size),
-            ("num_experts", num_experts),
-        ):
-            if integer(name, size) < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if integer("shared_intermediate_size", shared_intermediate_size) < 0:
-            raise ValueError(
-                f"shared_intermediate_size must be at least 0 (0: none), got {shared_intermediate_size}"
-            )
-        if shared_gate and not shared_intermediate_size:
-            raise ValueError("shared_gate=True needs a shared expert, got shared_intermediate_size=0")
-        if dispatch not in ("replicated", "alltoall"):
-            raise ValueError(f"dispatch must be 'replicated' or 'alltoall', got {dispatch!r}")
-        if reduce not in ("two", "one"):
-            raise ValueError(f"reduce must be 'two' or 'one', got {reduce!r}")
-        if bias_update_speed and not correction_bias:
-            raise ValueError("bias_update_speed needs a bias to update, got correction_bias=False")
         dtype = dtype or paddle.get_default_dtype()
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}")
+        options = locals()
+        checked(_CHECKS, options)
         if gate_dtype not in ("float32", dtype):
             raise ValueError(f"gate_dtype must be 'float32' or dtype = {dtype!r}, got {gate_dtype!r}")
+        if shared_gate and not shared_intermediate_size:
+            raise ValueError("shared_gate=True needs a shared expert, got shared_intermediate_size=0")
+        if bias_update_speed and not correction_bias:
+            raise ValueError("bias_update_speed needs a bias to update, got correction_bias=False")
         if seed == "own":
             seed = next(self._own_seeds[parallel is not None])
-        elif seed is not None and integer("seed", seed) < 0:
-            raise ValueError(f"seed must be at least 0, 'own' or None, got {seed}")
+        elif seed is not None:
+            at_least(0, ", 'own' or None")("seed", seed)
 
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.num_experts, self.top_k = num_experts, top_k
@@ -214,6 +210,7 @@ class FusedMoE(nn.Layer):
         self.reduce, self.fp32_reduce = reduce, fp32_reduce
         self.shared_intermediate_size = shared_intermediate_size
         self.recompute, self.chunk_size, self._gate_dtype = recompute, chunk_size, gate_dtype
+        self.parallel, self.logger = parallel, logger
         # Groups of `parallel` whose ranks hold parts of the same output.
         if dispatch == "alltoall":
             self._partial_groups = ("tp",)
@@ -221,17 +218,7 @@ class FusedMoE(nn.Layer):
             self._partial_groups = ("ep", "tp") if reduce == "two" else ("grid",)
         self.router = Router(
             num_experts,
-            top_k,
-            route_options=dict(
-                scoring=scoring,
-                num_groups=num_groups,
-                topk_groups=topk_groups,
-                group_score=group_score,
-                group_mask_fill=group_mask_fill,
-                renormalize=renormalize,
-                renormalize_eps=renormalize_eps,
-                scaling_factor=scaling_factor,
-            ),
+            {name: options[name] for name in ROUTE_OPTIONS},
             balance_loss_weight=balance_loss_weight,
             balance_loss=balance_loss,
             z_loss_weight=z_loss_weight,
@@ -244,18 +231,15 @@ class FusedMoE(nn.Layer):
             replicas=("dp", "ep") if dispatch == "alltoall" else ("dp",),
         )
         # Options that the operator would refuse are refused before there are weights.
-        _core.Experts(
+        core._experts(
             _core.Spec(dtype, [-1, hidden_size]),
             _core.Spec("int32", [-1, top_k]),
             _core.Spec("float32", [-1, top_k]),
-            [_core.Spec(dtype, [1, hidden_size, 2 * intermediate_size])],
-            [_core.Spec(dtype, [1, intermediate_size, hidden_size])],
-            None,
-            None,
-            *experts_options(False, activation, 0, None, chunk_size, False),
+            _core.Spec(dtype, [1, hidden_size, 2 * intermediate_size]),
+            _core.Spec(dtype, [1, intermediate_size, hidden_size]),
+            activation=activation,
+            chunk_size=chunk_size,
         )
-        self._has_down_bias = down_bias
-        self.parallel, self.logger = parallel, logger
         if parallel is None:
             self.ep_rank, self.ep_size, self.tp_rank, self.tp_size = 0, 1, 0, 1
         else:
@@ -279,32 +263,11 @@ class FusedMoE(nn.Layer):
         )
         first, end = self._shard.experts
         self.experts_min, self.experts_max = first, end - 1
-        parts = self._shard.parts()
-
-        def weight(name: str, dtype: str, wanted: bool = True) -> paddle.Tensor | None:
-            if not wanted:
-                return None
-            zeros = nn.initializer.Constant(0.0)
-            return self.create_parameter(parts[name].shape, dtype=dtype, default_initializer=zeros)
-
-        shared = shared_intermediate_size > 0
-        self.gate_weight = weight("gate_weight", gate_dtype)
-        self.gate_bias = weight("gate_bias", gate_dtype, gate_bias)
-        self.gate_up_weight = weight("gate_up_weight", dtype)
-        self.down_weight = weight("down_weight", dtype)
-        self.gate_up_bias = weight("gate_up_bias", dtype, gate_up_bias)
-        self.down_bias = weight("down_bias", dtype, down_bias and self.tp_rank == 0)
-        self.shared_gate_up_weight = weight("shared_gate_up_weight", dtype, shared)
-        self.shared_down_weight = weight("shared_down_weight", dtype, shared)
-        self.shared_gate_weight = weight("shared_gate_weight", gate_dtype, shared_gate)
+        self._create_parameters(dtype, gate_bias, gate_up_bias, down_bias, shared_gate)
         self.register_buffer("correction_bias", paddle.zeros([num_experts]) if correction_bias else None)
         # Tokens per expert since the last update_correction_bias.
         counts = paddle.zeros([num_experts], "int64") if bias_update_speed else None
         self.register_buffer("expert_counts", counts, persistable=False)
-        for gate in (self.gate_weight, self.gate_bias):
-            if gate is not None:
-                gate.is_gate = True
-        self._mark_shards()
         if seed is not None:
             self._draw_weights(seed)
 
@@ -401,6 +364,33 @@ class FusedMoE(nn.Layer):
             if value is not None and parameter is not None and parts[name].size:
                 part = parts[name].cut(value, wholes[name])
                 parameter.set_value(_tensor(part).astype(parameter.dtype))
+
+    def _create_parameters(
+        self, dtype: str, gate_bias: bool, gate_up_bias: bool, down_bias: bool, shared_gate: bool
+    ) -> None:
+        parts = self._shard.parts()
+
+        def weight(name: str, dtype: str, wanted: bool = True) -> paddle.Tensor | None:
+            if not wanted:
+                return None
+            zeros = nn.initializer.Constant(0.0)
+            return self.create_parameter(parts[name].shape, dtype=dtype, default_initializer=zeros)
+
+        shared = self.shared_intermediate_size > 0
+        self.gate_weight = weight("gate_weight", self._gate_dtype)
+        self.gate_bias = weight("gate_bias", self._gate_dtype, gate_bias)
+        self.gate_up_weight = weight("gate_up_weight", dtype)
+        self.down_weight = weight("down_weight", dtype)
+        self.gate_up_bias = weight("gate_up_bias", dtype, gate_up_bias)
+        self._has_down_bias = down_bias
+        self.down_bias = weight("down_bias", dtype, down_bias and self.tp_rank == 0)
+        self.shared_gate_up_weight = weight("shared_gate_up_weight", dtype, shared)
+        self.shared_down_weight = weight("shared_down_weight", dtype, shared)
+        self.shared_gate_weight = weight("shared_gate_weight", self._gate_dtype, shared_gate)
+        for gate in (self.gate_weight, self.gate_bias):
+            if gate is not None:
+                gate.is_gate = True
+        self._mark_shards()
 
     def _mark_shards(self) -> None:
         """The flags by which fleet and PaddleNLP know parameters that differ between ranks."""

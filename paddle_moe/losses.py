@@ -14,6 +14,7 @@ import paddle
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F
 
+from paddle_moe._options import one_of
 from paddle_moe.collectives import sum_over
 from paddle_moe.functional import without_autocast
 from paddle_moe.policies import count_ids
@@ -66,8 +67,7 @@ def load_balancing_loss(
     Raises:
         ValueError: an argument has a wrong shape, value or combination.
     """
-    if scoring not in ("softmax", "sigmoid", "softmax_topk"):
-        raise ValueError(f"scoring must be 'softmax', 'sigmoid' or 'softmax_topk', got {scoring!r}")
+    one_of("softmax", "sigmoid", "softmax_topk")("scoring", scoring)
     if sequence_length is not None and parallel is not None:
         raise ValueError(
             "sequence_length balances within a sequence and parallel over all replicas; pass at most one"

@@ -9,7 +9,7 @@ import paddle
 from paddle import _C_ops
 
 from paddle_moe import _core, functional
-from paddle_moe._options import integer, route_options
+from paddle_moe._options import ROUTE_OPTIONS, checked, integer, one_of
 from paddle_moe.losses import load_balancing_loss, router_z_loss
 from paddle_moe.policies import balanced_correction_bias, check_capacity, count_ids, jitter, limit_capacity
 
@@ -24,7 +24,7 @@ class Router:
     T tokens, E experts over all ranks, K experts per token.
 
     Attributes:
-        route_options: scoring, groups, renormalisation and scaling, for functional.route.
+        route_options: top_k, scoring, groups, renormalisation and scaling, for functional.route.
         parallel: the ranks; None: this process has everything.
         same_tokens: the group of `parallel` whose ranks pass the same tokens.
         replicas: the groups of `parallel` whose ranks pass other tokens.
@@ -35,7 +35,6 @@ class Router:
     """
 
     num_experts: int
-    top_k: int
     route_options: dict[str, Any]
     balance_loss_weight: float
     balance_loss: str
@@ -49,19 +48,12 @@ class Router:
     replicas: tuple[str, ...]
 
     def __post_init__(self):
-        if not 1 <= integer("top_k", self.top_k) <= self.num_experts:
-            raise ValueError(
-                f"top_k must be between 1 and num_experts = {self.num_experts}, got {self.top_k}"
-            )
-        _core.Route(
-            _core.Spec("float32", [-1, self.num_experts]),
-            None,
-            *route_options(self.top_k, **self.route_options),
-        )
-        if self.balance_loss not in ("batch", "sequence", "global"):
-            raise ValueError(
-                f"balance_loss must be 'batch', 'sequence' or 'global', got {self.balance_loss!r}"
-            )
+        top_k = self.route_options["top_k"]
+        if not 1 <= integer("top_k", top_k) <= self.num_experts:
+            raise ValueError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {top_k}")
+        options = checked(ROUTE_OPTIONS, self.route_options)
+        _core.Route(_core.Spec("float32", [-1, self.num_experts]), None, *options)
+        one_of("batch", "sequence", "global")("balance_loss", self.balance_loss)
         for name in ("balance_loss_weight", "z_loss_weight", "bias_update_speed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -91,7 +83,7 @@ class Router:
         self, logits: paddle.Tensor, correction_bias: paddle.Tensor | None
     ) -> tuple[paddle.Tensor, paddle.Tensor]:
         """(routing_table int32, router_weights fp32), [T, K] each, before any drop."""
-        return functional.route(logits, self.top_k, correction_bias=correction_bias, **self.route_options)
+        return functional.route(logits, correction_bias=correction_bias, **self.route_options)
 
     def drop(
         self, routing_table: paddle.Tensor, router_weights: paddle.Tensor, training: bool
