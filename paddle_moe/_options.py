@@ -32,7 +32,7 @@ def integer(name: str, value: Any) -> int:
 
 
 def real(name: str, value: Any) -> float:
-    if isinstance(value, numbers.Real):
+    if isinstance(value, (float, numbers.Real)):  # float by itself because it is found sooner
         return float(value)
     raise ValueError(f"{name} must be a number, got {value!r}")
 
@@ -107,6 +107,6 @@ ROUTE_OPTIONS = {
 }
 
 
-def checked(options: dict[str, Callable[[str, Any], Any]], arguments: dict[str, Any]) -> tuple:
-    """What `arguments`, such as the locals() of a function that takes them, holds for each of `options`."""
-    return tuple(check(name, arguments[name]) for name, check in options.items())
+def checked(options: dict[str, Callable[[str, Any], Any]], given: dict[str, Any]) -> tuple:
+    """What `given`, such as the locals() of a function that takes them, holds for each of `options`."""
+    return tuple([check(name, given[name]) for name, check in options.items()])

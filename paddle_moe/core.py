@@ -74,8 +74,8 @@ def _experts(
     return _call(hidden_states, routing_table, router_weights, locals())
 
 
-def _call(hidden_states, routing_table, router_weights, arguments: dict[str, Any]) -> _core.Experts:
-    weights, options = checked(WEIGHTS, arguments), checked(EXPERTS_OPTIONS, arguments)
+def _call(hidden_states, routing_table, router_weights, given: dict[str, Any]) -> _core.Experts:
+    weights, options = checked(WEIGHTS, given), checked(EXPERTS_OPTIONS, given)
     return _core.Experts(hidden_states, routing_table, router_weights, *weights, *options)
 
 
@@ -341,11 +341,11 @@ def fused_gate_moe(
         out: [T, H], contiguous, of the dtype of ``hidden_states``.
         workspace: uint8, at least as large as both :func:`gate` and :func:`mixture_of_experts` need.
     """
+    given = locals()
     gate_call = _core.Gate(hidden_states, gate_weight)
-    options = checked(ROUTE_OPTIONS, locals())
-    route_call = _core.Route(gate_call.new_logits(), correction_bias, *options)
+    route_call = _core.Route(gate_call.new_logits(), correction_bias, *checked(ROUTE_OPTIONS, given))
     routing = route_call.new_routing()
-    experts_call = _call(hidden_states, *routing, locals())
+    experts_call = _call(hidden_states, *routing, given)
     return_routing = flag("return_routing", return_routing)
     result = experts_call.run_after(gate_call, route_call, out, workspace)
     if not return_routing:

@@ -371,9 +371,9 @@ def mixture_of_experts(
     Raises:
         ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range.
     """
-    options = checked(EXPERTS_OPTIONS, locals())
-    arrays = [hidden_states, routing_table, router_weights, *checked(WEIGHTS, locals())]
-    out, amax = _mix(arrays, recompute, options)
+    given = locals()
+    options, weights = checked(EXPERTS_OPTIONS, given), checked(WEIGHTS, given)
+    out, amax = _mix([hidden_states, routing_table, router_weights, *weights], recompute, options)
     return (out, amax) if measurement_mode else out
 
 
@@ -483,8 +483,9 @@ def fused_gate_moe(
     Raises:
         ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range.
     """
-    weights = checked(WEIGHTS, locals())
-    route_options, experts_options = checked(ROUTE_OPTIONS, locals()), checked(EXPERTS_OPTIONS, locals())
+    given = locals()
+    weights = checked(WEIGHTS, given)
+    route_options, experts_options = checked(ROUTE_OPTIONS, given), checked(EXPERTS_OPTIONS, given)
     return_routing, recompute = flag("return_routing", return_routing), flag("recompute", recompute)
     arrays = [hidden_states, gate_weight, *weights, correction_bias]
     if _needs_a_graph(arrays) or _autocast_dtype() is not None:

@@ -191,8 +191,8 @@ class FusedMoE(nn.Layer):
     ):
         super().__init__()
         dtype = dtype or paddle.get_default_dtype()
-        options = locals()
-        checked(_CHECKS, options)
+        given = locals()
+        checked(_CHECKS, given)
         if gate_dtype not in ("float32", dtype):
             raise ValueError(f"gate_dtype must be 'float32' or dtype = {dtype!r}, got {gate_dtype!r}")
         if shared_gate and not shared_intermediate_size:
@@ -218,7 +218,7 @@ class FusedMoE(nn.Layer):
             self._partial_groups = ("ep", "tp") if reduce == "two" else ("grid",)
         self.router = Router(
             num_experts,
-            {name: options[name] for name in ROUTE_OPTIONS},
+            {name: given[name] for name in ROUTE_OPTIONS},
             balance_loss_weight=balance_loss_weight,
             balance_loss=balance_loss,
             z_loss_weight=z_loss_weight,
