@@ -22,6 +22,8 @@ def flag(name: str, value: Any) -> bool:
 
 
 def integer(name: str, value: Any) -> int:
+    if isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
     try:
         value = operator.index(value)
     except TypeError:
@@ -35,6 +37,11 @@ def real(name: str, value: Any) -> float:
     if isinstance(value, (float, numbers.Real)):  # float by itself because it is found sooner
         return float(value)
     raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def dtype_name(dtype: Any) -> Any:
+    """'float32' for 'float32' and for paddle.float32."""
+    return str(dtype).rpartition(".")[2]
 
 
 def text(name: str, value: Any) -> str:

@@ -98,7 +98,7 @@ def all_to_all_experts(
             f"got {partial.shape} {partial.dtype}"
         )
     # Also where nothing of this rank needs a gradient, the others wait for its part of the exchange.
-    anchor = paddle.zeros([1])
+    anchor = paddle.zeros([1], "float32")
     anchor.stop_gradient = False
     return _Combine.apply(partial, anchor, exchange), other
 
@@ -140,7 +140,7 @@ class _Combine(PyLayer):
     @staticmethod
     def backward(ctx, out):
         rows = ctx.exchange.send(out)
-        return None if ctx.fixed else rows, paddle.zeros([1])
+        return None if ctx.fixed else rows, paddle.zeros([1], "float32")
 
 
 class _Exchange:
@@ -200,7 +200,7 @@ class _Exchange:
 
     def sum_per_token(self, rows: Tensor) -> Tensor:
         """[outgoing rows, D] -> fp32 [T, D], added in the order of the ranks."""
-        rows = paddle.concat([rows.astype("float32"), paddle.zeros([1, rows.shape[1]])])
+        rows = paddle.concat([rows.astype("float32"), paddle.zeros([1, rows.shape[1]], "float32")])
         total = paddle.gather(rows, self._places[0])
         for places in self._places[1:]:
             total = total + paddle.gather(rows, places)

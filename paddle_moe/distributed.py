@@ -131,6 +131,15 @@ class ParallelContext:
     The groups are paddle.distributed groups and work with its functions. Those of size 1 communicate nothing.
     """
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelContext:
+        return self  # as a copy of a layer is on the same ranks
+
+    def __reduce__(self):
+        raise TypeError(
+            "a ParallelContext holds this process's groups and cannot be pickled; save what a layer has with"
+            " paddle_moe.save_checkpoint, and make the layer anew with the context of the new job"
+        )
+
     def __init__(
         self,
         ep_group: Group,

@@ -351,7 +351,7 @@ def probe_groups() -> None:
 
     with init_distributed(ep_size=2, tp_size=1, timeout_seconds=LAUNCH_SECONDS / 3) as parallel:
         for group, expected in (("ep", 3.0), ("tp", parallel.rank + 1.0), ("grid", 3.0)):
-            total = parallel.all_reduce(paddle.full([1], parallel.rank + 1.0), group).item()
+            total = parallel.all_reduce(paddle.full([1], parallel.rank + 1.0, "float32"), group).item()
             if total != expected:
                 raise RuntimeError(
                     f"the {group} group of rank {parallel.rank} gave {total}, expected {expected}"

@@ -426,7 +426,10 @@ def route(
             kept.
         topk_groups: see ``num_groups``.
         group_score: what ranks a group: max, or top2_sum (the sum of its two best experts).
-        group_mask_fill: the selection score of experts in the other groups, 0.0 or -inf.
+        group_mask_fill: the selection score of experts in the other groups, 0.0 or -inf. With 0.0, as in the
+            published code of DeepSeek-V3, such an expert still wins against a negative score of the groups
+            that are kept: a logit (``softmax_topk``) or a score with a negative bias. Pass -inf where that
+            can be, unless a model was trained so.
         renormalize: divide the weights of a token by their sum + ``renormalize_eps`` (softmax and sigmoid;
             softmax_topk already sums to one).
         renormalize_eps: see ``renormalize``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import time
@@ -13,7 +14,7 @@ import paddle
 from paddle import nn
 
 from paddle_moe import _core, core, functional
-from paddle_moe._options import ROUTE_OPTIONS, at_least, checked, one_of
+from paddle_moe._options import ROUTE_OPTIONS, at_least, checked, dtype_name, flag, one_of
 from paddle_moe.all_to_all import all_to_all_experts
 from paddle_moe.collectives import enter_shards, leave_shards, no_contribution
 from paddle_moe.params import (
@@ -42,6 +43,13 @@ _CHECKS = {
     "dispatch": one_of("replicated", "alltoall"),
     "reduce": one_of("two", "one"),
     "dtype": one_of("float32", "bfloat16", "float16"),
+    **dict.fromkeys(
+        (
+            *("fp32_reduce", "gate_bias", "gate_up_bias", "down_bias", "shared_gate", "correction_bias"),
+            "recompute",
+        ),
+        flag,
+    ),
 }
 
 
@@ -71,7 +79,7 @@ class _OwnExperts:
 
     def __init__(self, layer: FusedMoE, measure: bool):
         self.layer, self.measure = layer, measure
-        self.amax = paddle.zeros([0]) if measure else None
+        self.amax = paddle.zeros([0], "float32") if measure else None
         self.ids = paddle.zeros([0, layer.top_k], "int32")
 
     def __call__(self, rows: paddle.Tensor, ids: paddle.Tensor, weights: paddle.Tensor) -> paddle.Tensor:
@@ -134,7 +142,8 @@ class FusedMoE(nn.Layer):
             dropless.
         bias_update_speed: of update_correction_bias, 0: correction_bias is left alone.
         recompute, chunk_size: see mixture_of_experts.
-        dtype: of the expert weights and the hidden states; None: paddle.get_default_dtype().
+        dtype: of the expert weights and the hidden states, a name or a paddle.dtype; None:
+            paddle.get_default_dtype().
         gate_dtype: of the gate weights, "float32" or dtype.
         seed: weights are drawn per expert from it, so that the shards of any grid assemble to the same
             dense layer. "own": 0 for the first layer that this process makes so, 1 for the second and so on;
@@ -184,13 +193,14 @@ class FusedMoE(nn.Layer):
         bias_update_speed: float = 0.0,
         recompute: bool = False,
         chunk_size: int = 0,
-        dtype: str | None = None,
-        gate_dtype: str = "float32",
+        dtype: str | paddle.dtype | None = None,
+        gate_dtype: str | paddle.dtype = "float32",
         seed: int | str | None = "own",
         logger: RankLogger | None = None,
     ):
         super().__init__()
-        dtype = dtype or paddle.get_default_dtype()
+        dtype = dtype_name(dtype or paddle.get_default_dtype())
+        gate_dtype = dtype_name(gate_dtype)
         given = locals()
         checked(_CHECKS, given)
         if gate_dtype not in ("float32", dtype):
@@ -264,7 +274,8 @@ class FusedMoE(nn.Layer):
         first, end = self._shard.experts
         self.experts_min, self.experts_max = first, end - 1
         self._create_parameters(dtype, gate_bias, gate_up_bias, down_bias, shared_gate)
-        self.register_buffer("correction_bias", paddle.zeros([num_experts]) if correction_bias else None)
+        bias = paddle.zeros([num_experts], "float32") if correction_bias else None
+        self.register_buffer("correction_bias", bias)
         # Tokens per expert since the last update_correction_bias.
         counts = paddle.zeros([num_experts], "int64") if bias_update_speed else None
         self.register_buffer("expert_counts", counts, persistable=False)
@@ -326,7 +337,7 @@ class FusedMoE(nn.Layer):
             if tensor is not None and list(tensor.shape) != expected:
                 raise ValueError(f"{name} must have the shape {expected}, got {list(tensor.shape)}")
 
-        options.setdefault("dtype", str(_tensor(gate_up[:0]).dtype).rpartition(".")[2])
+        options.setdefault("dtype", _tensor(gate_up[:0]).dtype)
         layer = cls(
             hidden_size,
             columns // 2,
@@ -387,13 +398,13 @@ class FusedMoE(nn.Layer):
         self.shared_gate_up_weight = weight("shared_gate_up_weight", dtype, shared)
         self.shared_down_weight = weight("shared_down_weight", dtype, shared)
         self.shared_gate_weight = weight("shared_gate_weight", self._gate_dtype, shared_gate)
+        self._mark_parameters()
+
+    def _mark_parameters(self) -> None:
+        """The flags by which fleet and PaddleNLP know gates, and parameters that differ between ranks."""
         for gate in (self.gate_weight, self.gate_bias):
             if gate is not None:
                 gate.is_gate = True
-        self._mark_shards()
-
-    def _mark_shards(self) -> None:
-        """The flags by which fleet and PaddleNLP know parameters that differ between ranks."""
         if self.ep_size * self.tp_size == 1:
             return
         # What holds the same shard, and may share its optimizer state, is the data-parallel group.
@@ -410,6 +421,15 @@ class FusedMoE(nn.Layer):
             parameter.is_distributed = parameter.expert = parameter.no_sync = True
             parameter.shard_group = "grid"
             parameter.color = color
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedMoE:
+        """With weights of its own; the groups and the logger are shared."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        memo[id(self.logger)] = self.logger
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin._mark_parameters()  # Paddle copies no attributes of parameters
+        return twin
 
     def _apply(self, func, device, dtype, blocking, include_sublayers=True):
         """Conversions, also that of paddle.amp.decorate, leave the dtype of buffers and of float32 gates."""
@@ -546,7 +566,7 @@ class FusedMoE(nn.Layer):
         weights = self.gate_up_weight, self.down_weight, self.gate_up_bias, self.down_bias
         if self.experts_max < self.experts_min:
             # With more ranks than experts a rank may have nothing to add, but the others wait for its zeros.
-            amax = paddle.zeros([0]) if measure else None
+            amax = paddle.zeros([0], "float32") if measure else None
             return no_contribution(hidden_states, router_weights, *weights), amax
         result = functional.mixture_of_experts(
             hidden_states,
@@ -624,12 +644,17 @@ class FusedMoE(nn.Layer):
         if (routing_table is None) != (router_weights is None):
             missing = "routing_table" if routing_table is None else "router_weights"
             raise ValueError(f"routing_table and router_weights belong together, got None for {missing}")
-        if hidden_states.shape[-1] != self.hidden_size:
+        if not hidden_states.shape or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden_states must have the shape [..., H] with H = {self.hidden_size}, "
                 f"got {list(hidden_states.shape)}"
             )
         replayed = routing_table is not None
+        if replayed and not (routing_table.shape and router_weights.shape):
+            raise ValueError(
+                "routing_table and router_weights must have the shape [..., K], "
+                f"got {list(routing_table.shape)} and {list(router_weights.shape)}"
+            )
         if replayed and return_aux_loss:
             raise ValueError("return_aux_loss=True needs the router, but routing_table was passed")
         if not replayed and not return_aux_loss and self.training and self.router.has_aux_loss:
@@ -722,7 +747,8 @@ class FusedMoE(nn.Layer):
         if self.parallel is None:
             return amax
         before, after = self.experts_min, self.num_experts - self.experts_max - 1
-        everywhere = paddle.concat([paddle.zeros([before]), amax, paddle.zeros([after])])
+        others = [paddle.zeros([count], "float32") for count in (before, after)]
+        everywhere = paddle.concat([others[0], amax, others[1]])
         return self.parallel.all_reduce(everywhere, "grid", "max")
 
     def update_correction_bias(self) -> None:

@@ -56,7 +56,8 @@ def load_balancing_loss(
         logits: [T, E] float32, of the router.
         routing_table: [T, K], int32 or int64, before any drop; ids of -1 count for no expert.
         scoring: that of the router: "softmax", "sigmoid" or "softmax_topk" (as "softmax" here).
-        sequence_length: tokens per sequence, consecutive rows of ``logits``; None: one balance for all.
+        sequence_length: tokens per sequence, consecutive rows of ``logits``, in a graph also an integer
+            tensor; None: one balance for all.
         parallel: balance over all replicas; all of them call this at the same time.
         replicas: the groups of ``parallel`` whose ranks hold different tokens: ("dp", "ep") where tokens live
             on one EP rank each.
@@ -79,8 +80,9 @@ def load_balancing_loss(
         )
     num_experts, top_k = logits.shape[1], routing_table.shape[1]
     if sequence_length is not None:
-        known = isinstance(sequence_length, int) and sequence_length >= 1
-        if not known or logits.shape[0] >= 0 and logits.shape[0] % sequence_length:
+        known = not isinstance(sequence_length, (paddle.static.Variable, paddle.pir.Value))
+        fits = isinstance(sequence_length, int) and sequence_length >= 1
+        if known and (not fits or logits.shape[0] >= 0 and logits.shape[0] % sequence_length):
             raise ValueError(
                 "sequence_length must be an integer that is at least 1 and divides the number of tokens, "
                 f"got {sequence_length} for {logits.shape[0]} tokens"
@@ -103,8 +105,9 @@ def load_balancing_loss(
     else:
         rows = routing_table.reshape([-1, sequence_length * top_k])
         choices = count_ids(rows, num_experts, per_row=True).astype("float32")
-        probability = probabilities.reshape([-1, sequence_length, num_experts]).sum(axis=1)
-        num_tokens = paddle.full([1], sequence_length, "float32")
+        by_sequence = probabilities.reshape([-1, sequence_length, num_experts])
+        probability = by_sequence.sum(axis=1)
+        num_tokens = paddle.ones_like(by_sequence[:1, :, 0]).sum()
     num_tokens = num_tokens.clip(min=1)
     loss = num_experts / top_k * (choices * probability).sum(axis=-1) / num_tokens**2
     return loss.sum() / paddle.ones_like(loss).sum().clip(min=1)

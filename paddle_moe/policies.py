@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import paddle
 
+from paddle_moe._options import real
 from paddle_moe.collectives import sum_over
 from paddle_moe.functional import without_autocast
 
@@ -22,13 +23,13 @@ DROP_POLICIES = ("probability", "position")
 
 
 def count_ids(ids: paddle.Tensor, num_experts: int, *, per_row: bool = False) -> paddle.Tensor:
-    """How often each expert occurs in ids, -1 not counted: [E], or per row of ids [R, E]. int64."""
+    """How often each expert occurs in ids, no others: [E], or per row of ids [R, E]. int64."""
     rows = ids if per_row else ids.reshape([1, -1])
     rows = rows.astype("int64")
     # From a row of `rows`, so that the number of rows may be unknown while a graph is built.
     zeros = paddle.zeros_like(rows.sum(axis=1, keepdim=True)).tile([1, num_experts])
-    counted = (rows >= 0).astype("int64")
-    counts = paddle.put_along_axis(zeros, rows.clip(min=0), counted, axis=1, reduce="add")
+    counted = ((rows >= 0) & (rows < num_experts)).astype("int64")
+    counts = paddle.put_along_axis(zeros, rows.clip(0, num_experts - 1), counted, axis=1, reduce="add")
     return counts if per_row else counts[0]
 
 
@@ -36,7 +37,7 @@ def tokens_per_expert(routing_table: paddle.Tensor, num_experts: int) -> paddle.
     """The rows that each expert gets: [E] int64.
 
     Args:
-        routing_table: [..., K], int32 or int64; ids of -1 count for no expert.
+        routing_table: [..., K], int32 or int64; ids outside 0 .. E - 1, such as -1, count for no expert.
         num_experts: E.
     """
     return count_ids(routing_table, num_experts)
@@ -92,7 +93,7 @@ def limit_capacity(
     tokens per expert, computed in float64, over the T tokens of this call. Deterministic.
 
     Args:
-        routing_table: [T, K], int32 or int64. Ids of -1 take no capacity.
+        routing_table: [T, K], int32 or int64. Ids outside 0 .. E - 1 take no capacity; they become -1.
         router_weights: [T, K]. The other weights stay as they are.
         num_experts: E.
         capacity_factor: positive.
@@ -110,6 +111,7 @@ def limit_capacity(
     check_capacity(capacity_factor, policy)
     top_k = routing_table.shape[1]
     ids = routing_table.flatten().astype("int64")
+    ids = paddle.where(ids < num_experts, ids, paddle.full_like(ids, -1))
     slots = paddle.ones_like(ids).cumsum() - 1
     if policy == "position":
         order = slots.reshape([-1, top_k]).transpose([1, 0]).flatten()
@@ -132,7 +134,7 @@ def limit_capacity(
 
 
 def check_capacity(capacity_factor: float, policy: str, policy_name: str = "policy") -> None:
-    if not capacity_factor > 0:
+    if not real("capacity_factor", capacity_factor) > 0:
         raise ValueError(f"capacity_factor must be positive, got {capacity_factor}")
     if policy not in DROP_POLICIES:
         raise ValueError(f"{policy_name} must be one of {', '.join(DROP_POLICIES)}, got {policy!r}")

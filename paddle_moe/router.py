@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import paddle
 from paddle import _C_ops
 
 from paddle_moe import _core, functional
-from paddle_moe._options import ROUTE_OPTIONS, checked, integer, one_of
+from paddle_moe._options import ROUTE_OPTIONS, checked, integer, one_of, real
 from paddle_moe.losses import load_balancing_loss, router_z_loss
 from paddle_moe.policies import balanced_correction_bias, check_capacity, count_ids, jitter, limit_capacity
 
@@ -55,9 +56,9 @@ class Router:
         _core.Route(_core.Spec("float32", [-1, self.num_experts]), None, *options)
         one_of("batch", "sequence", "global")("balance_loss", self.balance_loss)
         for name in ("balance_loss_weight", "z_loss_weight", "bias_update_speed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.jitter_epsilon < 1:
+            if not 0 <= real(name, getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        if not 0 <= real("jitter_epsilon", self.jitter_epsilon) < 1:
             raise ValueError(f"jitter_epsilon must be at least 0 and below 1, got {self.jitter_epsilon}")
         if self.capacity_factor is not None:
             check_capacity(self.capacity_factor, self.drop_policy, "drop_policy")
@@ -103,13 +104,16 @@ class Router:
         The tokens have the shape [*leading, H], the last of `leading` being a sequence; routing_table is that
         before any drop.
         """
-        loss = paddle.zeros([])
+        loss = paddle.zeros([], "float32")
+        # Without tokens there is nothing to balance, whatever the length.
+        empty = isinstance(leading[-1], int) and leading[-1] == 0
+        by_sequence = self.balance_loss == "sequence" and not empty
         if self.balance_loss_weight:
             balance = load_balancing_loss(
                 logits,
                 routing_table,
                 scoring=self.route_options["scoring"],
-                sequence_length=leading[-1] if self.balance_loss == "sequence" else None,
+                sequence_length=leading[-1] if by_sequence else None,
                 parallel=self.parallel if self.balance_loss == "global" else None,
                 replicas=self.replicas,
             )

@@ -164,7 +164,7 @@ def clip_gradients(
         parameters: all of the model. clip_norm, parallel: as in ClipGradByGlobalNorm.
 
     Returns:
-        The norm before, [1] float32, the same on every rank of a grid.
+        The norm before, scalar float32, the same on every rank of a grid.
 
     Raises:
         ValueError: as ClipGradByGlobalNorm.
@@ -187,8 +187,8 @@ def _check_clip_norm(clip_norm: float) -> None:
 def _clipped(
     params_grads: Gradients, clip_norm: float, parallel: ParallelContext
 ) -> tuple[Gradients, paddle.Tensor]:
-    """(the same with gradients that are scaled, their norm before [1])"""
-    squares = {shard_group: paddle.zeros([1]) for shard_group in ("", "tp", "grid")}
+    """(the same with gradients that are scaled, their norm before, a scalar)"""
+    squares = {shard_group: paddle.zeros([1], "float32") for shard_group in ("", "tp", "grid")}
     counted = [grad is not None and getattr(param, "need_clip", True) for param, grad in params_grads]
     for (parameter, gradient), counts in zip(params_grads, counted):
         if not counts:
@@ -202,7 +202,7 @@ def _clipped(
         squares[group] = squares[group] + gradient.astype("float32").square().sum()
     for group in ("tp", "grid"):
         parallel.all_reduce(squares[group], group)
-    norm = (squares[""] + squares["tp"] + squares["grid"]).sqrt()
+    norm = (squares[""] + squares["tp"] + squares["grid"]).sqrt().reshape([])
     factor = clip_norm / norm.clip(min=clip_norm)
     clipped = [
         (parameter, (gradient.astype("float32") * factor).astype(gradient.dtype) if counts else gradient)

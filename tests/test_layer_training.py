@@ -103,8 +103,8 @@ def test_aux_loss_is_never_lost():
     ("options", "text"),
     [
         (dict(balance_loss="token"), "balance_loss must be 'batch', 'sequence' or 'global', got 'token'"),
-        (dict(balance_loss_weight=-1.0), "balance_loss_weight must be at least 0, got -1.0"),
-        (dict(z_loss_weight=float("nan")), "z_loss_weight must be at least 0, got nan"),
+        (dict(balance_loss_weight=-1.0), "balance_loss_weight must be finite and at least 0, got -1.0"),
+        (dict(z_loss_weight=float("nan")), "z_loss_weight must be finite and at least 0, got nan"),
         (dict(jitter_epsilon=1.0), "jitter_epsilon must be at least 0 and below 1, got 1.0"),
         (dict(capacity_factor=0.0), "capacity_factor must be positive, got 0.0"),
         (dict(capacity_factor=1.0, drop_policy="last"), "drop_policy must be one of probability, position"),
@@ -309,7 +309,18 @@ def test_conversions_leave_what_has_to_stay_in_float32(dtype):
     assert half.gate_weight.dtype == half.gate_bias.dtype == paddle.float32
 
 
-@pytest.mark.parametrize("shape", [[None, HIDDEN], [None, 4, HIDDEN]])
+@pytest.mark.parametrize("shape", [[3, 0], [0, 4]])
+@pytest.mark.parametrize("balance_loss", ["batch", "sequence"])
+def test_losses_of_no_tokens(shape, balance_loss):
+    layer = make_layer(balance_loss_weight=0.5, balance_loss=balance_loss)
+    x = paddle.zeros([*shape, HIDDEN])
+    x.stop_gradient = False
+    output, loss = layer(x, return_aux_loss=True)
+    (output.sum() + loss).backward()
+    assert output.shape == x.shape == x.grad.shape and loss.item() == 0
+
+
+@pytest.mark.parametrize("shape", [[None, HIDDEN], [None, 4, HIDDEN], [None, None, HIDDEN]])
 def test_to_static_in_training_mode(shape):
     options = dict(balance_loss_weight=0.5, z_loss_weight=0.1, capacity_factor=1.2, bias_update_speed=0.01)
     if len(shape) == 3:
@@ -322,7 +333,8 @@ def test_to_static_in_training_mode(shape):
     spec = [paddle.static.InputSpec(shape, stop_gradient=False)]
     static = paddle.jit.to_static(run, input_spec=spec, full_graph=True)
     for length in (3, 5):
-        x = paddle.to_tensor(tokens(num_tokens=4 * length)).reshape([-1, *shape[1:]])
+        inner = [length if size in (None, -1) else size for size in shape[1:]]
+        x = paddle.to_tensor(tokens(num_tokens=4 * length)).reshape([-1, *inner])
         x.stop_gradient = False
         expected = gradients(eager_layer, x, return_aux_loss=True)
         actual = gradients(layer, x, call=static)

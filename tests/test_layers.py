@@ -248,6 +248,25 @@ def test_drawn_weights_are_the_slices_of_the_dense_layer(shard, dtype):
         np.testing.assert_array_equal(value.numpy(), cut.state_dict()[name].numpy(), err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_default_dtype(dtype):
+    """That of Paddle, and nothing that is always float32 follows it."""
+    paddle.set_default_dtype(dtype)
+    try:
+        layer = FusedMoE(
+            HIDDEN, INTER, EXPERTS, TOP_K, correction_bias=True, z_loss_weight=0.1, balance_loss_weight=0.1
+        )
+        x = paddle.to_tensor(tokens()).astype(dtype)
+        output, loss, amax = layer(x, return_aux_loss=True, return_amax=True)
+    finally:
+        paddle.set_default_dtype("float32")
+    named = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, correction_bias=True, dtype=getattr(paddle, dtype))
+    for one in (layer, named):
+        assert one.down_weight.dtype == getattr(paddle, dtype) and one.gate_weight.dtype == paddle.float32
+        assert one.correction_bias.dtype == paddle.float32
+    assert output.dtype == x.dtype and loss.dtype == amax.dtype == paddle.float32
+
+
 @pytest.mark.parametrize("seeds", [(0, 1), ("own", "own")])
 def test_seeds_differ(seeds):
     first, second = (FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, seed=seed) for seed in seeds)
@@ -298,6 +317,13 @@ def test_state_dict_of_a_rank_without_experts():
         (dict(gate_dtype="float16"), "gate_dtype must be 'float32' or dtype = 'float32', got 'float16'"),
         (dict(seed=-1), "seed must be at least 0, 'own' or None, got -1"),
         (dict(seed="mine"), "seed must be an integer, got 'mine'"),
+        (dict(seed=True), "seed must be an integer, got True"),
+        (dict(dtype=paddle.float64), "dtype must be 'float32', 'bfloat16' or 'float16', got 'float64'"),
+        (dict(gate_bias="no"), "gate_bias must be True or False, got 'no'"),
+        (dict(recompute="no"), "recompute must be True or False, got 'no'"),
+        (dict(z_loss_weight=float("inf")), "z_loss_weight must be finite and at least 0, got inf"),
+        (dict(jitter_epsilon="x"), "jitter_epsilon must be a number, got 'x'"),
+        (dict(capacity_factor="x"), "capacity_factor must be a number, got 'x'"),
         (dict(activation="swish"), "activation must be one of silu, .* got 'swish'"),
         (dict(chunk_size=-1), "chunk_size must be at least 0"),
         (dict(scoring="max"), "scoring must be one of softmax, sigmoid, softmax_topk, got 'max'"),
@@ -339,3 +365,8 @@ def test_forward_errors():
         layer(x[:, :5])
     with pytest.raises(ValueError, match="routing_table"):
         layer(x, ids[:3], paddle.zeros([3, TOP_K]))
+    scalar = paddle.to_tensor(1.0)
+    with pytest.raises(ValueError, match=r"hidden_states must have the shape .* got \[\]"):
+        layer(scalar)
+    with pytest.raises(ValueError, match=r"routing_table and router_weights must .* got \[\] and \[\]"):
+        layer(x, scalar.astype("int32"), scalar)

@@ -180,6 +180,17 @@ def test_tokens_per_expert(dtype):
     assert tokens_per_expert(paddle.zeros([0, 2], dtype), EXPERTS).tolist() == [0] * EXPERTS
 
 
+def test_ids_of_no_expert_count_for_nobody():
+    """Of a replayed routing; the operator skips them too."""
+    ids = paddle.to_tensor([[0, EXPERTS], [-1, EXPERTS - 1], [0, 2**40]])
+    counts = tokens_per_expert(ids, EXPERTS).tolist()
+    assert counts == [2, *[0] * (EXPERTS - 2), 1]
+    for policy in ("probability", "position"):
+        kept, weights = limit_capacity(ids, paddle.ones([3, 2]), EXPERTS, 0.5 * EXPERTS / 6, policy)
+        assert kept.tolist() == [[0, -1], [-1, EXPERTS - 1], [-1, -1]], policy
+        assert weights.tolist() == [[1, 0], [0, 1], [0, 0]], policy
+
+
 def capacity_by_definition(ids, weights, num_experts, factor, policy):
     """The ids that stay, given out one by one in the order of their priority."""
     capacity = math.ceil(factor * ids.size / num_experts)

@@ -11,6 +11,7 @@ block, and the remaining parameters shrink in place to this rank's columns, unde
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from dataclasses import dataclass, field
@@ -179,6 +180,14 @@ class Slice:
         """With what `cut` has set, as the parameters of FusedMoE are: what sums over ranks must know it."""
         if self.shared_by:
             self._set(is_distributed=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slice:
+        twin = memo[id(self)] = copy.copy(self)
+        twin.parameter, twin.before = copy.deepcopy(self.parameter, memo), dict(self.before)
+        for name in self.before:  # Paddle copies no attributes of parameters
+            if hasattr(self.parameter, name):
+                setattr(twin.parameter, name, getattr(self.parameter, name))
+        return twin
 
     def _set(self, **attributes: Any) -> None:
         for name, value in attributes.items():

@@ -231,7 +231,7 @@ class Ernie45Moe(MoEBlock):
             renormalize_eps=1e-12,
         )
         output = self.mix(input, routing_table, router_weights)
-        loss = paddle.zeros([1])
+        loss = paddle.zeros([1], "float32")
         if self.training:
             loss = self._router_loss(logits)
             if config.moe_use_aux_free and paddle.is_grad_enabled():  # once also under recompute
@@ -242,7 +242,7 @@ class Ernie45Moe(MoEBlock):
         return output, router_weights.astype(input.dtype), loss, logits
 
     def _router_loss(self, logits: Tensor) -> Tensor:
-        config, loss = self.config, paddle.zeros([1])
+        config, loss = self.config, paddle.zeros([1], "float32")
         if config.router_aux_loss_coef:
             # The experts of the largest scores, without the correction that balances the choice.
             chosen = logits.topk(self.top_k)[1]

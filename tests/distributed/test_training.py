@@ -12,7 +12,7 @@ JOBS = {
     "ep2_tp2": (
         (2, 2, 1),
         "gradients losses faults shared_weights dropped_all_reduces recompute jitter amax mixed_precision "
-        "clipping overflow flags all_to_all_output all_to_all_training",
+        "clipping overflow flags all_to_all_output all_to_all_training default_dtype",
     ),
     "ep4": (
         (4, 1, 1),

@@ -3,6 +3,7 @@
 Every rank also trains the whole layer by itself and compares. Prints "CHECK passed" after each check.
 """
 
+import copy
 import functools
 import itertools
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import paddle
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from layer_cases import EXPERTS, HIDDEN, TOP_K, tokens
+from layer_cases import EXPERTS, HIDDEN, INTER, TOP_K, tokens
 from training_cases import (
     SEQUENCES,
     Block,
@@ -32,6 +33,7 @@ from training_cases import (
 
 from paddle_moe import (
     ClipGradByGlobalNorm,
+    FusedMoE,
     ParallelContext,
     agree_on_overflow,
     average_gradients,
@@ -290,6 +292,23 @@ def all_to_all_output():
 
 
 @check
+def default_dtype():
+    """Models are built and run while the default dtype is that of their weights."""
+    paddle.set_default_dtype("bfloat16")
+    try:
+        for dispatch in ("replicated", "alltoall"):
+            layer = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, parallel=parallel, dispatch=dispatch)
+            x = trained_tokens().astype("bfloat16")
+            output, amax = layer(x, return_amax=True)
+            output.sum().backward()
+            norm = clip_gradients(layer.parameters(), 1.0, parallel)
+            assert output.dtype == paddle.bfloat16 and amax.dtype == norm.dtype == paddle.float32
+            assert amax.shape == [EXPERTS] and np.isfinite(float(norm))
+    finally:
+        paddle.set_default_dtype("float32")
+
+
+@check
 def all_to_all_steps():
     """Twenty steps of AdamW with clipping, every loss and bias updates, each EP rank with its own tokens."""
     replicas = ("dp", "ep")
@@ -443,6 +462,15 @@ def clipping():
         whole = shard_like(layer, clipped(dense, paddle.nn.ClipGradByGlobalNorm(clip_norm)))
         for name, gradient in whole.items():
             assert_close(mine[name], gradient, 1e-5, name)
+    norm = float(clip_gradients(layer.parameters(), 1e9, parallel))
+    twin = copy.deepcopy(layer)
+    assert twin.parallel is parallel and twin.down_weight is not layer.down_weight
+    (twin(x) ** 2).sum().backward()
+    twin.down_weight.need_clip = False
+    assert float(clip_gradients(twin.parameters(), 1e9, parallel)) == norm > 0
+    for name in ("is_distributed", "no_sync", "expert", "shard_group", "color", "is_gate"):
+        marked = [hasattr(parameter, name) for parameter in layer.parameters()]
+        assert [hasattr(parameter, name) for parameter in twin.parameters()] == marked, name
     layer.gate_weight.is_distributed = True
     try:
         clipped(layer, ClipGradByGlobalNorm(0.1, parallel))
