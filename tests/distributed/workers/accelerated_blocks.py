@@ -4,6 +4,7 @@ With EP_SIZE fleet the EP group is fleet's data-parallel group of all ranks. Eve
 by itself in plain Paddle and compares. Prints "CHECK passed" after each check.
 """
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -184,10 +185,12 @@ def all_to_all():
 
 @check
 def steps_of_an_optimizer():
-    """Clipped by the norm over all ranks, tokens replicated or not: as in one process with all tokens."""
+    """Clipped by the norm over all ranks, also of a copy, as in one process with all tokens."""
     for dispatch in ("replicated", "alltoall"):
         model, stock = Block(5, 6, shared=4), Block(5, 6, shared=4)
         accelerate(model, parallel=parallel, dispatch=dispatch)
+        if dispatch == "alltoall":
+            model = copy.deepcopy(model)
         clip = ClipGradByGlobalNorm(0.1, parallel)
         optimizer = paddle.optimizer.SGD(1.0, model.parameters(), grad_clip=clip)
         clip_alone = paddle.nn.ClipGradByGlobalNorm(0.1)
