@@ -45,8 +45,16 @@ struct Tensor {
 
 constexpr int64_t kLastExpertPassed = std::numeric_limits<int64_t>::min();
 
+struct ExpertsOptions {
+  bool permuted_weights = false;  // every matrix is stored transposed: [2I, H] and [H, I]
+  std::string activation = "silu";
+  int64_t experts_min = 0;
+  int64_t experts_max = kLastExpertPassed;  // inclusive
+  int64_t chunk_size = 0;                   // tokens per chunk, 0: chosen by the back end
+};
+
 // What the caller passed, by the names the caller used. Shapes are those of the public Python function.
-struct Arguments {
+struct Arguments : ExpertsOptions {
   Tensor hidden_states;   // [T, H] fp32 | bf16 | fp16
   Tensor routing_table;   // [T, K] int32 | int64, global expert ids
   Tensor router_weights;  // [T, K] fp32 or the dtype of hidden_states
@@ -55,11 +63,6 @@ struct Arguments {
   std::vector<Tensor> down_weights;  // E_l x [I, H], or one [E_l, I, H]
   std::vector<Tensor> gate_up_bias;  // empty, or E_l x [2I], or 2*E_l x [I], or one [E_l, 2I]
   std::vector<Tensor> down_bias;     // empty, or E_l x [H], or one [E_l, H]
-  bool permuted_weights = false;     // every matrix is stored transposed: [2I, H] and [H, I]
-  std::string activation = "silu";
-  int64_t experts_min = 0;
-  int64_t experts_max = kLastExpertPassed;  // inclusive
-  int64_t chunk_size = 0;                   // tokens per chunk, 0: chosen by the back end
 };
 
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kSelu, kIdentity, kSwigluOai };

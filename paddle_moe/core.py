@@ -139,12 +139,16 @@ class Gradients(NamedTuple):
     down_bias: Any = None
 
 
+def _check_wanted(wanted: Sequence[str], names: tuple[str, ...]) -> None:
+    if isinstance(wanted, str) or not set(wanted) <= set(names):
+        raise ValueError(f"wanted must hold names out of {names}, got {wanted!r}")
+
+
 def _backward(
     grad_out, *args, pre_activations=None, wanted=Gradients._fields, out=None, **kwargs
 ) -> tuple[_core.ExpertsBackward, Callable[[list], Gradients]]:
     """The checked call, and what turns its list of arrays into Gradients."""
-    if isinstance(wanted, str) or not set(wanted) <= set(Gradients._fields):
-        raise ValueError(f"wanted must hold names out of {Gradients._fields}, got {wanted!r}")
+    _check_wanted(wanted, Gradients._fields)
     if out is not None and not isinstance(out, Gradients):
         raise ValueError(f"out must be of the type core.Gradients, got {type(out).__name__}")
     passed = inspect.signature(_experts).bind(*args, **kwargs).arguments
@@ -233,14 +237,19 @@ def gate_backward(
     hidden_states: Array,
     gate_weight: Array,
     *,
+    wanted: Sequence[str] = ("hidden_states", "gate_weight"),
     out: tuple[Array | None, Array | None] = (None, None),
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The gradients of ``hidden_states`` and ``gate_weight`` from that of the logits, float32 [T, E].
 
     Args:
+        wanted: the arguments whose gradients are computed; None is returned for another.
         out: arrays of the shapes and dtypes of the two arguments that receive them.
     """
-    return _core.Gate(hidden_states, gate_weight).backward(grad_logits, *out)
+    names = "hidden_states", "gate_weight"
+    _check_wanted(wanted, names)
+    gate_call = _core.Gate(hidden_states, gate_weight)
+    return gate_call.backward(grad_logits, *out, *(name in wanted for name in names))
 
 
 def gate_workspace_size(hidden_states: Array, gate_weight: Array) -> int:

@@ -222,6 +222,11 @@ def _raise_plainly(error: Exception) -> NoReturn:
     raise type(error)(found.group(1)) from None
 
 
+def _wanted(tensors: Sequence[Tensor]) -> list[int]:
+    """1 for each tensor whose gradient has to be computed, else 0."""
+    return [int(not tensor.stop_gradient) for tensor in tensors]
+
+
 def _arrange_experts(
     hidden_states,
     routing_table,
@@ -236,7 +241,7 @@ def _arrange_experts(
     """All that has a gradient as one list: paddle_ops.cc says why."""
     groups = [gate_up_weights, down_weights, gate_up_bias or [], down_bias or []]
     tensors = [hidden_states, router_weights, *(tensor for group in groups for tensor in group)]
-    wanted = [int(not tensor.stop_gradient) for tensor in tensors]
+    wanted = _wanted(tensors)
     save_pre_activations = not recompute and paddle.is_grad_enabled() and any(wanted)
     return routing_table, tensors, [len(group) for group in groups], wanted, *options, save_pre_activations
 
@@ -258,7 +263,14 @@ _experts = _Operator(
     ),
     _arrange_experts,
 )
-_gate = _Operator("paddle_moe_gate", ("hidden_states", "gate_weight"), (), ("logits",), _core.Gate)
+_gate = _Operator(
+    "paddle_moe_gate",
+    ("hidden_states", "gate_weight"),
+    ("wanted",),
+    ("logits",),
+    _core.Gate,
+    arrange=lambda *tensors: (*tensors, _wanted(tensors)),
+)
 _route = _Operator(
     "paddle_moe_route",
     ("logits", "correction_bias@OPTIONAL"),

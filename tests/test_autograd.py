@@ -105,6 +105,30 @@ def test_stop_gradient_on_some_experts():
             assert_same_bits(array, expected[name])
 
 
+@pytest.mark.parametrize(
+    "frozen, tokens, hidden, experts", [("hidden_states", 40000, 64, 4), ("gate_weight", 1, 4000, 500)]
+)
+def test_gate_computes_no_gradient_that_stop_gradient_rules_out(frozen, tokens, hidden, experts):
+    from paddle.base import core as paddle_core
+
+    rng = np.random.default_rng(0)
+    shapes = {"hidden_states": (tokens, hidden), "gate_weight": (hidden, experts)}
+    arrays = {name: rng.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
+    tensors = {name: paddle.to_tensor(array, stop_gradient=name == frozen) for name, array in arrays.items()}
+    grad = rng.standard_normal((tokens, experts)).astype("float32")
+    logits, grad_logits = paddle_moe.gate(**tensors), paddle.to_tensor(grad)
+    before = paddle_core.host_memory_stat_current_value("Allocated", 0)
+    paddle_core.host_memory_stat_reset_peak_value("Allocated", 0)
+    logits.backward(grad_logits)
+    peak = paddle_core.host_memory_stat_peak_value("Allocated", 0) - before
+    assert peak < arrays[frozen].nbytes / 2  # there was no room for its gradient
+    for (name, tensor), expected in zip(tensors.items(), core.gate_backward(grad, **arrays)):
+        if name == frozen:
+            assert tensor.grad is None
+        else:
+            assert_same_bits(tensor.grad.numpy(), expected)
+
+
 def test_gradients_accumulate_over_calls_and_uses_of_one_weight():
     case = random_case(20, 24, 16, 4, 2)
     grad_out = grad_out_of(case)

@@ -313,6 +313,24 @@ def test_gate_backward(dtype, weight_dtype, tokens, hidden, experts, threads):
         assert_same_bits(again, actual)
 
 
+@pytest.mark.parametrize("wanted", ["hidden_states", "gate_weight"])
+def test_gate_backward_computes_only_what_is_wanted(wanted):
+    rng = np.random.default_rng(0)
+    grad, x, weight = (rng.standard_normal(shape).astype("float32") for shape in ((7, 9), (7, 16), (16, 9)))
+    out = poisoned(x), poisoned(weight)
+    gradients = core.gate_backward(grad, x, weight, wanted=[wanted], out=out)
+    for name, array, actual, expected in zip(
+        ("hidden_states", "gate_weight"), out, gradients, core.gate_backward(grad, x, weight)
+    ):
+        if name == wanted:
+            assert actual is array
+            assert_same_bits(actual, expected)
+        else:
+            assert actual is None and np.isnan(array).all()
+    with pytest.raises(ValueError, match="wanted must hold names out of .*, got 'hidden_states'"):
+        core.gate_backward(grad, x, weight, wanted="hidden_states")
+
+
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_route_backward(name):
     rng = np.random.default_rng(3)

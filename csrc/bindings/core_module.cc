@@ -362,21 +362,28 @@ class Gate {
   }
 
   py::tuple backward(const py::object& grad_logits, const py::object& out_hidden_states,
-                     const py::object& out_gate_weight) {
+                     const py::object& out_gate_weight, bool hidden_states_wanted, bool gate_weight_wanted) {
     const Array grad = reader_.read("grad_logits", grad_logits);
-    const Output hidden_states("gradient of hidden_states", out_hidden_states, hidden_states_.dtype,
-                               hidden_states_.view.shape, &reader_);
-    const Output gate_weight("gradient of gate_weight", out_gate_weight, gate_weight_.dtype,
-                             gate_weight_.view.shape, &reader_, true);
+    std::optional<Output> hidden_states, gate_weight;
+    if (hidden_states_wanted) {
+      hidden_states.emplace("gradient of hidden_states", out_hidden_states, hidden_states_.dtype,
+                            hidden_states_.view.shape, &reader_);
+    }
+    if (gate_weight_wanted) {
+      gate_weight.emplace("gradient of gate_weight", out_gate_weight, gate_weight_.dtype,
+                          gate_weight_.view.shape, &reader_, true);
+    }
     const GateBackwardProblem problem = resolve_gate_backward(
-        hidden_states_.view, gate_weight_.view, grad.view, hidden_states.view(), gate_weight.view());
+        hidden_states_.view, gate_weight_.view, grad.view, hidden_states ? hidden_states->view() : Tensor{},
+        gate_weight ? gate_weight->view() : Tensor{});
     const Device device = reader_.device();
     const Workspace scratch(py::none(), dispatch::gate_backward_workspace_size(device, problem), &reader_);
     {
       py::gil_scoped_release release;
       dispatch::gate_backward(device, problem, scratch.data());
     }
-    return py::make_tuple(hidden_states.result(), gate_weight.result());
+    return py::make_tuple(hidden_states ? hidden_states->result() : py::none(),
+                          gate_weight ? gate_weight->result() : py::none());
   }
 
  private:
@@ -387,15 +394,13 @@ class Gate {
 
 class Route {
  public:
-  Route(const py::object& logits, const py::object& correction_bias, int64_t top_k,
-        const std::string& scoring, int64_t num_groups, int64_t topk_groups, const std::string& group_score,
-        float group_mask_fill, bool renormalize, float renormalize_eps, float scaling_factor)
+  // options: the members of RouteOptions, in their order.
+  template <class... Options>
+  Route(const py::object& logits, const py::object& correction_bias, const Options&... options)
       : logits_(reader_.read("logits", logits)),
         correction_bias_(correction_bias.is_none() ? Array{}
                                                    : reader_.read("correction_bias", correction_bias)),
-        problem_(resolve_route(logits_.view, correction_bias_.view,
-                               {top_k, scoring, num_groups, topk_groups, group_score, group_mask_fill,
-                                renormalize, renormalize_eps, scaling_factor})) {}
+        problem_(resolve_route(logits_.view, correction_bias_.view, {options...})) {}
 
   const RouteProblem& problem() const { return problem_; }
 
@@ -453,11 +458,8 @@ class Experts {
     arguments_.down_weights = keep_all("down_weights", down_weights);
     if (gate_up_bias) arguments_.gate_up_bias = keep_all("gate_up_bias", *gate_up_bias);
     if (down_bias) arguments_.down_bias = keep_all("down_bias", *down_bias);
-    arguments_.permuted_weights = permuted_weights;
-    arguments_.activation = activation;
-    arguments_.experts_min = experts_min;
-    arguments_.experts_max = experts_max;
-    arguments_.chunk_size = chunk_size;
+    static_cast<ExpertsOptions&>(arguments_) = {permuted_weights, activation, experts_min, experts_max,
+                                                chunk_size};
     problem_ = resolve(arguments_);
   }
 

@@ -218,6 +218,33 @@ class Workspace {
   paddle::Tensor buffer_;
 };
 
+// ---------------------------------------------------------------- options
+//
+// As Paddle's attributes, as parameters in the same order, and as what moe.h calls them.
+
+#define PADDLE_MOE_EXPERTS_ATTRIBUTES                                                                  \
+  "permuted_weights: bool", "activation: std::string", "experts_min: int64_t", "experts_max: int64_t", \
+      "chunk_size: int64_t"
+#define PADDLE_MOE_EXPERTS_PARAMETERS                                                             \
+  bool permuted_weights, const std::string &activation, int64_t experts_min, int64_t experts_max, \
+      int64_t chunk_size
+#define PADDLE_MOE_EXPERTS_OPTIONS \
+  ExpertsOptions { permuted_weights, activation, experts_min, experts_max, chunk_size }
+
+#define PADDLE_MOE_ROUTE_ATTRIBUTES                                                                        \
+  "top_k: int64_t", "scoring: std::string", "num_groups: int64_t", "topk_groups: int64_t",                 \
+      "group_score: std::string", "group_mask_fill: float", "renormalize: bool", "renormalize_eps: float", \
+      "scaling_factor: float"
+#define PADDLE_MOE_ROUTE_PARAMETERS                                                                   \
+  int64_t top_k, const std::string &scoring, int64_t num_groups, int64_t topk_groups,                 \
+      const std::string &group_score, float group_mask_fill, bool renormalize, float renormalize_eps, \
+      float scaling_factor
+#define PADDLE_MOE_ROUTE_OPTIONS                                                                         \
+  RouteOptions {                                                                                         \
+    top_k, scoring, num_groups, topk_groups, group_score, group_mask_fill, renormalize, renormalize_eps, \
+        scaling_factor                                                                                   \
+  }
+
 // ---------------------------------------------------------------- experts
 //
 // Everything that has a gradient is one list, because the executor of static programs accepts one list among
@@ -226,25 +253,18 @@ class Workspace {
 
 template <class T>
 Arguments experts_arguments(const T& routing_table, const std::vector<T>& tensors,
-                            const std::vector<int>& counts, bool permuted_weights,
-                            const std::string& activation, int64_t experts_min, int64_t experts_max,
-                            int64_t chunk_size) {
+                            const std::vector<int>& counts, const ExpertsOptions& options) {
   auto next = tensors.begin() + 2;
   auto take = [&](int count) {
     const std::vector<T> part(next, next + count);
     next += count;
     return views(part);
   };
-  Arguments arguments{view(tensors[0]), view(routing_table), view(tensors[1])};
+  Arguments arguments{options, view(tensors[0]), view(routing_table), view(tensors[1])};
   arguments.gate_up_weights = take(counts[0]);
   arguments.down_weights = take(counts[1]);
   arguments.gate_up_bias = take(counts[2]);
   arguments.down_bias = take(counts[3]);
-  arguments.permuted_weights = permuted_weights;
-  arguments.activation = activation;
-  arguments.experts_min = experts_min;
-  arguments.experts_max = experts_max;
-  arguments.chunk_size = chunk_size;
   return arguments;
 }
 
@@ -261,12 +281,11 @@ void expect_places(const paddle::Tensor& routing_table, const PaddleTensors& ten
 }
 
 PaddleTensors experts(const paddle::Tensor& routing_table, const PaddleTensors& tensors,
-                      const std::vector<int>& counts, const std::vector<int>& wanted, bool permuted_weights,
-                      const std::string& activation, int64_t experts_min, int64_t experts_max,
-                      int64_t chunk_size, bool measurement_mode, bool save_pre_activations) {
+                      const std::vector<int>& counts, const std::vector<int>& wanted,
+                      PADDLE_MOE_EXPERTS_PARAMETERS, bool measurement_mode, bool save_pre_activations) {
   expect_places(routing_table, tensors, counts);
-  const Problem problem = resolve(experts_arguments(routing_table, tensors, counts, permuted_weights,
-                                                    activation, experts_min, experts_max, chunk_size));
+  const Problem problem =
+      resolve(experts_arguments(routing_table, tensors, counts, PADDLE_MOE_EXPERTS_OPTIONS));
   const paddle::Place& place = tensors[0].place();
   const paddle::DataType dtype = tensors[0].dtype();
   const Device device = device_of("hidden_states", tensors[0]);
@@ -287,11 +306,10 @@ PaddleTensors experts(const paddle::Tensor& routing_table, const PaddleTensors& 
 
 std::vector<Shape> experts_shapes(const Shape& routing_table, const std::vector<Shape>& tensors,
                                   const std::vector<int>& counts, const std::vector<int>& wanted,
-                                  bool permuted_weights, const std::string& activation, int64_t experts_min,
-                                  int64_t experts_max, int64_t chunk_size, bool measurement_mode,
+                                  PADDLE_MOE_EXPERTS_PARAMETERS, bool measurement_mode,
                                   bool save_pre_activations) {
-  const Problem problem = resolve(experts_arguments(routing_table, tensors, counts, permuted_weights,
-                                                    activation, experts_min, experts_max, chunk_size));
+  const Problem problem =
+      resolve(experts_arguments(routing_table, tensors, counts, PADDLE_MOE_EXPERTS_OPTIONS));
   const int64_t num_experts = problem.experts.empty() ? -1 : problem.num_experts();
   return {{problem.num_tokens, problem.hidden_size}, {num_experts}, {-1, -1}};
 }
@@ -303,8 +321,7 @@ DataTypes experts_dtypes(paddle::DataType routing_table, const DataTypes& tensor
 PaddleTensors experts_backward(const paddle::Tensor& routing_table, const PaddleTensors& tensors,
                                const paddle::Tensor& pre_activations, const paddle::Tensor& grad_out,
                                const std::vector<int>& counts, const std::vector<int>& wanted,
-                               bool permuted_weights, const std::string& activation, int64_t experts_min,
-                               int64_t experts_max, int64_t chunk_size, bool measurement_mode,
+                               PADDLE_MOE_EXPERTS_PARAMETERS, bool measurement_mode,
                                bool save_pre_activations) {
   expect_places(routing_table, tensors, counts);
   const Device device = device_of("hidden_states", tensors[0]);
@@ -314,8 +331,7 @@ PaddleTensors experts_backward(const paddle::Tensor& routing_table, const Paddle
     gradients.push_back(wanted[i] ? empty_gradient(tensors[i]) : paddle::Tensor());
   }
   auto arguments = [&](const PaddleTensors& list) {
-    return experts_arguments(routing_table, list, counts, permuted_weights, activation, experts_min,
-                             experts_max, chunk_size);
+    return experts_arguments(routing_table, list, counts, PADDLE_MOE_EXPERTS_OPTIONS);
   };
   // An unwanted gradient keeps the shape of its argument and has no data.
   PaddleTensors described = gradients;
@@ -341,7 +357,8 @@ PaddleTensors experts_backward(const paddle::Tensor& routing_table, const Paddle
 
 // ---------------------------------------------------------------- gate
 
-PaddleTensors gate(const paddle::Tensor& hidden_states, const paddle::Tensor& gate_weight) {
+PaddleTensors gate(const paddle::Tensor& hidden_states, const paddle::Tensor& gate_weight,
+                   const std::vector<int>& wanted) {
   expect_place("gate_weight", gate_weight, hidden_states.place());
   const GateProblem problem = resolve_gate(view(hidden_states), view(gate_weight));
   const Device device = device_of("hidden_states", hidden_states);
@@ -352,7 +369,8 @@ PaddleTensors gate(const paddle::Tensor& hidden_states, const paddle::Tensor& ga
   return {logits};
 }
 
-std::vector<Shape> gate_shapes(const Shape& hidden_states, const Shape& gate_weight) {
+std::vector<Shape> gate_shapes(const Shape& hidden_states, const Shape& gate_weight,
+                               const std::vector<int>& wanted) {
   const GateProblem problem = resolve_gate(view(hidden_states), view(gate_weight));
   return {{problem.num_tokens, problem.num_experts}};
 }
@@ -360,15 +378,17 @@ std::vector<Shape> gate_shapes(const Shape& hidden_states, const Shape& gate_wei
 DataTypes gate_dtypes() { return {paddle::DataType::FLOAT32}; }
 
 PaddleTensors gate_backward(const paddle::Tensor& hidden_states, const paddle::Tensor& gate_weight,
-                            const paddle::Tensor& grad_logits) {
+                            const paddle::Tensor& grad_logits, const std::vector<int>& wanted) {
   const Device device = device_of("hidden_states", hidden_states);
-  paddle::Tensor hidden_states_grad =
-      paddle::empty(hidden_states.shape(), hidden_states.dtype(), hidden_states.place());
-  paddle::Tensor gate_weight_grad =
-      paddle::empty(gate_weight.shape(), gate_weight.dtype(), hidden_states.place());
-  const GateBackwardProblem problem =
-      resolve_gate_backward(view(hidden_states), view(gate_weight), view(grad_logits),
-                            view(hidden_states_grad), view(gate_weight_grad));
+  // Nobody looks at what is returned in place of an unwanted gradient, but Paddle refuses nothing at all.
+  auto gradient = [&](const paddle::Tensor& tensor, bool wanted) {
+    return wanted ? empty_gradient(tensor) : paddle::empty({1}, tensor.dtype(), tensor.place());
+  };
+  paddle::Tensor hidden_states_grad = gradient(hidden_states, wanted[0]);
+  paddle::Tensor gate_weight_grad = gradient(gate_weight, wanted[1]);
+  const GateBackwardProblem problem = resolve_gate_backward(
+      view(hidden_states), view(gate_weight), view(grad_logits),
+      wanted[0] ? view(hidden_states_grad) : Tensor{}, wanted[1] ? view(gate_weight_grad) : Tensor{});
   Workspace workspace(dispatch::gate_backward_workspace_size(device, problem), hidden_states.place());
   dispatch::gate_backward(device, problem, workspace.data());
   return {hidden_states_grad, gate_weight_grad};
@@ -377,13 +397,9 @@ PaddleTensors gate_backward(const paddle::Tensor& hidden_states, const paddle::T
 // ---------------------------------------------------------------- route
 
 PaddleTensors route(const paddle::Tensor& logits, const paddle::optional<paddle::Tensor>& correction_bias,
-                    int64_t top_k, const std::string& scoring, int64_t num_groups, int64_t topk_groups,
-                    const std::string& group_score, float group_mask_fill, bool renormalize,
-                    float renormalize_eps, float scaling_factor) {
+                    PADDLE_MOE_ROUTE_PARAMETERS) {
   expect_place("correction_bias", correction_bias, logits.place());
-  const RouteProblem problem = resolve_route(view(logits), view(correction_bias),
-                                             {top_k, scoring, num_groups, topk_groups, group_score,
-                                              group_mask_fill, renormalize, renormalize_eps, scaling_factor});
+  const RouteProblem problem = resolve_route(view(logits), view(correction_bias), PADDLE_MOE_ROUTE_OPTIONS);
   const Device device = device_of("logits", logits);
   paddle::Tensor table = paddle::empty({problem.num_tokens, top_k}, paddle::DataType::INT32, logits.place());
   paddle::Tensor weights =
@@ -393,12 +409,8 @@ PaddleTensors route(const paddle::Tensor& logits, const paddle::optional<paddle:
 }
 
 std::vector<Shape> route_shapes(const Shape& logits, const paddle::optional<Shape>& correction_bias,
-                                int64_t top_k, const std::string& scoring, int64_t num_groups,
-                                int64_t topk_groups, const std::string& group_score, float group_mask_fill,
-                                bool renormalize, float renormalize_eps, float scaling_factor) {
-  const RouteProblem problem = resolve_route(view(logits), view(correction_bias),
-                                             {top_k, scoring, num_groups, topk_groups, group_score,
-                                              group_mask_fill, renormalize, renormalize_eps, scaling_factor});
+                                PADDLE_MOE_ROUTE_PARAMETERS) {
+  const RouteProblem problem = resolve_route(view(logits), view(correction_bias), PADDLE_MOE_ROUTE_OPTIONS);
   return {{problem.num_tokens, top_k}, {problem.num_tokens, top_k}};
 }
 
@@ -407,12 +419,8 @@ DataTypes route_dtypes() { return {paddle::DataType::INT32, paddle::DataType::FL
 PaddleTensors route_backward(const paddle::Tensor& logits,
                              const paddle::optional<paddle::Tensor>& correction_bias,
                              const paddle::Tensor& routing_table, const paddle::Tensor& grad_router_weights,
-                             int64_t top_k, const std::string& scoring, int64_t num_groups,
-                             int64_t topk_groups, const std::string& group_score, float group_mask_fill,
-                             bool renormalize, float renormalize_eps, float scaling_factor) {
-  const RouteProblem problem = resolve_route(view(logits), view(correction_bias),
-                                             {top_k, scoring, num_groups, topk_groups, group_score,
-                                              group_mask_fill, renormalize, renormalize_eps, scaling_factor});
+                             PADDLE_MOE_ROUTE_PARAMETERS) {
+  const RouteProblem problem = resolve_route(view(logits), view(correction_bias), PADDLE_MOE_ROUTE_OPTIONS);
   const Device device = device_of("logits", logits);
   paddle::Tensor grad = paddle::empty(logits.shape(), paddle::DataType::FLOAT32, logits.place());
   dispatch::route_backward(device,
@@ -427,12 +435,9 @@ PaddleTensors route_backward(const paddle::Tensor& logits,
 
 PaddleTensors fused_gate_moe(const paddle::Tensor& gate_weight,
                              const paddle::optional<paddle::Tensor>& correction_bias,
-                             const PaddleTensors& tensors, const std::vector<int>& counts, int64_t top_k,
-                             const std::string& scoring, int64_t num_groups, int64_t topk_groups,
-                             const std::string& group_score, float group_mask_fill, bool renormalize,
-                             float renormalize_eps, float scaling_factor, bool permuted_weights,
-                             const std::string& activation, int64_t experts_min, int64_t experts_max,
-                             int64_t chunk_size, bool measurement_mode) {
+                             const PaddleTensors& tensors, const std::vector<int>& counts,
+                             PADDLE_MOE_ROUTE_PARAMETERS, PADDLE_MOE_EXPERTS_PARAMETERS,
+                             bool measurement_mode) {
   const paddle::Tensor& hidden_states = tensors[0];
   const paddle::Place& place = hidden_states.place();
   const Device device = device_of("hidden_states", hidden_states);
@@ -446,17 +451,14 @@ PaddleTensors fused_gate_moe(const paddle::Tensor& gate_weight,
   expect_place("correction_bias", correction_bias, place);
   const paddle::Tensor logits = new_tensor({num_tokens, gate_problem.num_experts}, paddle::DataType::FLOAT32);
   const RouteProblem route_problem =
-      resolve_route(view(logits), view(correction_bias),
-                    {top_k, scoring, num_groups, topk_groups, group_score, group_mask_fill, renormalize,
-                     renormalize_eps, scaling_factor});
+      resolve_route(view(logits), view(correction_bias), PADDLE_MOE_ROUTE_OPTIONS);
 
   const paddle::Tensor table = new_tensor({num_tokens, top_k}, paddle::DataType::INT32);
   const paddle::Tensor weights = new_tensor({num_tokens, top_k}, paddle::DataType::FLOAT32);
   PaddleTensors all = tensors;
   all.insert(all.begin() + 1, weights);
   expect_places(table, all, counts);
-  const Problem problem = resolve(experts_arguments(table, all, counts, permuted_weights, activation,
-                                                    experts_min, experts_max, chunk_size));
+  const Problem problem = resolve(experts_arguments(table, all, counts, PADDLE_MOE_EXPERTS_OPTIONS));
   paddle::Tensor out = new_tensor({num_tokens, problem.hidden_size}, hidden_states.dtype());
   paddle::Tensor amax = new_tensor({problem.num_experts()}, paddle::DataType::FLOAT32);
   Workspace workspace(dispatch::fused_workspace_size(device, gate_problem, problem), place);
@@ -493,15 +495,11 @@ PaddleTensors no_second_derivative_of_one(const paddle::Tensor&) { return no_sec
 }  // namespace
 }  // namespace paddle_moe
 
-#define PADDLE_MOE_EXPERTS_ATTRIBUTES                                                \
-  {"counts: std::vector<int>", "wanted: std::vector<int>", "permuted_weights: bool", \
-   "activation: std::string",  "experts_min: int64_t",     "experts_max: int64_t",   \
-   "chunk_size: int64_t",      "measurement_mode: bool",   "save_pre_activations: bool"}
-
 PD_BUILD_OP(paddle_moe_experts)
     .Inputs({"routing_table", paddle::Vec("tensors")})
     .Outputs({"out", "amax", "pre_activations"})
-    .Attrs(PADDLE_MOE_EXPERTS_ATTRIBUTES)
+    .Attrs({"counts: std::vector<int>", "wanted: std::vector<int>", PADDLE_MOE_EXPERTS_ATTRIBUTES,
+            "measurement_mode: bool", "save_pre_activations: bool"})
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::experts>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(paddle_moe::Guarded<paddle_moe::experts_shapes>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(paddle_moe::experts_dtypes));
@@ -509,7 +507,8 @@ PD_BUILD_OP(paddle_moe_experts)
 PD_BUILD_GRAD_OP(paddle_moe_experts)
     .Inputs({"routing_table", paddle::Vec("tensors"), "pre_activations", paddle::Grad("out")})
     .Outputs({paddle::Grad(paddle::Vec("tensors"))})
-    .Attrs(PADDLE_MOE_EXPERTS_ATTRIBUTES)
+    .Attrs({"counts: std::vector<int>", "wanted: std::vector<int>", PADDLE_MOE_EXPERTS_ATTRIBUTES,
+            "measurement_mode: bool", "save_pre_activations: bool"})
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::experts_backward>::call));
 
 PD_BUILD_DOUBLE_GRAD_OP(paddle_moe_experts)
@@ -520,6 +519,7 @@ PD_BUILD_DOUBLE_GRAD_OP(paddle_moe_experts)
 PD_BUILD_OP(paddle_moe_gate)
     .Inputs({"hidden_states", "gate_weight"})
     .Outputs({"logits"})
+    .Attrs({"wanted: std::vector<int>"})
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::gate>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(paddle_moe::Guarded<paddle_moe::gate_shapes>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(paddle_moe::gate_dtypes));
@@ -527,6 +527,7 @@ PD_BUILD_OP(paddle_moe_gate)
 PD_BUILD_GRAD_OP(paddle_moe_gate)
     .Inputs({"hidden_states", "gate_weight", paddle::Grad("logits")})
     .Outputs({paddle::Grad("hidden_states"), paddle::Grad("gate_weight")})
+    .Attrs({"wanted: std::vector<int>"})
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::gate_backward>::call));
 
 PD_BUILD_DOUBLE_GRAD_OP(paddle_moe_gate)
@@ -534,15 +535,10 @@ PD_BUILD_DOUBLE_GRAD_OP(paddle_moe_gate)
     .Outputs({paddle::Grad(paddle::Grad("logits"))})
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::no_second_derivative_of_one>::call));
 
-#define PADDLE_MOE_ROUTE_ATTRIBUTES                                              \
-  {"top_k: int64_t",       "scoring: std::string",     "num_groups: int64_t",    \
-   "topk_groups: int64_t", "group_score: std::string", "group_mask_fill: float", \
-   "renormalize: bool",    "renormalize_eps: float",   "scaling_factor: float"}
-
 PD_BUILD_OP(paddle_moe_route)
     .Inputs({"logits", paddle::Optional("correction_bias")})
     .Outputs({"routing_table", "router_weights"})
-    .Attrs(PADDLE_MOE_ROUTE_ATTRIBUTES)
+    .Attrs({PADDLE_MOE_ROUTE_ATTRIBUTES})
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::route>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(paddle_moe::Guarded<paddle_moe::route_shapes>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(paddle_moe::route_dtypes));
@@ -550,7 +546,7 @@ PD_BUILD_OP(paddle_moe_route)
 PD_BUILD_GRAD_OP(paddle_moe_route)
     .Inputs({"logits", paddle::Optional("correction_bias"), "routing_table", paddle::Grad("router_weights")})
     .Outputs({paddle::Grad("logits")})
-    .Attrs(PADDLE_MOE_ROUTE_ATTRIBUTES)
+    .Attrs({PADDLE_MOE_ROUTE_ATTRIBUTES})
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::route_backward>::call));
 
 PD_BUILD_DOUBLE_GRAD_OP(paddle_moe_route)
@@ -561,10 +557,7 @@ PD_BUILD_DOUBLE_GRAD_OP(paddle_moe_route)
 PD_BUILD_OP(paddle_moe_fused_gate_moe)
     .Inputs({"gate_weight", paddle::Optional("correction_bias"), paddle::Vec("tensors")})
     .Outputs({"out", "amax", "routing_table", "router_weights"})
-    .Attrs({"counts: std::vector<int>", "top_k: int64_t", "scoring: std::string", "num_groups: int64_t",
-            "topk_groups: int64_t", "group_score: std::string", "group_mask_fill: float", "renormalize: bool",
-            "renormalize_eps: float", "scaling_factor: float", "permuted_weights: bool",
-            "activation: std::string", "experts_min: int64_t", "experts_max: int64_t", "chunk_size: int64_t",
+    .Attrs({"counts: std::vector<int>", PADDLE_MOE_ROUTE_ATTRIBUTES, PADDLE_MOE_EXPERTS_ATTRIBUTES,
             "measurement_mode: bool"})
     .SetKernelFn(PD_KERNEL(paddle_moe::Guarded<paddle_moe::fused_gate_moe>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(paddle_moe::fused_gate_moe_shapes))
