@@ -85,10 +85,8 @@ def test_the_tests_of_the_cpu_back_end_pass(emulated_core):
 @pytest.mark.parametrize(
     "selected",
     [
-        "any_size or strides or expert_that_nobody_chose or nan_token or extreme or route_backward",
-        pytest.param(
-            "every_layout or every_activation or bits_do_not or gate_backward", marks=pytest.mark.slow
-        ),
+        "any_size or strides or expert_that_nobody_chose or nan_token or extreme or route_backward or gate",
+        pytest.param("every_layout or every_activation or bits_do_not", marks=pytest.mark.slow),
     ],
     ids=["some", "sweeps"],
 )
