@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launcher import WORKERS, Job, environment, launch
+from launcher import WORKERS, Job, environment, launch, read_logs
 
 from paddle_moe import init_distributed
 
@@ -33,11 +33,22 @@ def assert_ended(job: Job, reason: str, ranks=(0, 1, 2, 3)) -> None:
         assert re.search(rf"paddle_moe: rank {rank} ends: {reason}\n", job.logs[rank]), f"rank {rank}: {job}"
 
 
-def assert_refused(job: Job, reason: str, ranks=(0, 1, 2, 3)) -> None:
-    assert job.returncode != 0, str(job)
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> tuple[Path, Job]:
+    """Four jobs that are refused at their start, over the same four processes; see workers/failures.py."""
+    directory = tmp_path_factory.mktemp("refused")
+    job = launch(directory, WORKERS / "failures.py", "sizes", "world", "product", "absent", ranks=4)
+    assert job.returncode == 0, str(job)
+    return directory, job
+
+
+def assert_refused(refused: tuple[Path, Job], what: str, reason: str, ranks=(0, 1, 2, 3)) -> None:
+    directory, job = refused
+    logs = read_logs(directory / what)
     for rank in ranks:
-        assert re.search(reason, job.logs[rank]), f"rank {rank}: {job}"
-        assert "ready" not in job.logs[rank], str(job)
+        assert f"{what} ended with 1\n" in job.logs[rank], f"rank {rank}: {job}"
+        assert re.search(reason, logs[rank]), f"rank {rank}: {logs}"
+        assert "ready" not in logs[rank], logs
 
 
 def test_killed_rank(tmp_path):
@@ -113,30 +124,30 @@ def test_rank_outside_the_world(monkeypatch):
         init_distributed(2, 2)
 
 
-def test_ranks_with_different_sizes(tmp_path):
+def test_ranks_with_different_sizes(refused):
     reason = (
         r"ValueError: the ranks of this job do not agree: ep_size=2, tp_size=2, dp_size=1, world_size=4 on"
         r" ranks \[0, 1, 3\]; ep_size=4, tp_size=1, dp_size=1, world_size=4 on rank 2"
     )
-    assert_refused(run("sizes", tmp_path), reason)
+    assert_refused(refused, "sizes", reason)
 
 
-def test_rank_with_another_world_size(tmp_path):
+def test_rank_with_another_world_size(refused):
     reason = (
         r"ValueError: .* world_size=4 on ranks \[0, 1, 3\]; ep_size=2, tp_size=2, dp_size=1, world_size=8"
         r" on rank 2"
     )
-    assert_refused(run("world", tmp_path), reason)
+    assert_refused(refused, "world", reason)
 
 
-def test_sizes_that_do_not_fit_the_ranks(tmp_path):
+def test_sizes_that_do_not_fit_the_ranks(refused):
     reason = r"ValueError: .*, got ep_size=3, tp_size=2, dp_size=1 \(product 6\) and world_size=4"
-    assert_refused(run("product", tmp_path), reason)
+    assert_refused(refused, "product", reason)
 
 
-def test_rank_that_never_starts(tmp_path):
+def test_rank_that_never_starts(refused):
     reason = f"RuntimeError: rank 1 of 4 did not call init_distributed within {TIMEOUT_SECONDS} s"
-    assert_refused(run("absent", tmp_path), reason, ranks=(0, 2, 3))
+    assert_refused(refused, "absent", reason, ranks=(0, 2, 3))
 
 
 # ---------------------------------------------------------------- watchdogs alone, without Paddle

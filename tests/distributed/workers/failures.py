@@ -1,4 +1,9 @@
-"""One rank of a job in which something goes wrong: failures.py WHAT. Prints "finished" unless it is ended."""
+"""One rank of a job in which something goes wrong: failures.py WHAT. Prints "finished" unless it is ended.
+
+Of jobs that are refused at their start there may be several, failures.py WHAT WHAT ...: at the same time,
+over forks of these processes, so that Paddle is imported once, and with logs in directories of their names.
+What is printed here is then how the fork of each ended.
+"""
 
 import ctypes
 import os
@@ -6,18 +11,37 @@ import signal
 import sys
 import time
 
-what = sys.argv[1]
-launched_rank = int(os.environ["PADDLE_TRAINER_ID"])
-if what == "world" and launched_rank == 2:
-    os.environ["PADDLE_TRAINERS_NUM"] = "8"
-
 import paddle
 
 from paddle_moe.distributed import init_distributed
 
+what = sys.argv[1]
+launched_rank = int(os.environ["PADDLE_TRAINER_ID"])
+if len(sys.argv) > 2:
+    children = {}
+    # They end before Paddle talks to each other, so nothing else uses the addresses of the ranks.
+    for what, master in zip(sys.argv[1:], os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")):
+        child = os.fork()
+        if child == 0:
+            os.environ["PADDLE_MASTER"] = master
+            log = os.path.join(os.environ["PADDLE_LOG_DIR"], what, f"workerlog.{launched_rank}")
+            os.makedirs(os.path.dirname(log), exist_ok=True)
+            with open(log, "w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            break
+        children[child] = what
+    else:
+        while children:
+            child, status = os.wait()
+            print(children.pop(child), "ended with", os.waitstatus_to_exitcode(status), flush=True)
+        sys.exit(0)
+
+if what == "world" and launched_rank == 2:
+    os.environ["PADDLE_TRAINERS_NUM"] = "8"
 sizes = (4, 1) if what == "sizes" and launched_rank == 2 else (3, 2) if what == "product" else (2, 2)
 if what == "absent" and launched_rank == 1:
-    time.sleep(1000)
+    sys.exit(0)
 
 context = init_distributed(*sizes, timeout_seconds=8)
 rank = context.rank
