@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests of the models of other packages, each package in an environment of its own, which it makes.
 # Arguments name the environments by the extras in pyproject.toml; all of them by default. paddlenlp@3.0.0 is that
-# extra on another Paddle than the newest. Options for pytest go into PYTEST_ADDOPTS.
+# extra on another Paddle than the newest. Options for pytest go into PYTEST_ADDOPTS. requirements_only=1 makes the
+# environments and stops.
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ $# -gt 0 ] || set -- paddlenlp paddlenlp2 paddleformers
@@ -34,6 +35,7 @@ for environment in "$@"; do
   installs+=($!)
 done
 for install in "${installs[@]}"; do wait "$install"; done
+[ -z "${requirements_only:-}" ] || exit 0
 
 for environment in "$@"; do
   (
