@@ -1,8 +1,7 @@
 """One rank of a job in which something goes wrong: failures.py WHAT. Prints "finished" unless it is ended.
 
-Of jobs that are refused at their start there may be several, failures.py WHAT WHAT ...: at the same time,
-over forks of these processes, so that Paddle is imported once, and with logs in directories of their names.
-What is printed here is then how the fork of each ended.
+failures.py WHAT WHAT ... is up to five jobs at the same time, over forks of these processes, so that Paddle
+is imported once. Each has its logs in a directory of its name; printed here is how its fork ended, and when.
 """
 
 import ctypes
@@ -19,8 +18,9 @@ what = sys.argv[1]
 launched_rank = int(os.environ["PADDLE_TRAINER_ID"])
 if len(sys.argv) > 2:
     children = {}
-    # They end before Paddle talks to each other, so nothing else uses the addresses of the ranks.
-    for what, master in zip(sys.argv[1:], os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")):
+    # On gloo nobody listens where the endpoints are.
+    masters = [os.environ["PADDLE_MASTER"], *os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")]
+    for what, master in zip(sys.argv[1:], masters):
         child = os.fork()
         if child == 0:
             os.environ["PADDLE_MASTER"] = master
@@ -34,7 +34,8 @@ if len(sys.argv) > 2:
     else:
         while children:
             child, status = os.wait()
-            print(children.pop(child), "ended with", os.waitstatus_to_exitcode(status), flush=True)
+            code = os.waitstatus_to_exitcode(status)
+            print(children.pop(child), "ended with", code, "at", time.time(), flush=True)
         sys.exit(0)
 
 if what == "world" and launched_rank == 2:
