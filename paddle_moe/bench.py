@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -344,8 +345,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Runs the benchmark; 1 when a result of paddle_moe is wrong, 2 when an option is."""
+def _read(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[int, ...]], list[int], dict | None]:
+    """Variants, shapes, tokens and the report to merge with; all that can be wrong fails before measuring.
+
+    Raises:
+        ValueError: an option is wrong.
+    """
     names = arguments.variants.split(",")
     if arguments.backward:
         names = [name for name in names if name not in WITHOUT_BACKWARD]
@@ -354,16 +359,43 @@ def main(arguments: argparse.Namespace) -> int:
         shapes = [tuple(int(n) for n in shape.split("x")) for shape in arguments.shapes.split(",")]
         tokens = [int(n) for n in arguments.tokens.split(",")]
     except ValueError:
-        shapes, tokens = [], []
-    if unknown or not tokens or arguments.rounds < 1 or any(len(s) != 4 or min(s) < 1 for s in shapes):
-        print(
-            f"paddle_moe bench: --shapes must be like {DEFAULT_SHAPES}, --tokens like 1,8, --rounds at least "
-            f"1, --dtypes from {', '.join(TOLERANCE)}, --variants from {', '.join(VARIANTS)}"
-            + (f"; got {', '.join(unknown)}" if unknown else ""),
-            file=sys.stderr,
+        shapes, tokens = [], [0]
+    bad_shapes = any(len(s) != 4 or min(s) < 1 or s[1] > s[0] for s in shapes)
+    if unknown or bad_shapes or min(tokens) < 1 or arguments.rounds < 1:
+        raise ValueError(
+            f"--shapes must be like {DEFAULT_SHAPES}, with no more experts per token than experts, --tokens "
+            f"like 1,8, --rounds at least 1, --dtypes from {', '.join(TOLERANCE)}, --variants from "
+            f"{', '.join(VARIANTS)}" + (f"; got {', '.join(unknown)}" if unknown else "")
         )
+    for option in ("out", "picture"):
+        path = getattr(arguments, option)
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"--{option} must be a file in a directory that exists, got {path}")
+    if arguments.picture and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--picture needs matplotlib, which is not installed: pip install matplotlib")
+    try:
+        core.set_num_threads(arguments.threads)
+    except ValueError as error:
+        raise ValueError(f"--threads: {error}") from None
+    earlier = None
+    if arguments.merge and arguments.out and arguments.out.exists():
+        try:
+            earlier = json.loads(arguments.out.read_text())
+            _report(earlier, [])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(
+                f"--merge: {arguments.out} is no report of this command; write another file"
+            ) from None
+    return names, shapes, tokens, earlier
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Runs the benchmark; 1 when a result of paddle_moe is wrong, 2 when an option is."""
+    try:
+        names, shapes, tokens, earlier = _read(arguments)
+    except ValueError as error:
+        print(f"paddle_moe bench: {error}", file=sys.stderr)
         return 2
-    core.set_num_threads(arguments.threads)
     # Read when Paddle is imported, which would otherwise run the loop of the peer on one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(core.num_threads()))
     if "paddle_moe" in names:
@@ -371,10 +403,7 @@ def main(arguments: argparse.Namespace) -> int:
 
         paddle_moe.set_num_threads(arguments.threads)
     limits = Limits(core.num_threads())
-    earlier, results = None, []
-    if arguments.merge and arguments.out and arguments.out.exists():
-        earlier = json.loads(arguments.out.read_text())
-        _report(earlier, results)  # fails before anything is measured
+    results = []
     for shape in shapes:
         for dtype in arguments.dtypes.split(","):
             weights = Weights(Case(*shape, 0, dtype), np.random.default_rng(shape))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paddle_moe import bench
+from paddle_moe import bench, cli
 
 TINY = ["--shapes", "4x2x32x16", "--rounds", "1", "--tokens", "1,5"]
 
@@ -124,15 +124,32 @@ def test_a_wrong_peer_is_not_timed_and_a_wrong_operator_fails(monkeypatch, capsy
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "error"),
     [
-        ["--shapes", "4x2x32"],
-        ["--tokens", "many"],
-        ["--dtypes", "int4"],
-        ["--variants", "abacus"],
-        ["--rounds", "0"],
+        (["--shapes", "4x2x32"], "--shapes must be like"),
+        (["--shapes", "2x4x16x16"], "--shapes must be like"),
+        (["--tokens", "many"], "--shapes must be like"),
+        (["--tokens", "0"], "--shapes must be like"),
+        (["--tokens=-1"], "--shapes must be like"),
+        (["--dtypes", "int4"], "; got int4"),
+        (["--variants", "abacus"], "; got abacus"),
+        (["--rounds", "0"], "--shapes must be like"),
+        (["--threads=-2"], "--threads: n must be at least 0"),
+        (["--out", "."], "--out must be a file in a directory that exists, got ."),
+        (["--picture", "no/a.png"], "--picture must be a file in a directory that exists, got no/a.png"),
+        (["--out", __file__, "--merge"], "test_bench.py is no report of this command"),
     ],
 )
-def test_bad_options(options):
-    done = run(*TINY, *options)
-    assert done.returncode == 2 and "--shapes must be like" in done.stderr, done.stderr
+def test_bad_options(monkeypatch, capsys, options, error):
+    def measured(*_):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(bench, "Limits", measured)
+    assert cli.main(["bench", *TINY, *options]) == 2
+    assert error in capsys.readouterr().err
+
+
+def test_a_missing_matplotlib_is_said_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["bench", *TINY, "--picture", str(tmp_path / "bench.png")]) == 2
+    assert "--picture needs matplotlib" in capsys.readouterr().err
