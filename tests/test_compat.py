@@ -236,10 +236,14 @@ def test_dispatch_of_no_tokens():
 def test_dispatch_of_nan_has_scale_zero():
     gating = np.zeros((2, EXPERTS), np.float32)
     gating[1, 3] = np.nan
-    _, totals, _, scales, ids = incubate.moe_dispatch(paddle.ones([2, HIDDEN]), tensors(gating), TOP_K)
+    rows, totals, indices, scales, ids = incubate.moe_dispatch(
+        paddle.ones([2, HIDDEN]), tensors(gating), TOP_K
+    )
     np.testing.assert_array_equal(ids.numpy()[1], 0)
     np.testing.assert_array_equal(scales.numpy()[1], 0)
     assert totals.numpy()[-1] == 2 * TOP_K
+    reduced = incubate.moe_reduce(rows, scales, indices, ids, norm_topk_prob=True).numpy()
+    np.testing.assert_allclose(reduced, np.repeat([[1.0], [0.0]], HIDDEN, axis=1), rtol=1e-6)
 
 
 def test_to_static():

@@ -179,7 +179,8 @@ def moe_reduce(
         expert_scales_float: [T, K] or [T, K, 1, 1] fp32. permute_indices_per_token: [K, T].
             top_k_indices: [T, K].
         ffn2_bias: [E, 1, d_model].
-        norm_topk_prob: divide by the sum of the scales. routed_scaling_factor: multiplies the result.
+        norm_topk_prob: divide by the sum of the scales, unless that is 0.
+        routed_scaling_factor: multiplies the result.
 
     Returns:
         [T, d_model] in the dtype of ffn_out, summed in fp32.
@@ -192,6 +193,7 @@ def moe_reduce(
         outputs = outputs + bias.astype("float32")
     scales = expert_scales_float.reshape([num_tokens, top_k])
     if norm_topk_prob:
-        scales = scales / scales.sum(axis=1, keepdim=True)
+        total = scales.sum(axis=1, keepdim=True)
+        scales = scales / (total + (total == 0).astype(total.dtype))
     weighted = outputs.reshape([num_tokens, top_k, ffn_out.shape[-1]]) * scales.unsqueeze(-1)
     return (weighted.sum(axis=1) * routed_scaling_factor).astype(ffn_out.dtype)
