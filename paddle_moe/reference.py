@@ -382,7 +382,8 @@ def route(
         num_groups, topk_groups: experts form num_groups equal groups; only the topk_groups best stay.
         group_score: a group's rank is its "max" or its "top2_sum", the sum of its two largest keys.
         group_mask_fill: 0.0 or -inf, the selection key of experts in groups that lost.
-        renormalize, renormalize_eps: divide the weights by their sum + eps (not for softmax_topk).
+        renormalize, renormalize_eps: divide the weights by their sum + eps, unless that is 0 (not for
+            softmax_topk).
         scaling_factor: multiplies the weights in the end.
 
     Returns:
@@ -413,7 +414,8 @@ def route(
     if scoring == "softmax_topk":
         weights = softmax(weights)
     elif renormalize:
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + renormalize_eps)
+        total = weights.sum(axis=-1, keepdims=True) + renormalize_eps
+        weights = weights / (total + (total == 0))
     weights = weights * scaling_factor
 
     invalid = np.isnan(scores).any(axis=-1) | np.isnan(keys).any(axis=-1) | np.isnan(weights).any(axis=-1)
@@ -445,7 +447,7 @@ def route_backward(
 
     def scattered(chosen):
         result = np.zeros(logits.shape)
-        np.put_along_axis(result, ids, chosen, axis=-1)
+        np.add.at(result, (np.arange(len(ids))[:, None], ids), chosen)  # an id may appear twice
         return result
 
     if scoring == "softmax_topk":
@@ -455,6 +457,7 @@ def route_backward(
     if renormalize:
         chosen = np.take_along_axis(scores, ids, axis=-1)
         total = chosen.sum(axis=-1, keepdims=True) + renormalize_eps
+        total = total + (total == 0)
         grad = (grad - np.sum(grad * chosen, axis=-1, keepdims=True) / total) / total
     by_score = scattered(grad)
     result = softmax_backward(scores, by_score) if scoring == "softmax" else by_score * scores * (1 - scores)

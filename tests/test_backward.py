@@ -348,6 +348,40 @@ def test_route_backward(name):
     assert not actual[5].any()
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_topk"])
+def test_route_backward_without_eps_is_finite(scoring):
+    """Also where the chosen scores, whose sum divides, are 0 or so small that 1 over them is not finite."""
+    logits = np.random.default_rng(3).standard_normal((200, 8)).astype(np.float32) * 60
+    options = {"scoring": scoring, "renormalize_eps": 0.0}
+    bias = np.float32([1e3, 1e3, 0, 0, 0, 0, 0, 0])
+    table, weights = core.route(logits, 2, correction_bias=bias, **options)
+    sizes = -np.maximum(logits[:, 0], logits[:, 1]) + (scoring == "softmax") * logits.max(axis=1)
+    assert ((sizes > 89) & (sizes < 103)).any() and (sizes > 104).any()
+    grad = np.random.default_rng(4).standard_normal((200, 2)).astype(np.float32)
+    gradient = core.route_backward(grad, table, logits, 2, **options, out=poisoned(logits))
+    assert np.isfinite(gradient).all() and not gradient[~weights.any(axis=1)].any()
+    ordinary = np.abs(sizes) < 80
+    expected = reference.route_backward(grad, table, logits, **options)
+    np.testing.assert_allclose(gradient[ordinary], expected[ordinary], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_topk"])
+def test_route_backward_of_an_id_that_appears_twice(scoring):
+    logits = np.random.default_rng(3).standard_normal((1, 4)).astype(np.float32)
+    grad, table = np.float32([[1, 2]]), np.int32([[1, 1]])
+    for renormalize in (True, False):
+        options = {"scoring": scoring, "renormalize": renormalize, "renormalize_eps": 0.0}
+        actual = core.route_backward(grad, table, logits, 2, **options)
+        if renormalize or scoring == "softmax_topk":  # the weights are a half each, whatever the logits are
+            expected = np.zeros_like(actual)
+        else:
+            expected = core.route_backward(np.float32([[3]]), table[:, :1], logits, 1, **options)
+            assert np.abs(expected).max() > 0.1
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+        reference_gradient = reference.route_backward(grad, table, logits, **options)
+        np.testing.assert_allclose(reference_gradient, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(
     "PADDLE_MOE_EMULATED_CAPABILITY" not in os.environ, reason="a ValueError on a CPU, see test_bad_input.py"
 )

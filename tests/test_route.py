@@ -148,6 +148,21 @@ def test_renormalising_zero_scores_stays_zero(backend):
     assert ids.tolist() == [[0, 1]] and not weights.any()
 
 
+@per_scoring
+def test_finite_logits_without_eps_give_finite_weights(backend, scoring):
+    """The bias makes experts win whose scores are 0 in float32; without eps their sum divides them."""
+    logits = random_logits(200, 8, scale=60.0)
+    options = {"scoring": scoring, "renormalize_eps": 0.0, "scaling_factor": 2.5}
+    for bias in (None, np.float32([1e3, 1e3, 0, 0, 0, 0, 0, 0])):
+        ids, weights = backend.route(logits, 2, correction_bias=bias, **options)
+        assert (ids >= 0).all()
+        total = weights.sum(axis=1)
+        np.testing.assert_allclose(total[total > 0], 2.5, rtol=1e-6)
+        assert not weights[total == 0].any()
+        if scoring != "softmax_topk" and bias is not None:
+            assert 10 < (total == 0).sum() < 190
+
+
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64, 257, 1025, 4096])
 @per_scoring
 def test_numbers_of_experts(core, scoring, num_experts):

@@ -59,21 +59,18 @@ class Router {
     score(logits);
     parts_.resize(p_.top_k);
     const float divisor = find_parts(ids, parts_.data());
-    const bool over_logits = p_.scoring == Scoring::kSoftmaxTopK;
+    const bool shared = p_.scoring == Scoring::kSoftmaxTopK || p_.renormalize;
     float inner = 0.0f;  // what the weights' common divisor takes away
-    for (int64_t i = 0; (over_logits || p_.renormalize) && i < p_.top_k; ++i)
-      inner += grad[i] * (parts_[i] / divisor);
-    float mean = 0.0f;
+    for (int64_t i = 0; shared && i < p_.top_k; ++i) inner += grad[i] * (parts_[i] / divisor);
+    float total = 0.0f;
     for (int64_t i = 0; i < p_.top_k; ++i) {
-      const float by_part = p_.scaling_factor * ((grad[i] - inner) / divisor);
-      const float slope = over_logits                       ? parts_[i]
-                          : p_.scoring == Scoring::kSigmoid ? parts_[i] * (1.0f - parts_[i])
-                                                            : 1.0f;
-      grad_logits[ids[i]] = by_part * slope;
-      mean += by_part * parts_[i];
+      // That of the logarithm of the score: one over a tiny divisor alone would overflow.
+      const float by_log = p_.scaling_factor * ((grad[i] - inner) * (parts_[i] / divisor));
+      grad_logits[ids[i]] += p_.scoring == Scoring::kSigmoid ? by_log * (1.0f - parts_[i]) : by_log;
+      total += by_log;
     }
     for (int64_t e = 0; p_.scoring == Scoring::kSoftmax && e < p_.num_experts; ++e)
-      grad_logits[e] = scores_[e] * (grad_logits[e] - mean);
+      grad_logits[e] -= scores_[e] * total;
     return true;
   }
 
@@ -143,7 +140,8 @@ class Router {
       return sum;
     }
     for (int64_t i = 0; i < k; ++i) sum += parts[i] = scores_[ids[i]];
-    return p_.renormalize ? sum + p_.renormalize_eps : 1.0f;
+    const float divisor = p_.renormalize ? sum + p_.renormalize_eps : 1.0f;
+    return divisor == 0.0f ? 1.0f : divisor;  // 0: all parts are, and so are the weights
   }
 
   bool weigh(const int32_t* ids, float* weights) const {

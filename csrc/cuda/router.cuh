@@ -80,28 +80,35 @@ class Router {
     for (int k = 0; over_logits && k < top_k; ++k) largest = fmaxf(largest, logits_[ids[k]]);
     auto part = [&](int k) { return over_logits ? expf(logits_[ids[k]] - largest) : score(ids[k]); };
     for (int k = 0; k < top_k; ++k) sum += part(k);
-    const float divisor = over_logits ? sum : p_.renormalize ? sum + p_.renormalize_eps : 1.0f;
+    const float divisor = over_logits ? sum : divisor_of(sum);
     float inner = 0.0f;  // what the weights' common divisor takes away
     for (int k = 0; (over_logits || p_.renormalize) && k < top_k; ++k) {
       inner = fmaf(grad[k], part(k) / divisor, inner);
     }
     __syncwarp();  // the zeros are there
-    float mean = 0.0f;
+    float total = 0.0f;
     for (int k = 0; k < top_k; ++k) {
-      const float by_part = p_.scaling_factor * ((grad[k] - inner) / divisor);
       const float value = part(k);
-      const float slope = over_logits                       ? value
-                          : p_.scoring == Scoring::kSigmoid ? value * (1.0f - value)
-                                                            : 1.0f;
-      if (lane_ == 0) grad_logits[ids[k]] = by_part * slope;
-      mean = fmaf(by_part, value, mean);
+      const float by_log = p_.scaling_factor * ((grad[k] - inner) * (value / divisor));
+      if (lane_ == 0) {
+        grad_logits[ids[k]] += p_.scoring == Scoring::kSigmoid ? by_log * (1.0f - value) : by_log;
+      }
+      total += by_log;
     }
     if (p_.scoring != Scoring::kSoftmax) return;
     __syncwarp();
-    for (int e = lane_; e < num_experts_; e += kWarpSize) grad_logits[e] = score(e) * (grad_logits[e] - mean);
+    for (int e = lane_; e < num_experts_; e += kWarpSize) {
+      grad_logits[e] = fmaf(-score(e), total, grad_logits[e]);
+    }
   }
 
  private:
+  // Of the chosen scores, whose sum is given.
+  __device__ float divisor_of(float sum) const {
+    const float divisor = p_.renormalize ? sum + p_.renormalize_eps : 1.0f;
+    return divisor == 0.0f ? 1.0f : divisor;
+  }
+
   __device__ float score(int expert) const {
     const float logit = logits_[expert];
     switch (p_.scoring) {
@@ -179,7 +186,7 @@ class Router {
         sum = 0.0f;
         for (int k = 0; k < top_k; ++k) sum += weights[k] = expf(weights[k] - largest);
       } else {
-        sum = p_.renormalize ? sum + p_.renormalize_eps : 1.0f;
+        sum = divisor_of(sum);
       }
       for (int k = 0; k < top_k; ++k) weights[k] = weights[k] / sum * p_.scaling_factor;
     }
