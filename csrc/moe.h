@@ -221,8 +221,9 @@ namespace cpu {
 // above 1 (importing Paddle writes the value 1 there, so a 1 says nothing about what the user wants); else
 // the cores that this process may use, divided among the ranks that paddle.distributed.launch started on this
 // machine.
-int num_threads();  // throws std::runtime_error: PADDLE_MOE_NUM_THREADS is no positive number
+int num_threads();  // throws std::runtime_error: PADDLE_MOE_NUM_THREADS is not from 1 to kMaxThreads
 void set_num_threads(int num_threads);  // 0: the default again
+constexpr int kMaxThreads = 4096;  // a call takes scratch memory for each thread, used or not
 
 // Bytes of scratch that the call with the same arguments needs; 64-byte aligned, its contents mean nothing
 // before or after.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from paddle_moe._core import LAST_EXPERT_PASSED
+from paddle_moe._core import LAST_EXPERT_PASSED, MAX_THREADS
 
 
 def flag(name: str, value: Any) -> bool:
@@ -84,6 +84,12 @@ def optional_array_list(name: str, value: Any) -> list | None:
 
 def last_expert(name: str, value: Any) -> int:
     return LAST_EXPERT_PASSED if value is None else integer(name, value)
+
+
+def thread_count(name: str, value: Any) -> int:
+    if not 0 <= integer(name, value) <= MAX_THREADS:
+        raise ValueError(f"{name} must be from 0 (the default) to {MAX_THREADS}, got {value}")
+    return value
 
 
 # What the operators take besides other tensors, in their order: a name, and what gives a value its type.

@@ -31,7 +31,7 @@ except ImportError as error:
         "`pip install --no-build-isolation .`, or inside a clone with `python setup.py build_ext --inplace`"
     ) from error
 
-from paddle_moe._options import EXPERTS_OPTIONS, ROUTE_OPTIONS, WEIGHTS, checked, flag, integer
+from paddle_moe._options import EXPERTS_OPTIONS, ROUTE_OPTIONS, WEIGHTS, checked, flag, thread_count
 
 __all__ = [
     "Gradients",
@@ -363,11 +363,8 @@ def fused_gate_moe(
 
 
 def set_num_threads(n: int) -> None:
-    """Sets how many threads the functions of this module use; 0 restores the default."""
-    n = integer("n", n)
-    if not 0 <= n < 2**31:
-        raise ValueError(f"n must be at least 0 (0: the default), got {n}")
-    _core.set_num_threads(n)
+    """Sets how many threads the functions of this module use, up to 4096; 0 restores the default."""
+    _core.set_num_threads(thread_count("n", n))
 
 
 def num_threads() -> int:

@@ -25,7 +25,7 @@ from paddle.base.layer_helper import LayerHelper
 from paddle.framework import in_dynamic_mode, in_dynamic_or_pir_mode
 from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
-from paddle_moe._options import EXPERTS_OPTIONS, ROUTE_OPTIONS, WEIGHTS, checked, flag, integer
+from paddle_moe._options import EXPERTS_OPTIONS, ROUTE_OPTIONS, WEIGHTS, checked, flag, thread_count
 from paddle_moe.core import _core  # says what to do where it is missing
 
 try:
@@ -513,17 +513,14 @@ def fused_gate_moe(
 
 
 def set_num_threads(n: int) -> None:
-    """Sets how many threads the CPU kernels of this process use; 0 restores the default.
+    """Sets how many threads the CPU kernels of this process use, up to 4096; 0 restores the default.
 
     It does not depend on OMP_NUM_THREADS, which importing Paddle sets to 1.
 
     Raises:
-        ValueError: ``n`` is not an integer or negative.
+        ValueError: ``n`` is not an integer from 0 to 4096.
     """
-    n = integer("n", n)
-    if not 0 <= n < 2**31:
-        raise ValueError(f"n must be at least 0 (0: the default), got {n}")
-    _library.paddle_moe_set_num_threads(n)
+    _library.paddle_moe_set_num_threads(thread_count("n", n))
 
 
 def get_num_threads() -> int:

@@ -445,8 +445,8 @@ def test_strides_that_a_kernel_cannot_read_are_named():
 
 @pytest.mark.parametrize("module", [paddle_moe, core], ids=["paddle", "core"])
 @pytest.mark.parametrize(("n", "message"), [
-    (-1, "n must be at least 0 (0: the default), got -1"),
-    (2**31, f"n must be at least 0 (0: the default), got {2**31}"),
+    (-1, "n must be from 0 (the default) to 4096, got -1"),
+    (4097, "n must be from 0 (the default) to 4096, got 4097"),
     (1.5, "n must be an integer, got 1.5"),
 ])  # fmt: skip
 def test_bad_thread_counts_are_named(module, n, message):

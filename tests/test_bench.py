@@ -134,7 +134,7 @@ def test_a_wrong_peer_is_not_timed_and_a_wrong_operator_fails(monkeypatch, capsy
         (["--dtypes", "int4"], "; got int4"),
         (["--variants", "abacus"], "; got abacus"),
         (["--rounds", "0"], "--shapes must be like"),
-        (["--threads=-2"], "--threads: n must be at least 0"),
+        (["--threads=-2"], "--threads: n must be from 0 (the default) to 4096, got -2"),
         (["--out", "."], "--out must be a file in a directory that exists, got ."),
         (["--picture", "no/a.png"], "--picture must be a file in a directory that exists, got no/a.png"),
         (["--out", __file__, "--merge"], "test_bench.py is no report of this command"),

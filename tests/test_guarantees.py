@@ -198,8 +198,10 @@ except RuntimeError as error:
         ("one core", {"PADDLE_MOE_NUM_THREADS": "3", "OMP_NUM_THREADS": "5"}, "3"),
         ("one core", {"OMP_NUM_THREADS": "5"}, "5"),
         ("", {"PADDLE_LOCAL_SIZE": "1000"}, "1"),
-        ("", {"PADDLE_MOE_NUM_THREADS": "two"}, "PADDLE_MOE_NUM_THREADS must be a positive.*, got 'two'.*"),
-        ("", {"PADDLE_MOE_NUM_THREADS": "0"}, "PADDLE_MOE_NUM_THREADS must be a positive.*, got '0'.*"),
+        ("", {"OMP_NUM_THREADS": "5000"}, "4096"),
+        ("", {"PADDLE_MOE_NUM_THREADS": "two"}, "PADDLE_MOE_NUM_THREADS must be .* 1 to 4096, got 'two'.*"),
+        ("", {"PADDLE_MOE_NUM_THREADS": "0"}, "PADDLE_MOE_NUM_THREADS must be .* 1 to 4096, got '0'.*"),
+        ("", {"PADDLE_MOE_NUM_THREADS": "4097"}, "PADDLE_MOE_NUM_THREADS must be .* 1 to 4096, got '4097'.*"),
         ("", {"PADDLE_MOE_NUM_THREADS": "4", "PADDLE_MOE_ISA": "abacus"}, "4\nPADDLE_MOE_ISA must be one.*"),
         pytest.param(
             "no threads",

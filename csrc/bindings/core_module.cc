@@ -637,6 +637,7 @@ PYBIND11_MODULE(_core, module) {
       .def("workspace_size", &ExpertsBackward::workspace_size)
       .def("run", &ExpertsBackward::run);
   module.attr("LAST_EXPERT_PASSED") = kLastExpertPassed;
+  module.attr("MAX_THREADS") = cpu::kMaxThreads;
   module.def("has_cuda", &dispatch::has_cuda);
   module.def("set_num_threads", &cpu::set_num_threads);
   module.def("num_threads", &cpu::num_threads);

@@ -11,7 +11,6 @@
 #include <cstdlib>
 #include <exception>
 #include <fstream>
-#include <limits>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -177,11 +176,12 @@ int default_num_threads() {
   if (own && *own) {
     char* end = nullptr;
     const long n = std::strtol(own, &end, 10);
-    if (*end == '\0' && n > 0 && n <= std::numeric_limits<int>::max()) return static_cast<int>(n);
-    throw std::runtime_error("PADDLE_MOE_NUM_THREADS must be a positive number, got '" + std::string(own) +
+    if (*end == '\0' && 0 < n && n <= kMaxThreads) return static_cast<int>(n);
+    throw std::runtime_error("PADDLE_MOE_NUM_THREADS must be a number from 1 to " +
+                             std::to_string(kMaxThreads) + ", got '" + own +
                              "'; without it all cores of the process are used");
   }
-  if (const int n = positive_from_environment("OMP_NUM_THREADS"); n > 1) return n;
+  if (const int n = positive_from_environment("OMP_NUM_THREADS"); n > 1) return std::min(n, kMaxThreads);
   return std::max(1, available_cores() / std::max(1, positive_from_environment("PADDLE_LOCAL_SIZE")));
 }
 
