@@ -363,7 +363,10 @@ def fused_gate_moe(
 
 
 def set_num_threads(n: int) -> None:
-    """Sets how many threads the functions of this module use, up to 4096; 0 restores the default."""
+    """Sets how many threads the functions of this module use, up to 4096; 0 restores the default.
+
+    They have threads of their own: ``paddle_moe.set_num_threads`` is another setting.
+    """
     _core.set_num_threads(thread_count("n", n))
 
 

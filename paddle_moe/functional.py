@@ -513,9 +513,10 @@ def fused_gate_moe(
 
 
 def set_num_threads(n: int) -> None:
-    """Sets how many threads the CPU kernels of this process use, up to 4096; 0 restores the default.
+    """Sets how many threads the operators for Paddle use on a CPU, up to 4096; 0 restores the default.
 
-    It does not depend on OMP_NUM_THREADS, which importing Paddle sets to 1.
+    It does not depend on OMP_NUM_THREADS, which importing Paddle sets to 1. ``paddle_moe.core`` has threads
+    of its own, and its own setting.
 
     Raises:
         ValueError: ``n`` is not an integer from 0 to 4096.
@@ -524,5 +525,5 @@ def set_num_threads(n: int) -> None:
 
 
 def get_num_threads() -> int:
-    """How many threads the CPU kernels of this process use."""
+    """How many threads the operators for Paddle use on a CPU."""
     return _library.paddle_moe_num_threads()
