@@ -40,6 +40,7 @@ _HOME = {
     "load_moe_weights": "pretrained",
     "mixture_of_experts": "functional",
     "rank_grid": "distributed",
+    "release_memory": "functional",
     "route": "functional",
     "router_z_loss": "losses",
     "save_checkpoint": "checkpoint",

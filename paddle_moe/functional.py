@@ -33,7 +33,15 @@ try:
 except ImportError:  # Paddle < 3.1
     from paddle.jit import not_to_static as unified
 
-__all__ = ["fused_gate_moe", "gate", "get_num_threads", "mixture_of_experts", "route", "set_num_threads"]
+__all__ = [
+    "fused_gate_moe",
+    "gate",
+    "get_num_threads",
+    "mixture_of_experts",
+    "release_memory",
+    "route",
+    "set_num_threads",
+]
 
 Tensor = paddle.Tensor
 Weights = Union[Tensor, Sequence[Tensor]]
@@ -58,6 +66,7 @@ def _load_library() -> ctypes.CDLL:
 
 
 _library = _load_library()
+_library.paddle_moe_release_memory.restype = ctypes.c_size_t
 
 
 class _EagerOperator:
@@ -527,3 +536,11 @@ def set_num_threads(n: int) -> None:
 def get_num_threads() -> int:
     """How many threads the operators for Paddle use on a CPU."""
     return _library.paddle_moe_num_threads()
+
+
+def release_memory() -> int:
+    """Gives back to the system what is kept for gradients on the CPU, as after training; returns its bytes.
+
+    Gradients that still exist keep their memory, and a later backward keeps its own again.
+    """
+    return _library.paddle_moe_release_memory()

@@ -181,6 +181,23 @@ class KeptMemory {
     free_bytes_ += bytes;
   }
 
+  // Frees what no tensor uses, and forgets how much was once in use.
+  size_t release() {
+    std::vector<Block> released;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      released.swap(free_);
+      most_used_bytes_ = used_bytes_;
+      free_bytes_ = 0;
+    }
+    size_t bytes = 0;
+    for (const Block& block : released) {
+      std::free(block.data);
+      bytes += block.bytes;
+    }
+    return bytes;
+  }
+
  private:
   struct Block {
     void* data;
@@ -569,3 +586,6 @@ PADDLE_MOE_EXPORT void paddle_moe_set_num_threads(int num_threads) {
   paddle_moe::cpu::set_num_threads(num_threads);
 }
 PADDLE_MOE_EXPORT int paddle_moe_num_threads() { return paddle_moe::cpu::num_threads(); }
+PADDLE_MOE_EXPORT size_t paddle_moe_release_memory() {
+  return paddle_moe::KeptMemory::instance().release();
+}
