@@ -80,10 +80,10 @@ void expect_dtype(const Name& name, const Tensor& tensor, DType first, DType sec
   if (tensor.dtype == DType::kUnknown || first == DType::kUnknown) return;
   if (tensor.dtype == first || tensor.dtype == second) return;
   if (second == DType::kUnknown || second == first) {
-    fail(name, " must have the dtype ", dtype_name(first), ", got ", dtype_name(tensor.dtype));
+    fail(name, " must have the dtype ", dtype_name(first), ", got ", dtype_text(tensor));
   }
   fail(name, " must have the dtype ", dtype_name(first), " or ", dtype_name(second), ", got ",
-       dtype_name(tensor.dtype));
+       dtype_text(tensor));
 }
 
 int64_t stride(const Tensor& tensor, size_t dim) {
@@ -262,8 +262,12 @@ const char* dtype_name(DType dtype) {
     case DType::kBool:
       return "bool";
     default:
-      return "an unsupported dtype";
+      return "another dtype";
   }
+}
+
+std::string dtype_text(const Tensor& tensor) {
+  return tensor.other_dtype.empty() ? dtype_name(tensor.dtype) : tensor.other_dtype;
 }
 
 size_t dtype_size(DType dtype) {
@@ -317,7 +321,7 @@ Problem resolve(const Arguments& a) {
   expect_rank("router_weights", a.router_weights, 2, "[T, K]");
   p.dtype = a.hidden_states.dtype;
   if (p.dtype != DType::kUnknown && !is_float(p.dtype)) {
-    fail("hidden_states must have the dtype float32, bfloat16 or float16, got ", dtype_name(p.dtype));
+    fail("hidden_states must have the dtype float32, bfloat16 or float16, got ", dtype_text(a.hidden_states));
   }
   expect_dtype("routing_table", a.routing_table, DType::kInt32, DType::kInt64);
   expect_dtype("router_weights", a.router_weights, DType::kFloat32, p.dtype);
@@ -433,7 +437,7 @@ GateProblem resolve_gate(const Tensor& hidden_states, const Tensor& gate_weight)
   expect_rank("gate_weight", gate_weight, 2, "[H, E]");
   p.dtype = hidden_states.dtype;
   if (p.dtype != DType::kUnknown && !is_float(p.dtype)) {
-    fail("hidden_states must have the dtype float32, bfloat16 or float16, got ", dtype_name(p.dtype));
+    fail("hidden_states must have the dtype float32, bfloat16 or float16, got ", dtype_text(hidden_states));
   }
   expect_dtype("gate_weight", gate_weight, DType::kFloat32, p.dtype);
   p.num_tokens = hidden_states.shape[0];

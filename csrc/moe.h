@@ -26,10 +26,10 @@ enum class DType {
   kInt8,
   kUInt8,
   kBool,
-  kOther,  // these only have names, for error messages
+  kOther,  // these are for error messages only
 };
 
-const char* dtype_name(DType dtype);
+const char* dtype_name(DType dtype);  // of every one but kOther
 size_t dtype_size(DType dtype);
 
 // A strided array. While a static graph is being built sizes may be -1, the dtype kUnknown and data null:
@@ -39,7 +39,10 @@ struct Tensor {
   DType dtype = DType::kUnknown;
   std::vector<int64_t> shape;
   std::vector<int64_t> strides;  // in elements; empty: contiguous, last dimension fastest
+  std::string other_dtype = {};  // the name of its dtype where that is kOther
 };
+
+std::string dtype_text(const Tensor& tensor);  // for error messages
 
 // ---------------------------------------------------------------- mixture_of_experts
 
@@ -223,7 +226,7 @@ namespace cpu {
 // machine.
 int num_threads();  // throws std::runtime_error: PADDLE_MOE_NUM_THREADS is not from 1 to kMaxThreads
 void set_num_threads(int num_threads);  // 0: the default again
-constexpr int kMaxThreads = 4096;  // a call takes scratch memory for each thread, used or not
+constexpr int kMaxThreads = 4096;       // a call takes scratch memory for each thread, used or not
 
 // Bytes of scratch that the call with the same arguments needs; 64-byte aligned, its contents mean nothing
 // before or after.

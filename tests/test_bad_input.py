@@ -135,6 +135,12 @@ MISUSES = [
     ("route", {"logits": zeros(T, E, dtype="float16")}, "logits must have the dtype float32, got float16"),
     ("route", {"correction_bias": zeros(E, dtype="float64")},
      "correction_bias must have the dtype float32, got float64"),
+    ("mixture_of_experts", {"hidden_states": zeros(T, H, dtype="complex64")},
+     "hidden_states must have the dtype float32, bfloat16 or float16, got complex64"),
+    ("mixture_of_experts", {"routing_table": zeros(T, K, dtype="complex128")},
+     "routing_table must have the dtype int32 or int64, got complex128"),
+    ("gate", {"hidden_states": zeros(T, H, dtype="complex64")},
+     "hidden_states must have the dtype float32, bfloat16 or float16, got complex64"),
     # lists
     ("mixture_of_experts", {"gate_up_weights": []},
      "gate_up_weights must hold at least one tensor, got an empty list"),
@@ -427,6 +433,22 @@ def test_an_array_that_refuses_to_be_exported_is_named():
         ValueError, match="^gate_weight cannot be read through DLPack: BufferError: it needs a gradient"
     ):
         core.gate(zeros(T, H), Refuses())
+
+
+@pytest.mark.parametrize("dtype", [">f4", "uint32", "float128"])
+def test_dtypes_that_only_numpy_has_are_named(dtype):
+    with pytest.raises(ValueError, match=f"got {dtype}$"):
+        core.gate(zeros(T, H, dtype=dtype), zeros(H, E))
+    with pytest.raises(ValueError, match=f"^out must have the dtype float32, got {dtype}$"):
+        core.gate(zeros(T, H), zeros(H, E), out=zeros(T, E, dtype=dtype))
+    with pytest.raises(ValueError, match=f"bytes, got {dtype} with the shape"):
+        core.gate(zeros(T, H), zeros(H, E), workspace=zeros(T, dtype=dtype))
+
+
+def test_dtypes_that_only_dlpack_has_are_named():
+    tensor = paddle.zeros([T, H], "complex64")
+    with pytest.raises(ValueError, match="got the DLPack type code 5 with 64 bits and 1 lanes$"):
+        core.gate(tensor, zeros(H, E))
 
 
 def test_strides_that_a_kernel_cannot_read_are_named():

@@ -180,6 +180,11 @@ class Reader {
     return "the DLPack device type " + std::to_string(device.type);
   }
 
+  static std::string text(dlpack::DataType type) {
+    return "the DLPack type code " + std::to_string(type.code) + " with " + std::to_string(type.bits) +
+           " bits and " + std::to_string(type.lanes) + " lanes";
+  }
+
   void settle(const std::string& name, const py::object& object, dlpack::Device device) {
     if (device.type == dlpack::kCudaManaged) device.type = dlpack::kCuda;
     if (first_name_.empty()) {
@@ -218,6 +223,7 @@ class Reader {
     result.writable = array.writeable();
     result.view.data = array.data();
     result.view.dtype = dtype_of(array.dtype());
+    if (result.view.dtype == DType::kOther) result.view.other_dtype = py::str(array.dtype());
     const py::ssize_t item = array.itemsize();
     for (py::ssize_t i = 0; i < array.ndim(); ++i) {
       if (array.strides(i) % item != 0) fail(name + " must have strides that are multiples of its item size");
@@ -245,7 +251,10 @@ class Reader {
     result.view.dtype = dtype_of(tensor.dtype);
     result.view.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
     if (tensor.strides != nullptr) result.view.strides.assign(tensor.strides, tensor.strides + tensor.ndim);
-    if (result.view.dtype != DType::kOther) result.dtype = numpy_dtype(result.view.dtype);
+    if (result.view.dtype == DType::kOther)
+      result.view.other_dtype = text(tensor.dtype);
+    else
+      result.dtype = numpy_dtype(result.view.dtype);
     return result;
   }
 
@@ -274,7 +283,7 @@ class Output {
     const Tensor& view = array_.view;
     const DType expected = dtype_of(dtype);
     if (view.dtype != expected) {
-      fail(name + " must have the dtype " + dtype_name(expected) + ", got " + dtype_name(view.dtype));
+      fail(name + " must have the dtype " + dtype_name(expected) + ", got " + dtype_text(view));
     }
     if (view.shape != shape) {
       fail(name + " must have the shape " + py::repr(py::cast(shape)).cast<std::string>() + ", got " +
@@ -318,7 +327,7 @@ class Workspace {
         static_cast<size_t>(view.shape[0]) < needed || (!view.strides.empty() && view.strides[0] != 1) ||
         !owner_.writable) {
       fail("workspace must be a writable, contiguous uint8 array with at least " + std::to_string(needed) +
-           " bytes, got " + dtype_name(view.dtype) + " with the shape " +
+           " bytes, got " + dtype_text(view) + " with the shape " +
            py::repr(py::cast(view.shape)).cast<std::string>() + (owner_.writable ? "" : ", read-only"));
     }
     void* pointer = const_cast<void*>(view.data);
@@ -608,7 +617,9 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "Compiled part of paddle_moe.core; the arguments are documented there.";
   // An array of which only the dtype's name and the shape (-1: unknown) are known: enough for all checks.
   py::class_<Tensor>(module, "Spec").def(py::init([](const std::string& dtype, std::vector<int64_t> shape) {
-    return Tensor{nullptr, dtype_of(dtype), std::move(shape), {}};
+    Tensor spec{nullptr, dtype_of(dtype), std::move(shape), {}};
+    if (spec.dtype == DType::kOther) spec.other_dtype = dtype;
+    return spec;
   }));
   // Constructing one of these checks the arguments; run() computes.
   py::class_<Gate>(module, "Gate")

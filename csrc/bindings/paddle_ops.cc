@@ -16,6 +16,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -83,7 +84,13 @@ struct Guarded<function> {
 
 // Paddle hands custom operators contiguous tensors: it copies any other before the call.
 Tensor view(const paddle::Tensor& tensor) {
-  return {tensor.data(), dtype_of(tensor.dtype()), tensor.shape(), {}};
+  Tensor result{tensor.data(), dtype_of(tensor.dtype()), tensor.shape(), {}};
+  if (result.dtype == DType::kOther) {
+    std::ostringstream name;
+    name << tensor.dtype();
+    result.other_dtype = name.str();
+  }
+  return result;
 }
 
 Tensor view(const paddle::optional<paddle::Tensor>& tensor) { return tensor ? view(*tensor) : Tensor{}; }
@@ -586,6 +593,4 @@ PADDLE_MOE_EXPORT void paddle_moe_set_num_threads(int num_threads) {
   paddle_moe::cpu::set_num_threads(num_threads);
 }
 PADDLE_MOE_EXPORT int paddle_moe_num_threads() { return paddle_moe::cpu::num_threads(); }
-PADDLE_MOE_EXPORT size_t paddle_moe_release_memory() {
-  return paddle_moe::KeptMemory::instance().release();
-}
+PADDLE_MOE_EXPORT size_t paddle_moe_release_memory() { return paddle_moe::KeptMemory::instance().release(); }
