@@ -351,23 +351,22 @@ def test_route_backward(name):
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_topk"])
 def test_route_backward_without_eps_is_finite(scoring):
     """Also where the chosen scores, whose sum divides, are 0 or so small that 1 over them is not finite."""
-    logits = np.random.default_rng(3).standard_normal((200, 8)).astype(np.float32) * 60
+    depth = np.arange(60, 120, 0.25, dtype=np.float32)
+    logits = np.stack([-depth, -depth - 1, np.zeros_like(depth), np.ones_like(depth)], axis=1)
+    table = np.tile(np.int32([0, 1]), (len(logits), 1))
+    grad = np.random.default_rng(4).standard_normal(table.shape).astype(np.float32) * 3
     options = {"scoring": scoring, "renormalize_eps": 0.0}
-    bias = np.float32([1e3, 1e3, 0, 0, 0, 0, 0, 0])
-    table, weights = core.route(logits, 2, correction_bias=bias, **options)
-    sizes = -np.maximum(logits[:, 0], logits[:, 1]) + (scoring == "softmax") * logits.max(axis=1)
-    assert ((sizes > 89) & (sizes < 103)).any() and (sizes > 104).any()
-    grad = np.random.default_rng(4).standard_normal((200, 2)).astype(np.float32)
     gradient = core.route_backward(grad, table, logits, 2, **options, out=poisoned(logits))
-    assert np.isfinite(gradient).all() and not gradient[~weights.any(axis=1)].any()
-    ordinary = np.abs(sizes) < 80
+    assert np.isfinite(gradient).all()
     expected = reference.route_backward(grad, table, logits, **options)
-    np.testing.assert_allclose(gradient[ordinary], expected[ordinary], rtol=1e-4, atol=1e-6)
+    known = depth < (1000 if scoring == "softmax_topk" else 80)
+    np.testing.assert_allclose(gradient[known], expected[known], rtol=1e-4, atol=1e-6)
+    assert known.all() or not gradient[depth > 110].any()
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_topk"])
 def test_route_backward_of_an_id_that_appears_twice(scoring):
-    logits = np.random.default_rng(3).standard_normal((1, 4)).astype(np.float32)
+    logits = np.float32([[0.5, 1, -1, 0]])
     grad, table = np.float32([[1, 2]]), np.int32([[1, 1]])
     for renormalize in (True, False):
         options = {"scoring": scoring, "renormalize": renormalize, "renormalize_eps": 0.0}
