@@ -273,10 +273,16 @@ std::string dtype_text(const Tensor& tensor) {
 size_t dtype_size(DType dtype) {
   switch (dtype) {
     case DType::kInt64:
+    case DType::kFloat64:
       return 8;
     case DType::kBFloat16:
     case DType::kFloat16:
+    case DType::kInt16:
       return 2;
+    case DType::kInt8:
+    case DType::kUInt8:
+    case DType::kBool:
+      return 1;
     default:
       return 4;
   }

@@ -4,7 +4,7 @@ Arguments and errors are those of the functions of the same name in :mod:`paddle
 weights may have any strides, ``hidden_states`` and biases must be contiguous in their last dimension, the
 routing altogether. Two keyword arguments exist only here. ``out`` receives the result instead of a new array.
 ``workspace`` is the scratch memory, a ``uint8`` array of at least :func:`workspace_size` bytes, instead of a
-new one on each call.
+new one on each call. What a call writes must share no memory with another array of the call.
 
 On the CPU results are NumPy arrays (``float32``, ``float16``, or the bfloat16 kind that ``hidden_states``
 came in). NumPy has no bfloat16, so a ``uint16`` array means bfloat16 bits; an array of ``ml_dtypes.bfloat16``

@@ -451,6 +451,60 @@ def test_dtypes_that_only_dlpack_has_are_named():
         core.gate(tensor, zeros(H, E))
 
 
+@pytest.mark.parametrize(("function", "name", "first", "written", "shape"), [
+    ("mixture_of_experts", "hidden_states", 0, "out", (T, H)),
+    ("mixture_of_experts", "hidden_states", H, "out", (T, H)),
+    ("mixture_of_experts", "router_weights", T * K - 1, "out", (T, H)),
+    ("mixture_of_experts", "gate_up_weights", E * H * 2 * I - 1, "out", (T, H)),
+    ("mixture_of_experts", "down_bias", 5, "pre_activations", (T * K, 2 * I)),
+    ("gate", "hidden_states", T * H - 1, "out", (T, E)),
+    ("gate", "gate_weight", 0, "out", (T, E)),
+    ("fused_gate_moe", "hidden_states", 0, "out", (T, H)),
+    ("fused_gate_moe", "gate_weight", H * E - 1, "out", (T, H)),
+    ("fused_gate_moe", "down_weights", 0, "out", (T, H)),
+])  # fmt: skip
+def test_an_output_in_the_memory_of_an_input_is_named(function, name, first, written, shape):
+    arguments = ARGUMENTS[function]()
+    size, written_size = arguments[name].size, int(np.prod(shape))
+    memory = zeros(size + written_size)
+    arguments[name] = memory[:size].reshape(arguments[name].shape)
+    message = f"{written} must not share memory with {name}; pass an array of its own"
+    with pytest.raises(ValueError, match=exactly(message)):
+        getattr(core, function)(**arguments, **{written: memory[first : first + written_size].reshape(shape)})
+    getattr(core, function)(**arguments, **{written: memory[size:].reshape(shape)})  # beside it
+
+
+def test_outputs_in_the_memory_of_another_array_are_named():
+    arguments = experts_arguments()
+    kept, table, grad = zeros(T * K, 2 * I), zeros(T, K, dtype="int32"), zeros(T, K)
+    workspace = zeros(core.workspace_size(**arguments) + 4 * T * H, dtype="uint8")
+    in_workspace = workspace[-4 * T * H :].view("float32").reshape(T, H)
+    for name, other, call in [
+        ("workspace", "out",
+         lambda: core.mixture_of_experts(**arguments, out=in_workspace, workspace=workspace)),
+        ("out", "pre_activations",
+         lambda: core.mixture_of_experts(**arguments, out=kept.ravel()[: T * H].reshape(T, H),
+                                         pre_activations=kept)),
+        ("out[1]", "out[0]", lambda: core.route(zeros(T, E), K, out=(table, table.view("float32")))),
+        ("out", "grad_router_weights",
+         lambda: core.route_backward(grad, table, zeros(T, K), K, out=grad)),
+        ("gradient of down_weights", "down_weights",
+         lambda: core.mixture_of_experts_backward(
+             zeros(T, H), **arguments, out=core.Gradients(down_weights=arguments["down_weights"]))),
+    ]:  # fmt: skip
+        message = f"{name} must not share memory with {other}; pass an array of its own"
+        with pytest.raises(ValueError, match=exactly(message)):
+            call()
+
+
+def test_gradients_may_lie_in_the_gaps_of_each_other():
+    arguments, both = experts_arguments(), np.full((E, H, 2 * I), np.nan, "float32")
+    gates_and_ups = [*arguments["gate_up_weights"][..., :I], *arguments["gate_up_weights"][..., I:]]
+    out = core.Gradients(gate_up_weights=[*both[..., :I], *both[..., I:]])
+    core.mixture_of_experts_backward(zeros(T, H), **{**arguments, "gate_up_weights": gates_and_ups}, out=out)
+    assert not both.any()
+
+
 def test_strides_that_a_kernel_cannot_read_are_named():
     with pytest.raises(
         ValueError, match="^hidden_states must be contiguous in its last dimension, got the shape"

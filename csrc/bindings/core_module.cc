@@ -149,19 +149,65 @@ class LibraryDevice {
   py::object context_;
 };
 
+// The bytes from the first to the last of an array of a call.
+struct Extent {
+  Extent(std::string name, const Tensor& view) : name(std::move(name)) {
+    int64_t count = 1, first = 0, last = 0;
+    for (size_t i = view.shape.size(); i-- > 0; count *= view.shape[i]) {
+      const int64_t way = (view.shape[i] - 1) * (view.strides.empty() ? count : view.strides[i]);
+      (way < 0 ? first : last) += way;
+    }
+    const auto size = static_cast<int64_t>(dtype_size(view.dtype));
+    begin = static_cast<const char*>(view.data) + first * size;
+    end = count == 0 ? begin : begin + (last - first + 1) * size;
+    if (count < last - first + 1) with_gaps = std::make_shared<Tensor>(view);
+  }
+
+  bool overlaps(const Extent& other) const {
+    if (end <= other.begin || other.end <= begin) return false;
+    if (!with_gaps && !other.with_gaps) return true;
+    // NumPy knows whether one lies in the gaps of the other. It reads no element, so they may be on a GPU.
+    return py::module_::import("numpy").attr("shares_memory")(array(), other.array()).cast<bool>();
+  }
+
+  py::array array() const {
+    if (!with_gaps) return py::array(py::dtype("uint8"), {end - begin}, {1}, begin, py::none());
+    const Tensor& view = *with_gaps;
+    std::vector<py::ssize_t> strides;
+    for (const int64_t stride : view.strides)
+      strides.push_back(stride * static_cast<int64_t>(dtype_size(view.dtype)));
+    return py::array(numpy_dtype(view.dtype), view.shape, strides, view.data, py::none());
+  }
+
+  std::string name;
+  const char *begin, *end;
+  std::shared_ptr<const Tensor> with_gaps;  // null: it has none
+};
+
 // Reads the arrays of one call. The first one decides on which device the call runs, and on a GPU the current
 // stream of its library is the stream of the call. All others must lie there too.
 class Reader {
  public:
-  Array read(const std::string& name, const py::object& object) {
+  Array read(std::string name, const py::object& object) {
     if (py::isinstance<Tensor>(object)) return {object.cast<Tensor>(), false, {}, object};
-    if (py::isinstance<py::array>(object)) {
-      settle(name, object, {dlpack::kCpu, 0});
-      return from_numpy(name, py::reinterpret_borrow<py::array>(object));
+    Array array = read_array(name, object);
+    if (array.view.dtype != DType::kOther) extents_.emplace_back(std::move(name), array.view);
+    return array;
+  }
+
+  // The array that was read last will be written: it must not overlap one that was read before it.
+  void expect_apart() const {
+    const Extent& written = extents_.back();
+    for (const Extent& other : extents_) {
+      if (&other != &written && written.overlaps(other)) {
+        fail(written.name + " must not share memory with " + other.name + "; pass an array of its own");
+      }
     }
-    if (py::hasattr(object, "__dlpack__")) return from_dlpack(name, object);
-    fail(name + " must be a NumPy array or have __dlpack__, got " +
-         py::type::of(object).attr("__name__").cast<std::string>());
+  }
+
+  // As if the arrays of `other` had been read here too.
+  void add_arrays_of(const Reader& other) {
+    extents_.insert(extents_.end(), other.extents_.begin(), other.extents_.end());
   }
 
   // A new array on the device of the call; `dtype` is that of the NumPy array that would hold it.
@@ -173,6 +219,16 @@ class Reader {
   const Device& device() const { return device_; }
 
  private:
+  Array read_array(const std::string& name, const py::object& object) {
+    if (py::isinstance<py::array>(object)) {
+      settle(name, object, {dlpack::kCpu, 0});
+      return from_numpy(name, py::reinterpret_borrow<py::array>(object));
+    }
+    if (py::hasattr(object, "__dlpack__")) return from_dlpack(name, object);
+    fail(name + " must be a NumPy array or have __dlpack__, got " +
+         py::type::of(object).attr("__name__").cast<std::string>());
+  }
+
   bool on_gpu() const { return device_.kind == Device::Kind::kCuda; }
   static std::string text(dlpack::Device device) {
     if (device.type == dlpack::kCpu) return "the CPU";
@@ -272,6 +328,7 @@ class Reader {
   dlpack::Device dlpack_device_{dlpack::kCpu, 0};
   py::object first_;
   std::string first_name_;
+  std::vector<Extent> extents_;  // in the order in which they were read
 };
 
 // An array that a kernel writes: the caller's `given`, checked, or a new one.
@@ -290,6 +347,7 @@ class Output {
            py::repr(py::cast(view.shape)).cast<std::string>());
     }
     if (!array_.writable) fail(name + " must be writable, got a read-only array");
+    if (!given.is_none()) reader->expect_apart();
     if (any_strides) return;
     const bool empty = std::count(shape.begin(), shape.end(), 0) != 0;
     int64_t stride = 1;
@@ -330,6 +388,7 @@ class Workspace {
            " bytes, got " + dtype_text(view) + " with the shape " +
            py::repr(py::cast(view.shape)).cast<std::string>() + (owner_.writable ? "" : ", read-only"));
     }
+    if (!given.is_none()) reader->expect_apart();
     void* pointer = const_cast<void*>(view.data);
     size_t space = needed;
     data_ = std::align(kAlignment, bytes, pointer, space);
@@ -353,6 +412,7 @@ class Gate {
   }
 
   const GateProblem& problem() const { return problem_; }
+  const Reader& reader() const { return reader_; }
 
   // An array for the logits.
   py::object new_logits() {
@@ -412,6 +472,7 @@ class Route {
         problem_(resolve_route(logits_.view, correction_bias_.view, {options...})) {}
 
   const RouteProblem& problem() const { return problem_; }
+  const Reader& reader() const { return reader_; }
 
   // Arrays for the routing table and the router weights.
   py::tuple new_routing() {
@@ -493,6 +554,8 @@ class Experts {
   // that this was made with.
   py::object run_after(const Gate& gate, const Route& route, const py::object& out,
                        const py::object& workspace) {
+    reader_.add_arrays_of(gate.reader());
+    reader_.add_arrays_of(route.reader());
     const size_t bytes = dispatch::fused_workspace_size(reader_.device(), gate.problem(), problem_);
     return run_with(out, workspace, bytes, [&](void* scratch, void* result, float* amax) {
       dispatch::fused_gate_moe(reader_.device(), gate.problem(), route.problem(), problem_, scratch, result,
@@ -525,8 +588,8 @@ class Experts {
     return output.result();
   }
 
-  Tensor keep(const std::string& name, const py::object& object) {
-    arrays_.push_back(reader_.read(name, object));
+  Tensor keep(std::string name, const py::object& object) {
+    arrays_.push_back(reader_.read(std::move(name), object));
     return arrays_.back().view;
   }
 
