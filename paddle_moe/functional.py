@@ -453,7 +453,7 @@ def route(
             can be, unless a model was trained so.
         renormalize: divide the weights of a token by their sum + ``renormalize_eps`` (softmax and sigmoid;
             softmax_topk already sums to one).
-        renormalize_eps: see ``renormalize``.
+        renormalize_eps: see ``renormalize``. Where it is 0 and the chosen scores too, the weights are 0.
         scaling_factor: the last factor of every weight.
 
     Returns:

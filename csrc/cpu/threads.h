@@ -13,8 +13,8 @@ namespace cpu {
 // returns when all calls have. Threads that are still asleep when the work is finished are not waited for, so
 // body must take its work from a shared counter and not rely on the number of calls. When the pool is busy
 // with another caller, or was asked for from inside itself, body(0) alone runs. If calls throw, one of the
-// exceptions is thrown when all calls have returned; so only a body whose calls do not wait for each other may
-// throw.
+// exceptions is thrown when all calls have returned; so only a body whose calls do not wait for each other
+// may throw.
 void parallel(int num_threads, const std::function<void(int)>& body);
 
 void pause_briefly(int round);
