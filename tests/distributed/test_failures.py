@@ -20,7 +20,7 @@ from launcher import WORKERS, Job, environment, launch, read_logs
 from paddle_moe import init_distributed
 
 TIMEOUT_SECONDS = 8  # of the ranks in workers/failures.py
-SOON_SECONDS = 5  # from the end of the first rank that fails to that of the last
+SOON_SECONDS = 10  # from the end of the first rank that fails to that of the last, on a busy machine
 
 
 # Those of a group run at the same time.
