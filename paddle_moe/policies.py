@@ -22,7 +22,7 @@ __all__ = ["balanced_correction_bias", "jitter", "limit_capacity", "tokens_per_e
 DROP_POLICIES = ("probability", "position")
 
 
-def count_ids(ids: paddle.Tensor, num_experts: int, *, per_row: bool = False) -> paddle.Tensor:
+def count_ids(ids: paddle.Tensor, num_experts: int, per_row: bool = False) -> paddle.Tensor:
     """How often each expert occurs in ids, no others: [E], or per row of ids [R, E]. int64."""
     rows = ids if per_row else ids.reshape([1, -1])
     rows = rows.astype("int64")

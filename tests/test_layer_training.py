@@ -123,7 +123,8 @@ def test_bad_options(options, text):
 def test_capacity_in_training_only(policy):
     layer, x = make_layer(capacity_factor=0.7, drop_policy=policy), trained_tokens()
     output, ids, weights = layer(x, return_routing=True)
-    free_output, free_ids, free_weights = layer.eval()(x, return_routing=True)
+    layer.eval()
+    free_output, free_ids, free_weights = layer(x, return_routing=True)
     kept = limit_capacity(free_ids, free_weights, EXPERTS, 0.7, policy)
     np.testing.assert_array_equal(ids.numpy(), kept[0].numpy())
     np.testing.assert_array_equal(weights.numpy(), kept[1].numpy())
@@ -152,7 +153,8 @@ def test_bias_updates():
     with paddle.no_grad():
         layer(x)
     layer(x, ids, paddle.ones([TOKENS, TOP_K]))
-    layer.eval()(x)
+    layer.eval()
+    layer(x)
     assert layer.expert_counts.tolist() == (2 * counts).tolist()
     layer.update_correction_bias()
     expected = balanced_correction_bias(before, counts, 0.125)
