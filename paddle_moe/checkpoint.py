@@ -33,6 +33,7 @@ import numpy as np
 import paddle
 from paddle import nn
 from paddle.base.core import GeneratorState
+from paddle.base.layer_helper import LayerHelper
 from paddle.distributed.fleet.meta_parallel.meta_parallel_base import MetaParallelBase
 from paddle.optimizer.lr import LRScheduler
 from safetensors import SafetensorError, safe_open
@@ -169,6 +170,12 @@ def _optimizer_holdings(
     return kept
 
 
+def create_moments(optimizer: paddle.optimizer.Optimizer, parameters: list[paddle.Tensor]) -> None:
+    if getattr(optimizer, "helper", "") is None:  # Paddle 2.6 makes it at the first step
+        optimizer.helper = LayerHelper(type(optimizer).__name__)
+    optimizer._create_accumulators(paddle.static.default_main_program().global_block(), parameters)
+
+
 def _kept_by(
     optimizer: paddle.optimizer.Optimizer, holdings: Mapping[str, _Holding], tp_rank: int
 ) -> dict[str, _Holding]:
@@ -176,7 +183,7 @@ def _kept_by(
     had a gradient yet on which rank.
     """
     trained = [parameter for parameter in parameters_of(optimizer) if not parameter.stop_gradient]
-    optimizer._create_accumulators(paddle.static.default_main_program().global_block(), trained)
+    create_moments(optimizer, trained)
     name_of = {tensor.name: name for name, (tensor, _, _) in holdings.items() if tensor is not None}
     foreign = [parameter.name for parameter in trained if parameter.name not in name_of]
     if foreign:

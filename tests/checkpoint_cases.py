@@ -12,6 +12,7 @@ from layer_cases import EXPERTS, HIDDEN, INTER, SHARED, TOP_K
 from paddle import nn
 
 from paddle_moe import FusedMoE, StoredTensor
+from paddle_moe.checkpoint import create_moments
 from paddle_moe.pretrained import GATE, UP
 from paddle_moe.reference import to_float64, to_storage
 
@@ -102,7 +103,7 @@ def make_optimizer(model):
 
 def fill_moments(model, optimizer):
     """Moments that are functions of the parameter, as every rank can compute and check them for itself."""
-    optimizer._create_accumulators(paddle.static.default_main_program().global_block(), model.parameters())
+    create_moments(optimizer, model.parameters())
     for name, parameter, tensor in optimizer_tensors(model, optimizer):
         tensor.set_value(expected_moment(name, parameter, tensor))
 
