@@ -43,13 +43,8 @@ _CHECKS = {
     "dispatch": one_of("replicated", "alltoall"),
     "reduce": one_of("two", "one"),
     "dtype": one_of("float32", "bfloat16", "float16"),
-    **dict.fromkeys(
-        (
-            *("fp32_reduce", "gate_bias", "gate_up_bias", "down_bias", "shared_gate", "correction_bias"),
-            "recompute",
-        ),
-        flag,
-    ),
+    **dict.fromkeys(("gate_bias", "gate_up_bias", "down_bias", "shared_gate", "correction_bias"), flag),
+    **dict.fromkeys(("fp32_reduce", "recompute"), flag),
 }
 
 
@@ -199,7 +194,7 @@ class FusedMoE(nn.Layer):
         logger: RankLogger | None = None,
     ):
         super().__init__()
-        dtype = dtype_name(dtype or paddle.get_default_dtype())
+        dtype = dtype_name(paddle.get_default_dtype() if dtype is None else dtype)
         gate_dtype = dtype_name(gate_dtype)
         given = locals()
         checked(_CHECKS, given)
