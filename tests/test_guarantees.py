@@ -80,15 +80,16 @@ def test_a_token_alone_gives_the_bits_it_has_in_a_batch(core, dtype, permuted, a
         assert_same_bits(alone, out[token : token + 1])
 
 
-@pytest.mark.parametrize("size", [1, 8, 64, 1000])
+# The last two are longer than a block of the depth, and end within a vector and within a pair.
+@pytest.mark.parametrize("hidden, inter", [(1, 1), (8, 8), (64, 64), (1000, 1000), (2101, 40), (40, 2101)])
+@per_permuted
 @per_dtype
-def test_batch_invariance_over_sizes(core, dtype, size):
-    case = random_case(40, size, size, 2, 2, dtype)
+def test_batch_invariance_over_sizes(core, dtype, permuted, hidden, inter):
+    case = random_case(40, hidden, inter, 2, 2, dtype, permuted=permuted)
     out = core.mixture_of_experts(**case)
-    for token in (0, 39):
-        alone = core.mixture_of_experts(**take_tokens(case, slice(token, token + 1)))
-        assert_same_bits(alone, out[token : token + 1])
-    assert_same_bits(core.mixture_of_experts(**take_tokens(case, slice(0, 5))), out[:5])
+    assert_close(out, expected_moe(case))
+    for tokens in (slice(0, 1), slice(39, 40), slice(0, 2), slice(0, 5), slice(0, 13)):
+        assert_same_bits(core.mixture_of_experts(**take_tokens(case, tokens)), out[tokens])
 
 
 @per_dtype

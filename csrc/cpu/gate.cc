@@ -43,7 +43,7 @@ void gate_block(const GateProblem& p, const GateLayout& layout, const GateScratc
     kernels().copy_row(advance(p.hidden_states, (first_token + i) * p.hidden_states_stride, p.dtype), p.dtype,
                        p.hidden_size, Operand::kFloat32, scratch.rows + i * layout.row_stride * kUnitBytes);
   }
-  const int64_t width = block_columns(p.weight, num_tokens);
+  const int64_t width = block_columns(storage_of(p.weight), num_tokens);
   for (int64_t column = 0; column < p.num_experts; column += 2 * width) {
     const int64_t columns = std::min(2 * width, p.num_experts - column);
     kernels().gemm(neighbours_gemm(scratch.rows, layout.row_stride, p.hidden_size, Operand::kFloat32,
@@ -86,7 +86,7 @@ void gate_hidden_block(const GateBackwardProblem& b, const GateBackwardLayout& l
                        Operand::kFloat32, scratch.rows + i * layout.row_stride * kUnitBytes);
   }
   const Matrix transposed{p.weight.data, p.weight.out_stride, p.weight.in_stride};
-  const int64_t width = block_columns(transposed, num_tokens);
+  const int64_t width = block_columns(storage_of(transposed), num_tokens);
   for (int64_t column = 0; column < p.hidden_size; column += 2 * width) {
     const int64_t columns = std::min(2 * width, p.hidden_size - column);
     kernels().gemm(neighbours_gemm(scratch.rows, layout.row_stride, p.num_experts, Operand::kFloat32,

@@ -20,6 +20,8 @@ constexpr int64_t kUnitBytes = 4;
 // only of the cache: every result is the sum, in order, of such blocks, each summed in order, whatever the
 // tile it was computed in.
 constexpr int64_t kBlockUnits = 256;
+// The same for weights that are stored column by column, where each lane of a register sums its own units.
+constexpr int64_t kDotUnits = 1024;
 // Rows of a GemmTask: 192 x 1 KiB of activations stay in L2 beside 128 KiB of packed weights. A multiple of
 // all tile heights.
 constexpr int64_t kBlockRows = 192;
@@ -48,7 +50,7 @@ struct PackedAhead {
 };
 
 // result[r, c] = rows[r, :] * weight[0][:, c] for the first block of columns, and the same for weight[1] at
-// result[r, second_block + c]. The results are written in whole vectors: second_block columns of each block
+// result[r, second_block + c]. Results may be written in whole vectors: second_block columns of each block
 // may be overwritten.
 struct GemmTask {
   const void* rows;
@@ -59,8 +61,8 @@ struct GemmTask {
   DType weight_dtype;
   Matrix weight[2];      // at their first column
   int64_t columns[2];    // <= second_block; columns[1] <= columns[0]
-  int64_t second_block;  // block_columns(weight[0], num_rows) or, where that is streamed, a smaller multiple
-                         // of kPackedColumns
+  int64_t second_block;  // block_columns(...) or, where weights are not packed, a smaller multiple of
+                         // kPackedColumns
   float* result;
   int64_t result_stride;
   void* scratch;            // kPackedBytes
@@ -73,7 +75,7 @@ struct GemmTask {
   // scratch still holds the same weights as the call before packed them. Only where depth is at most
   // kBlockUnits units and both calls have at least kBlockRows / 2 rows, so that their tiles are alike.
   bool packed = false;
-  // The task, not streamed, that the same thread computes next with the same scratch, operand and dtypes; its
+  // The task, packed too, that the same thread computes next with the same scratch, operand and dtypes; its
   // first weights are packed meanwhile, which packed_ahead tells it. Needs packed_ahead.
   const GemmTask* next = nullptr;
   PackedAhead* packed_ahead = nullptr;
@@ -166,8 +168,8 @@ struct CombineTask {
 
 struct Kernels {
   const char* name;
-  // Up to this many rows, weights that are stored row by row or column by column are multiplied as they
-  // stream by; above, a block of them is packed first and then reused by every tile of rows.
+  // Up to this many rows, weights that are stored row by row are multiplied as they stream by; above, a block
+  // of them is packed first and then reused by every tile of rows.
   int64_t streamed_rows;
   bool bf16_dot;  // Operand::kBf16Pairs is available
   // Stores n elements as an operand row; a last half-filled unit is completed with zero.
@@ -193,14 +195,29 @@ struct Kernels {
 // The best that this processor runs, or the one that PADDLE_MOE_ISA names.
 const Kernels& kernels();
 
-inline bool is_streamed(const Matrix& weight, int64_t rows, int64_t streamed_rows = kernels().streamed_rows) {
-  return (weight.out_stride == 1 || weight.in_stride == 1) && rows <= streamed_rows;
+// How the two weights of a GemmTask are stored: row by row ([in, out]), column by column ([out, in]), or with
+// any other strides or each in its own way.
+enum class Storage { kRows, kColumns, kStrided };
+
+inline Storage storage_of(const Matrix& weight) {
+  return weight.out_stride == 1  ? Storage::kRows
+         : weight.in_stride == 1 ? Storage::kColumns
+                                 : Storage::kStrided;
 }
 
-// Columns of each block of a GemmTask, a multiple of kPackedColumns; streamed blocks may be narrower.
-inline int64_t block_columns(const Matrix& weight, int64_t rows) {
-  if (!is_streamed(weight, rows)) return kPackedColumns;
+inline Storage storage_of(const Matrix& first, const Matrix& second) {
+  return storage_of(first) == storage_of(second) ? storage_of(first) : Storage::kStrided;
+}
+
+inline bool is_packed(Storage storage, int64_t rows, int64_t streamed_rows = kernels().streamed_rows) {
+  return storage == Storage::kStrided || (storage == Storage::kRows && rows > streamed_rows);
+}
+
+// Columns of each block of a GemmTask, a multiple of kPackedColumns; where weights are not packed, blocks may
+// be narrower.
+inline int64_t block_columns(Storage storage, int64_t rows) {
   const int64_t fitting = kStreamedResults / 2 / rows / kPackedColumns * kPackedColumns;
+  if (is_packed(storage, rows) || fitting < kPackedColumns) return kPackedColumns;
   return fitting > kMaxStreamedColumns ? kMaxStreamedColumns : fitting;
 }
 

@@ -92,9 +92,10 @@ class Chunk {
         const int64_t wanted = divide_up(kStreamedBlocksPerThread * threads_, active_experts_);
         // The first GEMM computes the same columns of gate and up together, the second GEMM two neighbouring
         // blocks of columns.
-        cut_into_blocks(e, begin_[e], begin_[e + 1], p_.intermediate_size, 1, expert.gate, wanted,
+        cut_into_blocks(e, begin_[e], begin_[e + 1], p_.intermediate_size, 1,
+                        storage_of(expert.gate, expert.up), wanted,
                         [this](const GemmBlock& block) { first_.push_back(block); });
-        cut_into_blocks(e, begin_[e], begin_[e + 1], p_.hidden_size, 2, expert.down, wanted,
+        cut_into_blocks(e, begin_[e], begin_[e + 1], p_.hidden_size, 2, storage_of(expert.down), wanted,
                         [this](const GemmBlock& block) { second_.push_back(block); });
       }
       first_left_[e].store(static_cast<int32_t>(first_.size() - before), std::memory_order_relaxed);
@@ -114,14 +115,14 @@ class Chunk {
     if (is_gemm(i)) gemms[0] = gemm_task(i, scratch);
     for (int turn = 0; i < num_tasks_; turn ^= 1) {
       GemmTask& gemm = gemms[turn];
-      const bool ahead = is_gemm(i) && !is_streamed(gemm.weight[0], gemm.num_rows);
+      const bool ahead = is_gemm(i) && is_packed(gemm);
       int64_t next = -1;
       if (ahead) {
         next = take();
         gemm.packed_ahead = &packed_ahead;
         if (is_gemm(next)) {
           gemms[turn ^ 1] = gemm_task(next, scratch);
-          if (!is_streamed(gemms[turn ^ 1].weight[0], gemms[turn ^ 1].num_rows)) gemm.next = &gemms[turn ^ 1];
+          if (is_packed(gemms[turn ^ 1])) gemm.next = &gemms[turn ^ 1];
         }
       }
       run_task(i, gemm, scratch);
@@ -131,6 +132,10 @@ class Chunk {
       }
       i = next;
     }
+  }
+
+  static bool is_packed(const GemmTask& gemm) {
+    return cpu::is_packed(storage_of(gemm.weight[0], gemm.weight[1]), gemm.num_rows);
   }
 
   int64_t take() { return next_task_.fetch_add(1, std::memory_order_relaxed); }

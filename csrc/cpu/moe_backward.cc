@@ -207,7 +207,8 @@ class Chunk {
       intermediate_left_[e].store(0, std::memory_order_relaxed);
     }
     for (int64_t e = 0; w_.recompute && e < num_experts; ++e) {
-      recompute_left_[e] = cut(Stage::kRecompute, e, p_.intermediate_size, 1, p_.experts[e].gate);
+      recompute_left_[e] = cut(Stage::kRecompute, e, p_.intermediate_size, 1,
+                               storage_of(p_.experts[e].gate, p_.experts[e].up));
     }
     int64_t previous = -1;
     for (int64_t e = 0; e < num_experts; ++e) {
@@ -216,7 +217,7 @@ class Chunk {
         continue;
       }
       intermediate_left_[e] =
-          cut(Stage::kIntermediate, e, p_.intermediate_size, 2, transposed(p_.experts[e].down));
+          cut(Stage::kIntermediate, e, p_.intermediate_size, 2, storage_of(transposed(p_.experts[e].down)));
       if (previous >= 0) add_later_tasks(previous);
       previous = e;
     }
@@ -231,10 +232,10 @@ class Chunk {
     tasks_.push_back({stage, block});
   }
 
-  int32_t cut(Stage stage, int64_t e, int64_t columns, int64_t neighbours, const Matrix& weight) {
+  int32_t cut(Stage stage, int64_t e, int64_t columns, int64_t neighbours, Storage storage) {
     const size_t before = tasks_.size();
     if (rows_of(e) > 0) {
-      cut_into_blocks(e, begin_[e], begin_[e + 1], columns, neighbours, weight,
+      cut_into_blocks(e, begin_[e], begin_[e + 1], columns, neighbours, storage,
                       kStreamedBlocksPerThread * threads_,
                       [&](const GemmBlock& block) { add(stage, block); });
     }
@@ -242,7 +243,10 @@ class Chunk {
   }
 
   void add_later_tasks(int64_t e) {
-    if (w_.wanted.hidden) cut(Stage::kHidden, e, p_.hidden_size, 2, transposed(p_.experts[e].gate));
+    if (w_.wanted.hidden) {
+      cut(Stage::kHidden, e, p_.hidden_size, 2,
+          storage_of(transposed(p_.experts[e].gate), transposed(p_.experts[e].up)));
+    }
     add_weight_tasks(e);
   }
 

@@ -21,7 +21,8 @@ constexpr int64_t kRowsPerCopyTask = 32;
 constexpr int64_t kTokensPerCombineTask = 16;
 // A thread is woken for at least this many bytes of weights; less is done before it is awake.
 constexpr int64_t kWeightBytesPerThread = 256 * 1024;
-// Streamed blocks are made narrower until each thread has this many; more would cost long runs of memory.
+// Blocks that are not packed are made narrower until each thread has this many; more would cost long runs of
+// memory.
 constexpr int64_t kStreamedBlocksPerThread = 1;
 
 inline float load_float(const void* data, int64_t i, DType dtype) {
@@ -110,13 +111,13 @@ struct GemmBlock {
 };
 
 // Calls add(block) for all blocks of rows begin .. end - 1. `neighbours` is 2 where the two blocks of columns
-// are neighbours, 1 where they are the same columns of two weights. blocks_wanted: streamed blocks become
-// narrower until there are this many.
+// are neighbours, 1 where they are the same columns of two weights. blocks_wanted: blocks that are not packed
+// become narrower until there are this many.
 template <class Add>
 void cut_into_blocks(int64_t expert, int64_t begin, int64_t end, int64_t columns, int64_t neighbours,
-                     const Matrix& weight, int64_t blocks_wanted, const Add& add) {
-  int64_t width = block_columns(weight, std::min(kBlockRows, end - begin));
-  if (is_streamed(weight, end - begin)) {
+                     Storage storage, int64_t blocks_wanted, const Add& add) {
+  int64_t width = block_columns(storage, std::min(kBlockRows, end - begin));
+  if (!is_packed(storage, end - begin)) {
     width = std::min(width, round_up(divide_up(columns, neighbours * blocks_wanted), kPackedColumns));
   }
   for (int64_t c = 0; c < columns; c += neighbours * width) {

@@ -40,6 +40,21 @@ struct Simd {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
   }
 
+  // The first n floats, 1 <= n <= kLanes; the others are zero and not read.
+  static V load_first(const float* p, int64_t n) {
+    alignas(64) static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    const __m256i mask = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + kLanes - n));
+    return (V)_mm256_maskload_ps(p, mask);
+  }
+
+  // The sum over the lanes of each of four vectors.
+  static void lane_sums(const V* v, float* sums) {
+    const __m256 a = _mm256_hadd_ps((__m256)v[0], (__m256)v[1]);
+    const __m256 b = _mm256_hadd_ps((__m256)v[2], (__m256)v[3]);
+    const __m256 halves = _mm256_hadd_ps(a, b);
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+  }
+
   static void transpose(V (&rows)[kLanes]) {
     __m256 a[8], b[8];
     for (int i = 0; i < 8; i += 2) {

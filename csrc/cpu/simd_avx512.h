@@ -52,6 +52,22 @@ struct Simd {
   static constexpr bool kBf16Dot = false;
 #endif
 
+  // The first n floats, 1 <= n <= kLanes; the others are zero and not read.
+  static V load_first(const float* p, int64_t n) {
+    return (V)_mm512_maskz_loadu_ps(static_cast<__mmask16>(0xffff >> (kLanes - n)), p);
+  }
+
+  // The sum over the lanes of each of four vectors.
+  static void lane_sums(const V* v, float* sums) {
+    __m256 halves[4];
+    for (int i = 0; i < 4; ++i)
+      halves[i] =
+          _mm256_add_ps(_mm512_castps512_ps256((__m512)v[i]), _mm512_extractf32x8_ps((__m512)v[i], 1));
+    const __m256 a = _mm256_hadd_ps(halves[0], halves[1]), b = _mm256_hadd_ps(halves[2], halves[3]);
+    const __m256 quarters = _mm256_hadd_ps(a, b);
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1)));
+  }
+
   static void transpose(V (&rows)[kLanes]) {
     __m512 a[16], b[16];
     for (int i = 0; i < 16; i += 2) {

@@ -36,6 +36,20 @@ struct Simd {
     for (int i = 0; i < kLanes; ++i) p[i] = float_to_f16(v[i]);
   }
 
+  // The first n floats, 1 <= n <= kLanes; the others are zero and not read.
+  static V load_first(const float* p, int64_t n) {
+    V v = {};
+    std::memcpy(&v, p, n * sizeof(float));
+    return v;
+  }
+
+  // The sum over the lanes of each of four vectors.
+  static void lane_sums(const V* v, float* sums) {
+    V rows[4] = {v[0], v[1], v[2], v[3]};
+    transpose(rows);
+    store(sums, (rows[0] + rows[1]) + (rows[2] + rows[3]));
+  }
+
   static void transpose(V (&rows)[kLanes]) {
     for (int i = 0; i < kLanes; ++i) {
       for (int j = i + 1; j < kLanes; ++j) {
