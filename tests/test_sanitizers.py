@@ -48,15 +48,36 @@ def run(command: list[str], timeout: int) -> str:
     return result.stdout
 
 
-@pytest.mark.timeout(1800)  # .ci/run gives it what other tests leave
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_cpp_checks(tmp_path, sanitizer):
-    """address includes undefined behaviour; thread checks the pool and the queue of tasks."""
-    build = str(tmp_path / "build")
-    options = [f"-DPADDLE_MOE_SANITIZE={sanitizer}", f"-DPython_EXECUTABLE={sys.executable}"]
+@pytest.fixture(scope="module")
+def build(request, tmp_path_factory) -> str:
+    """A build of all C++ checks under the sanitizer that the parameter names."""
+    build = str(tmp_path_factory.mktemp(request.param))
+    options = [f"-DPADDLE_MOE_SANITIZE={request.param}", f"-DPython_EXECUTABLE={sys.executable}"]
     options += ["-DCMAKE_CXX_FLAGS_RELEASE=-O1", unused_isas()]  # compiles in a third of the time
     run([*cmake_tool("cmake"), "-S", ".", "-B", build, *options], timeout=60)
     run([*cmake_tool("cmake"), "--build", build, "--parallel", "2"], timeout=900)
+    return build
+
+
+def run_checks(build: str, *sources: Path, prefix: str = "") -> None:
+    names = "|".join(source.stem for source in sources)
     ctest = [*cmake_tool("ctest"), "--test-dir", build, "--output-on-failure", "--timeout", "120"]
-    done = run([*ctest, "--parallel", "2"], timeout=900)
-    assert f"100% tests passed, 0 tests failed out of {len(list(ROOT.glob('tests/cpp/*.cc')))}" in done
+    done = run([*ctest, "--parallel", "2", "--tests-regex", f"^{prefix}({names})$"], timeout=900)
+    assert f"100% tests passed, 0 tests failed out of {len(sources)}" in done
+
+
+@pytest.mark.timeout(1800)  # .ci/run gives it what other tests leave
+@pytest.mark.parametrize("build", ["address", "thread"], indirect=True)
+def test_cpp_checks(build):
+    """address includes undefined behaviour; thread checks the pool and the queue of tasks."""
+    run_checks(build, *ROOT.glob("tests/cpp/*.cc"))
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("build", ["address"], indirect=True)
+def test_avx512_in_software(build):
+    """What CONTRIBUTING.md says of AVX-512, which few machines have: its kernels with intrinsics in plain C++."""
+    if not {"avx2", "avx512", "avx512_bf16"} & {*core.available_isas()}:
+        pytest.skip("the AVX-512 kernels run in software on a processor with AVX2, FMA and F16C only")
+    on_every_isa = [path for path in ROOT.glob("tests/cpp/*.cc") if "on_every_isa" in path.read_text()]
+    run_checks(build, ROOT / "test_intrinsics.cc", *on_every_isa, prefix="software_avx512_")
