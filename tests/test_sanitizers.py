@@ -76,7 +76,7 @@ def test_cpp_checks(build):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("build", ["address"], indirect=True)
 def test_avx512_in_software(build):
-    """What CONTRIBUTING.md says of AVX-512, which few machines have: its kernels with intrinsics in plain C++."""
+    """The AVX-512 kernels, with intrinsics in plain C++, by the checks that run on every instruction set."""
     if not {"avx2", "avx512", "avx512_bf16"} & {*core.available_isas()}:
         pytest.skip("the AVX-512 kernels run in software on a processor with AVX2, FMA and F16C only")
     on_every_isa = [path for path in ROOT.glob("tests/cpp/*.cc") if "on_every_isa" in path.read_text()]
