@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import paddle
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
 
 
-@dataclass
-class Router:
+class Router:  # no dataclass: paddle.jit.to_static finds no methods in the instances of one
     """The options of a router, as functions of the tensors that FusedMoE keeps.
 
     T tokens, E experts over all ranks, K experts per token.
@@ -35,25 +33,34 @@ class Router:
         ValueError: an option is out of its range.
     """
 
-    num_experts: int
-    route_options: dict[str, Any]
-    balance_loss_weight: float
-    balance_loss: str
-    z_loss_weight: float
-    jitter_epsilon: float
-    capacity_factor: float | None
-    drop_policy: str
-    bias_update_speed: float
-    parallel: ParallelContext | None
-    same_tokens: str
-    replicas: tuple[str, ...]
+    def __init__(
+        self,
+        num_experts: int,
+        route_options: dict[str, Any],
+        *,
+        balance_loss_weight: float,
+        balance_loss: str,
+        z_loss_weight: float,
+        jitter_epsilon: float,
+        capacity_factor: float | None,
+        drop_policy: str,
+        bias_update_speed: float,
+        parallel: ParallelContext | None,
+        same_tokens: str,
+        replicas: tuple[str, ...],
+    ):
+        self.num_experts, self.route_options = num_experts, route_options
+        self.balance_loss_weight, self.balance_loss = balance_loss_weight, balance_loss
+        self.z_loss_weight, self.jitter_epsilon = z_loss_weight, jitter_epsilon
+        self.capacity_factor, self.drop_policy = capacity_factor, drop_policy
+        self.bias_update_speed = bias_update_speed
+        self.parallel, self.same_tokens, self.replicas = parallel, same_tokens, replicas
 
-    def __post_init__(self):
-        top_k = self.route_options["top_k"]
-        if not 1 <= integer("top_k", top_k) <= self.num_experts:
-            raise ValueError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {top_k}")
-        options = checked(ROUTE_OPTIONS, self.route_options)
-        _core.Route(_core.Spec("float32", [-1, self.num_experts]), None, *options)
+        top_k = route_options["top_k"]
+        if not 1 <= integer("top_k", top_k) <= num_experts:
+            raise ValueError(f"top_k must be between 1 and num_experts = {num_experts}, got {top_k}")
+        options = checked(ROUTE_OPTIONS, route_options)
+        _core.Route(_core.Spec("float32", [-1, num_experts]), None, *options)
         one_of("batch", "sequence", "global")("balance_loss", self.balance_loss)
         for name in ("balance_loss_weight", "z_loss_weight", "bias_update_speed"):
             if not 0 <= real(name, getattr(self, name)) < math.inf:

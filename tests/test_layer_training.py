@@ -347,6 +347,25 @@ def test_to_static_in_training_mode(shape):
         assert layer.expert_counts.tolist() == eager_layer.expert_counts.tolist()
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_to_static_without_full_graph(training):
+    """Paddle's default reads the bytecode of what is called, and falls back to eager where it has to."""
+    options = dict(balance_loss_weight=0.5, z_loss_weight=0.1, capacity_factor=1.2, bias_update_speed=0.01)
+    layers = [make_layer(**options) for _ in range(2)]
+    for layer in layers:
+        layer.train() if training else layer.eval()
+    x = trained_tokens()
+    expected = gradients(layers[0], x, return_aux_loss=True)
+
+    def run(x):
+        return layers[1](x, return_aux_loss=True)
+
+    actual = gradients(layers[1], x, call=paddle.jit.to_static(run))
+    for name, value in expected.items():
+        assert_close(actual[name], value, 1e-6, name)
+    assert layers[1].expert_counts.tolist() == layers[0].expert_counts.tolist()
+
+
 def test_jitter_under_to_static():
     layer = make_layer(jitter_epsilon=0.2)
 
