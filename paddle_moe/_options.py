@@ -34,9 +34,16 @@ def integer(name: str, value: Any) -> int:
 
 
 def real(name: str, value: Any) -> float:
-    if isinstance(value, (float, numbers.Real)):  # float by itself because it is found sooner
+    # float by itself because it is found sooner
+    if isinstance(value, float) or isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
     raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def positive(name: str, value: Any) -> float:
+    if not real(name, value) > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return float(value)
 
 
 def dtype_name(dtype: Any) -> Any:
@@ -52,7 +59,8 @@ def text(name: str, value: Any) -> str:
 
 def at_least(least: int, note: str = "") -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
-        if integer(name, value) < least:
+        value = integer(name, value)
+        if value < least:
             raise ValueError(f"{name} must be at least {least}{note}, got {value}")
         return value
 

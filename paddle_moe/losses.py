@@ -14,7 +14,7 @@ import paddle
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F
 
-from paddle_moe._options import one_of
+from paddle_moe._options import at_least, one_of
 from paddle_moe.collectives import sum_over
 from paddle_moe.functional import without_autocast
 from paddle_moe.policies import count_ids
@@ -66,33 +66,32 @@ def load_balancing_loss(
         Scalar float32; 0 without tokens.
 
     Raises:
-        ValueError: an argument has a wrong shape, value or combination.
+        ValueError: an argument has a wrong shape, dtype, value or combination.
     """
     one_of("softmax", "sigmoid", "softmax_topk")("scoring", scoring)
     if sequence_length is not None and parallel is not None:
         raise ValueError(
             "sequence_length balances within a sequence and parallel over all replicas; pass at most one"
         )
-    if len(logits.shape) != 2 or len(routing_table.shape) != 2 or logits.shape[0] != routing_table.shape[0]:
+    fit = len(logits.shape) == len(routing_table.shape) == 2 and logits.shape[0] == routing_table.shape[0]
+    if not fit or routing_table.shape[1] == 0:
         raise ValueError(
-            "logits and routing_table must have the shapes [T, E] and [T, K], "
+            "logits and routing_table must have the shapes [T, E] and [T, K] with K at least 1, "
             f"got {list(logits.shape)} and {list(routing_table.shape)}"
         )
     num_experts, top_k = logits.shape[1], routing_table.shape[1]
     if sequence_length is not None:
         known = not isinstance(sequence_length, (paddle.static.Variable, paddle.pir.Value))
-        fits = isinstance(sequence_length, int) and sequence_length >= 1
-        if known and (not fits or logits.shape[0] >= 0 and logits.shape[0] % sequence_length):
+        sequence_length = at_least(1)("sequence_length", sequence_length) if known else sequence_length
+        if known and logits.shape[0] >= 0 and logits.shape[0] % sequence_length:
             raise ValueError(
-                "sequence_length must be an integer that is at least 1 and divides the number of tokens, "
+                "sequence_length must divide the number of tokens, "
                 f"got {sequence_length} for {logits.shape[0]} tokens"
             )
     logits = logits.astype("float32")
     if scoring == "sigmoid":
-        scores = F.sigmoid(logits)
-        probabilities = scores / scores.sum(axis=-1, keepdim=True)
-    else:
-        probabilities = F.softmax(logits, axis=-1)
+        logits = F.log_sigmoid(logits)  # sigmoids themselves may all be 0, and have no quotient
+    probabilities = F.softmax(logits, axis=-1)
 
     if sequence_length is None:
         choices = count_ids(routing_table, num_experts).astype("float32")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import paddle
 
-from paddle_moe._options import real
+from paddle_moe._options import at_least, dtype_name, positive, real
 from paddle_moe.collectives import sum_over
 from paddle_moe.functional import without_autocast
 
@@ -24,6 +24,9 @@ DROP_POLICIES = ("probability", "position")
 
 def count_ids(ids: paddle.Tensor, num_experts: int, per_row: bool = False) -> paddle.Tensor:
     """How often each expert occurs in ids, no others: [E], or per row of ids [R, E]. int64."""
+    at_least(1)("num_experts", num_experts)
+    if dtype_name(ids.dtype) not in ("int32", "int64"):
+        raise ValueError(f"routing_table must have the dtype int32 or int64, got {dtype_name(ids.dtype)}")
     rows = ids if per_row else ids.reshape([1, -1])
     rows = rows.astype("int64")
     # From a row of `rows`, so that the number of rows may be unknown while a graph is built.
@@ -39,6 +42,9 @@ def tokens_per_expert(routing_table: paddle.Tensor, num_experts: int) -> paddle.
     Args:
         routing_table: [..., K], int32 or int64; ids outside 0 .. E - 1, such as -1, count for no expert.
         num_experts: E.
+
+    Raises:
+        ValueError: another dtype, or num_experts is less than 1.
     """
     return count_ids(routing_table, num_experts)
 
@@ -67,7 +73,7 @@ def jitter(
     Raises:
         ValueError: epsilon is out of its range.
     """
-    if not 0 <= epsilon < 1:
+    if not 0 <= real("epsilon", epsilon) < 1:
         raise ValueError(f"epsilon must be at least 0 and below 1, got {epsilon}")
     shape = hidden_states.shape if paddle.in_dynamic_mode() else paddle.shape(hidden_states)
     noise = paddle.uniform(shape, "float32", min=1 - epsilon, max=1 + epsilon)
@@ -106,9 +112,15 @@ def limit_capacity(
         (routing_table, router_weights) of the same shapes and dtypes. The gradient of a dropped weight is 0.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument has a wrong shape or dtype or is out of its range.
     """
     check_capacity(capacity_factor, policy)
+    table, weights = list(routing_table.shape), list(router_weights.shape)
+    if len(table) != 2 or table != weights and -1 not in table + weights:  # -1: not known in a program
+        raise ValueError(
+            f"routing_table and router_weights must both have the shape [T, K], got {table} and {weights}"
+        )
+    counts = count_ids(routing_table, num_experts)
     top_k = routing_table.shape[1]
     ids = routing_table.flatten().astype("int64")
     ids = paddle.where(ids < num_experts, ids, paddle.full_like(ids, -1))
@@ -120,7 +132,6 @@ def limit_capacity(
     # By expert, and within an expert by priority. Slots of no expert come first.
     order = paddle.gather(order, paddle.argsort(paddle.gather(ids, order), stable=True))
     sorted_ids = paddle.gather(ids, order)
-    counts = count_ids(routing_table, num_experts)
     starts = (ids < 0).astype("int64").sum() + counts.cumsum() - counts
     place_in_expert = slots - paddle.gather(starts, sorted_ids.clip(min=0))
     capacity = paddle.ceil(capacity_factor * paddle.ones_like(ids).sum().astype("float64") / num_experts)
@@ -134,8 +145,7 @@ def limit_capacity(
 
 
 def check_capacity(capacity_factor: float, policy: str, policy_name: str = "policy") -> None:
-    if not real("capacity_factor", capacity_factor) > 0:
-        raise ValueError(f"capacity_factor must be positive, got {capacity_factor}")
+    positive("capacity_factor", capacity_factor)
     if policy not in DROP_POLICIES:
         raise ValueError(f"{policy_name} must be one of {', '.join(DROP_POLICIES)}, got {policy!r}")
 
@@ -168,10 +178,14 @@ def balanced_correction_bias(
         [E] float32.
 
     Raises:
-        ValueError: update_speed is not positive.
+        ValueError: update_speed is not positive, or the shapes differ.
     """
-    if not update_speed > 0:
-        raise ValueError(f"update_speed must be positive, got {update_speed}")
+    positive("update_speed", update_speed)
+    if list(counts.shape) != list(correction_bias.shape):
+        raise ValueError(
+            f"counts must have the shape of correction_bias, {list(correction_bias.shape)}, "
+            f"got {list(counts.shape)}"
+        )
     counts = counts.astype("int64")
     if parallel is not None:
         counts = sum_over(counts.clone(), parallel, replicas)

@@ -155,17 +155,39 @@ def test_losses_with_experts_that_nobody_chose_are_finite():
         assert value == pytest.approx(EXPERTS) and np.isfinite(gradient).all()
 
 
+def test_balance_of_sigmoids_that_are_all_zero():
+    """Below -88 float32 has no sigmoid, but a quotient of two is still there."""
+    logits, ids = case()
+    for lowest in (-89.0, -1e4):
+        logits[0] = lowest
+        logits[0, 1] += 0.5
+        value, gradient = value_and_gradient(
+            lambda tensor: load_balancing_loss(tensor, paddle.to_tensor(ids), scoring="sigmoid"), logits
+        )
+        same = np.concatenate([logits[:1] - lowest - 20, logits[1:]])  # where a sigmoid is an exponential
+        assert value == pytest.approx(balance_by_definition(same, ids, normalised_sigmoid), rel=1e-5)
+        assert np.isfinite(gradient).all()
+
+
 def test_loss_errors():
     logits, ids = paddle.zeros([4, EXPERTS]), paddle.zeros([4, 1], "int32")
     for text, arguments in {
         "scoring must be": dict(scoring="tanh"),
-        "sequence_length must be": dict(sequence_length=3),
+        "sequence_length must divide": dict(sequence_length=3),
+        "sequence_length must be an integer": dict(sequence_length=True),
+        "sequence_length must be at least 1": dict(sequence_length=0),
         "pass at most one": dict(sequence_length=2, parallel=paddle_moe.init_distributed()),
     }.items():
         with pytest.raises(ValueError, match=text):
             load_balancing_loss(logits, ids, **arguments)
     with pytest.raises(ValueError, match=r"logits and routing_table must have the shapes \[T, E\]"):
         load_balancing_loss(logits, ids[:3])
+    with pytest.raises(ValueError, match="with K at least 1, got"):
+        load_balancing_loss(logits, ids[:, :0])
+    with pytest.raises(ValueError, match="routing_table must have the dtype int32 or int64, got float32"):
+        load_balancing_loss(logits, ids.astype("float32"))
+    whole = load_balancing_loss(logits, ids, sequence_length=np.int64(2))
+    assert whole.item() == load_balancing_loss(logits, ids, sequence_length=2).item()
 
 
 # ---------------------------------------------------------------- counts and capacity
@@ -250,6 +272,13 @@ def test_capacity_errors():
         limit_capacity(ids, weights, 1, 0)
     with pytest.raises(ValueError, match="policy must be one of probability, position, got 'random'"):
         limit_capacity(ids, weights, 1, 1.0, "random")
+    with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
+        limit_capacity(ids, weights, 0, 1.0)
+    with pytest.raises(ValueError, match="num_experts must be at least 1, got -3"):
+        tokens_per_expert(ids, -3)
+    for table, bad in ((ids[:, 0], weights[:, 0]), (ids, weights.tile([1, 2]))):
+        with pytest.raises(ValueError, match=r"must both have the shape \[T, K\], got \[3"):
+            limit_capacity(table, bad, 1, 1.0)
 
 
 # ---------------------------------------------------------------- bias and jitter
@@ -264,6 +293,8 @@ def test_correction_bias_moves_by_the_sign():
     assert balanced_correction_bias(bias, paddle.to_tensor([5, 5, 5 + 2**40]), 0.25).tolist()[2] == 0.25
     with pytest.raises(ValueError, match="update_speed must be positive, got 0"):
         balanced_correction_bias(bias, paddle.to_tensor([1, 2, 3]), 0)
+    with pytest.raises(ValueError, match=r"counts must have the shape of correction_bias, \[3\], got \[1\]"):
+        balanced_correction_bias(bias, paddle.to_tensor([1]))
 
 
 def test_correction_bias_balances_a_router():
