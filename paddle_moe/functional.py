@@ -215,6 +215,16 @@ def _cast(tensor: Any, dtype: paddle.dtype) -> Any:
 _TENSOR_TYPES = (Tensor, paddle.static.Variable, paddle.pir.Value)
 
 
+@unified
+def reshape_like(output: Tensor, tensor: Tensor) -> Tensor:
+    """`output` in the shape of `tensor`, of which several sizes may be unknown while a program is built."""
+    shape = list(tensor.shape)
+    if shape.count(-1) > 1:
+        sizes = paddle.shape(tensor)
+        shape = [sizes[axis] if size == -1 else size for axis, size in enumerate(shape)]
+    return output.reshape(shape)
+
+
 def _specification(argument: Any) -> Any:
     if isinstance(argument, list):
         return [_specification(item) for item in argument]

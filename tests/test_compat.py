@@ -9,7 +9,8 @@ import paddle
 import pytest
 from checks import arrange, assert_close, random_case, random_dense, random_tokens
 
-from paddle_moe import reference
+from paddle_moe import gate as gate_logits
+from paddle_moe import reference, route
 from paddle_moe.compat import fused_moe as incubate
 from paddle_moe.compat import paddlenlp_ops
 from paddle_moe.reference import to_storage
@@ -266,6 +267,38 @@ def test_to_static():
     static = paddle.jit.to_static(every_entry, input_spec=spec, full_graph=True)
     for output, expected in zip(static(x), every_entry(x)):
         np.testing.assert_array_equal(output.numpy(), expected.numpy())
+
+
+class Calls(paddle.nn.Layer):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_to_static_where_paddle_rewrites_no_code():
+    """Sizes that are not known stay -1 then, and a shape can have only one of them."""
+    x, gate, arguments, _ = incubate_case()
+    x, gate = tensors(x), tensors(gate)
+    weights = (arguments["ffn1_weight"], arguments["ffn2_weight"])
+    last = (True, False, "silu", 0, EXPERTS - 1)
+    ids, scores = route(gate_logits(x, gate), TOP_K)
+    for shape, call in [
+        ([None, None, HIDDEN], lambda x: incubate.fused_moe(x, gate, **arguments)),
+        ([None, HIDDEN], lambda x: incubate.fused_moe(x, gate, **arguments, group_moe=True)),
+        ([None, None, HIDDEN],
+         lambda x: paddlenlp_ops.fused_gate_moe(x, gate, None, *weights, TOP_K, *last)),
+        ([None, None, HIDDEN],
+         lambda x: paddlenlp_ops.mixture_of_experts(x, ids, scores, *weights, *last[1:], False)[0]),
+    ]:  # fmt: skip
+        call = paddle.jit.not_to_static(call)
+        layer = Calls(call)
+        spec = [paddle.static.InputSpec(shape)]
+        static = paddle.jit.to_static(layer, input_spec=spec, full_graph=True)
+        inputs = x.reshape([3, -1, HIDDEN]) if len(shape) == 3 else x
+        np.testing.assert_array_equal(static(inputs).numpy(), call(inputs).numpy())
 
 
 @pytest.mark.parametrize(

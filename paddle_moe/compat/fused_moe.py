@@ -33,13 +33,13 @@ def _select(
     """Softmax top-k of logits [T, E]; with group_moe the best of each of top_k groups by its own softmax."""
     if not group_moe:
         return functional.route(logits, top_k, renormalize=renormalize)
-    num_tokens, num_experts = logits.shape
+    num_experts = logits.shape[1]
     if top_k < 1 or num_experts % top_k:
         raise ValueError(f"moe_topk must divide the number of experts {num_experts}, got {top_k}")
     group_size = num_experts // top_k
-    ids, scores = functional.route(logits.reshape([num_tokens * top_k, group_size]), 1, renormalize=False)
+    ids, scores = functional.route(logits.reshape([-1, group_size]), 1, renormalize=False)
     first_ids = paddle.arange(0, num_experts, group_size, dtype="int32")
-    ids, scores = ids.reshape([num_tokens, top_k]), scores.reshape([num_tokens, top_k])
+    ids, scores = ids.reshape([-1, top_k]), scores.reshape([-1, top_k])
     ids = paddle.where(ids < 0, ids, ids + first_ids)
     if renormalize:
         scores = scores / scores.sum(axis=1, keepdim=True)
@@ -86,7 +86,7 @@ def fused_moe(
     output = functional.mixture_of_experts(
         tokens, ids, weights, ffn1_weight, ffn2_weight, _flat_bias(ffn1_bias), _flat_bias(ffn2_bias)
     )
-    return output.reshape(x.shape)
+    return functional.reshape_like(output, x)
 
 
 def moe_dispatch(

@@ -60,7 +60,7 @@ def mixture_of_experts(
         chunk_size=chunk_size,
     )
     output, amax = result if measurement_mode else (result, None)
-    return output.reshape(hidden_states.shape), amax
+    return functional.reshape_like(output, hidden_states), amax
 
 
 def fused_gate_moe(
@@ -107,4 +107,4 @@ def fused_gate_moe(
         experts_max=experts_max,
         chunk_size=chunk_size,
     )
-    return output.reshape(hidden_states.shape)
+    return functional.reshape_like(output, hidden_states)
