@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import paddle
 from paddle.nn.clip import ClipGradBase
 
+from paddle_moe._options import positive
 from paddle_moe.collectives import sum_over
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class ClipGradByGlobalNorm(ClipGradBase):
     al., "On the difficulty of training recurrent neural networks" (2013).
 
     Args:
-        clip_norm: positive.
+        clip_norm: positive; inf clips nothing.
         parallel: result of init_distributed.
 
     Raises:
@@ -141,8 +142,7 @@ class ClipGradByGlobalNorm(ClipGradBase):
 
     def __init__(self, clip_norm: float, parallel: ParallelContext):
         super().__init__()
-        _check_clip_norm(clip_norm)
-        self.clip_norm, self.parallel = float(clip_norm), parallel
+        self.clip_norm, self.parallel = positive("clip_norm", clip_norm), parallel
 
     def __str__(self) -> str:
         return f"ClipGradByGlobalNorm(clip_norm={self.clip_norm}) over the EP x TP grid"
@@ -161,7 +161,8 @@ def clip_gradients(
     average_gradients and before their step, on every rank.
 
     Args:
-        parameters: all of the model. clip_norm, parallel: as in ClipGradByGlobalNorm.
+        parameters: all of the model. clip_norm, parallel: as in ClipGradByGlobalNorm. With inf the norm is
+            all that there is to get.
 
     Returns:
         The norm before, scalar float32, the same on every rank of a grid.
@@ -169,18 +170,12 @@ def clip_gradients(
     Raises:
         ValueError: as ClipGradByGlobalNorm.
     """
-    _check_clip_norm(clip_norm)
     params_grads = [(parameter, parameter.grad) for parameter in parameters]
-    clipped, norm = _clipped(params_grads, clip_norm, parallel)
+    clipped, norm = _clipped(params_grads, positive("clip_norm", clip_norm), parallel)
     for parameter, gradient in clipped:
         if gradient is not None:
             parameter.grad = gradient
     return norm
-
-
-def _check_clip_norm(clip_norm: float) -> None:
-    if not clip_norm > 0:
-        raise ValueError(f"clip_norm must be positive, got {clip_norm}")
 
 
 @paddle.no_grad()
@@ -203,7 +198,9 @@ def _clipped(
     for group in ("tp", "grid"):
         parallel.all_reduce(squares[group], group)
     norm = (squares[""] + squares["tp"] + squares["grid"]).sqrt().reshape([])
-    factor = clip_norm / norm.clip(min=clip_norm)
+    if clip_norm == math.inf:  # inf / inf is no factor
+        return params_grads, norm
+    factor = (clip_norm / norm).clip(max=1.0)
     clipped = [
         (parameter, (gradient.astype("float32") * factor).astype(gradient.dtype) if counts else gradient)
         for (parameter, gradient), counts in zip(params_grads, counted)

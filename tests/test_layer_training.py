@@ -16,9 +16,12 @@ from paddle.nn import functional as F
 from training_cases import assert_close, autocast, gradients, make_layer, native_operators
 
 from paddle_moe import (
+    ClipGradByGlobalNorm,
     FusedMoE,
     balanced_correction_bias,
+    clip_gradients,
     gate,
+    init_distributed,
     jitter,
     limit_capacity,
     load_balancing_loss,
@@ -376,6 +379,28 @@ def test_jitter_under_to_static():
     static = paddle.jit.to_static(run, input_spec=spec, full_graph=True)
     x = paddle.to_tensor(tokens())
     assert (static(x)[2].numpy() != static(x)[2].numpy()).any()
+
+
+# ---------------------------------------------------------------- clipping in one process
+
+
+@pytest.mark.parametrize("clip_norm", [float("inf"), 1e39])
+def test_a_norm_without_clipping(clip_norm):
+    parallel = init_distributed()
+    layer = make_layer()
+    layer(trained_tokens()).sum().backward()
+    parameters = layer.parameters()
+    before = [parameter.grad.numpy() for parameter in parameters]
+    norm = clip_gradients(parameters, clip_norm, parallel)
+    assert norm.item() == pytest.approx(sum((grad**2).sum() for grad in before) ** 0.5, rel=1e-5)
+    optimizer = paddle.optimizer.SGD(1.0, parameters, grad_clip=ClipGradByGlobalNorm(clip_norm, parallel))
+    values = [parameter.numpy() for parameter in parameters]
+    optimizer.step()
+    for parameter, value, grad in zip(parameters, values, before):
+        np.testing.assert_array_equal(parameter.numpy(), value - grad)
+    for bad in (0, float("nan"), "1", None, True):
+        with pytest.raises(ValueError, match="clip_norm must be"):
+            ClipGradByGlobalNorm(bad, parallel)
 
 
 # ---------------------------------------------------------------- what Paddle refuses on a CPU
