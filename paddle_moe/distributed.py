@@ -23,6 +23,7 @@ import contextlib
 import fcntl
 import hashlib
 import itertools
+import math
 import multiprocessing.util
 import os
 import socket
@@ -40,6 +41,7 @@ from paddle.base import core
 from paddle.distributed import collective
 from paddle.distributed.communication.group import Group, _add_new_group
 
+from paddle_moe._options import at_least, checked, integer, positive
 from paddle_moe.deep_ep import import_buffer
 from paddle_moe.watchdog import Watchdog
 
@@ -74,7 +76,7 @@ def rank_grid(world_size: int, ep_size: int, tp_size: int, dp_size: int = 1) -> 
     """The grid as data, one entry per rank: rank = (dp_rank * ep_size + ep_rank) * tp_size + tp_rank.
 
     Raises:
-        ValueError: a size is less than 1, or ep_size * tp_size * dp_size is not world_size.
+        ValueError: a size is no integer or less than 1, or ep_size * tp_size * dp_size is not world_size.
     """
     for name, value in (
         ("world_size", world_size),
@@ -82,8 +84,7 @@ def rank_grid(world_size: int, ep_size: int, tp_size: int, dp_size: int = 1) -> 
         ("tp_size", tp_size),
         ("dp_size", dp_size),
     ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        at_least(1)(name, value)
     product = ep_size * tp_size * dp_size
     if product != world_size:
         raise ValueError(
@@ -434,14 +435,18 @@ def init_distributed(
         timeout_seconds: how long a rank waits for the others here, in `barrier` and in `all_reduce`.
 
     Raises:
-        ValueError: ep_size * tp_size * dp_size is not the number of ranks, or the ranks were given different
-            sizes; the text names the ranks and their values, on every rank.
-        RuntimeError: a rank does not come within timeout_seconds, or a group fails its self-test.
+        ValueError: a size is no integer, timeout_seconds is not positive and finite, ep_size * tp_size *
+            dp_size is not the number of ranks, or the ranks were given different sizes; the text names the
+            ranks and their values, on every rank.
+        RuntimeError: a variable of the launcher is no number, a rank does not come within timeout_seconds, or
+            a group fails its self-test.
     """
-    if timeout_seconds <= 0:
-        raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
-    rank = int(os.environ.get("PADDLE_TRAINER_ID", "0"))
-    world_size = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+    if positive("timeout_seconds", timeout_seconds) == math.inf:
+        raise ValueError("timeout_seconds must be finite, got inf")
+    sizes = {"ep_size": ep_size, "tp_size": tp_size, "dp_size": dp_size}
+    ep_size, tp_size, dp_size = checked(dict.fromkeys(sizes, integer), sizes)
+    rank = _launcher_number("PADDLE_TRAINER_ID", "0")
+    world_size = _launcher_number("PADDLE_TRAINERS_NUM", "1")
     if world_size == 1:
         rank_grid(1, ep_size, tp_size, dp_size)
         return ParallelContext(*(Group(0, 0, [0]) for _ in range(3)))
@@ -491,6 +496,17 @@ def init_distributed(
         context.ep_pairs = {peer: groups[tuple(sorted((rank, peer)))] for peer in peers}
     watchdog.exchange(None, "init_distributed")
     return context
+
+
+def _launcher_number(name: str, default: str) -> int:
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except ValueError:
+        raise RuntimeError(
+            f"{name} must be an integer, got {text!r}; start the ranks with"
+            " python -m paddle.distributed.launch, or unset it for one rank"
+        ) from None
 
 
 def _report_the_end(watchdog: Watchdog) -> None:

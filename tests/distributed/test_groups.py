@@ -74,6 +74,25 @@ def test_one_rank_needs_no_launcher():
         init_distributed(timeout_seconds=0)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "5", None, True])
+def test_timeouts_that_are_none(value):
+    with pytest.raises(ValueError, match="timeout_seconds must be"):
+        init_distributed(timeout_seconds=value)
+
+
+@pytest.mark.parametrize("size", [True, "1", 1.0])
+def test_sizes_that_are_no_integers(size):
+    with pytest.raises(ValueError, match="tp_size must be an integer, got"):
+        init_distributed(1, size)
+
+
+@pytest.mark.parametrize("name", ["PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM"])
+def test_variables_of_the_launcher_that_are_empty(name, monkeypatch):
+    monkeypatch.setenv(name, "")
+    with pytest.raises(RuntimeError, match=f"{name} must be an integer, got ''"):
+        init_distributed()
+
+
 EIGHT = pytest.param(4, 2, marks=pytest.mark.slow)
 
 
