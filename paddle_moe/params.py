@@ -112,26 +112,36 @@ def shard_experts(
         permuted_weights: the last two dimensions of every weight are swapped.
 
     Raises:
-        ValueError: a list has the wrong length, a fused dimension is odd, or the ranks do not fit.
+        ValueError: a list has the wrong length, the arrays differ in I, or the ranks do not fit.
     """
     num_experts = len(down_weights)
     experts = slice(*shard_range(num_experts, ep_rank, ep_size))
     inputs_axis, outputs_axis = (-1, -2) if permuted_weights else (-2, -1)
 
+    columns = down_weights[0].shape[inputs_axis] if num_experts else 0
+
     def cut(name: str, weights: Any, axis: int, halves: int) -> Any:
+        def own(weight: Any) -> Any:
+            if num_experts and weight.shape[axis] != halves * columns:
+                raise ValueError(
+                    f"{name} must have the size {halves * columns} in dimension {axis}, as I = {columns} in "
+                    f"down_weights, got the shape {list(weight.shape)}"
+                )
+            return slice_intermediate(weight, tp_rank, tp_size, axis=axis, halves=halves)
+
         if not isinstance(weights, (list, tuple)):
             if len(weights) != num_experts:
                 raise ValueError(
                     f"{name} must hold {num_experts} experts like down_weights, got {len(weights)}"
                 )
-            return slice_intermediate(weights[experts], tp_rank, tp_size, axis=axis, halves=halves)
+            return own(weights[experts])
         if halves == 2 and len(weights) == 2 * num_experts:
             kept, halves = [*weights[:num_experts][experts], *weights[num_experts:][experts]], 1
         elif len(weights) == num_experts:
             kept = weights[experts]
         else:
             raise ValueError(f"{name} must hold {num_experts} arrays, one per expert, got {len(weights)}")
-        return [slice_intermediate(weight, tp_rank, tp_size, axis=axis, halves=halves) for weight in kept]
+        return [own(weight) for weight in kept]
 
     return ExpertShard(
         gate_up_weights=cut("gate_up_weights", gate_up_weights, outputs_axis, 2),
@@ -291,8 +301,17 @@ def random_expert(seed: int, expert: int, hidden_dim: int, ffn_dim: int) -> tupl
     An expert's values depend on nothing but the arguments, so a rank draws its own experts only. Variance
     1 / fan-in keeps outputs of order 1 for inputs of variance 1.
     """
-    gate_up = _uniform((seed, _EXPERT, expert, 0), (hidden_dim, 2 * ffn_dim), 1 / hidden_dim)
-    return gate_up, _uniform((seed, _EXPERT, expert, 1), (ffn_dim, hidden_dim), 1 / ffn_dim)
+    return random_gate_up(seed, expert, hidden_dim, ffn_dim), random_down(seed, expert, hidden_dim, ffn_dim)
+
+
+def random_gate_up(seed: int, expert: int, hidden_dim: int, ffn_dim: int) -> np.ndarray:
+    """The first of random_expert alone."""
+    return _uniform((seed, _EXPERT, expert, 0), (hidden_dim, 2 * ffn_dim), 1 / hidden_dim)
+
+
+def random_down(seed: int, expert: int, hidden_dim: int, ffn_dim: int) -> np.ndarray:
+    """The second of random_expert alone."""
+    return _uniform((seed, _EXPERT, expert, 1), (ffn_dim, hidden_dim), 1 / ffn_dim)
 
 
 def _random_routing(

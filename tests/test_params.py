@@ -156,6 +156,14 @@ def test_partial_outputs_of_all_shards_add_up(layout, permuted, num_experts, int
     [
         (np.zeros((3, 4, 6)), "gate_up_weights must hold 2 experts like down_weights, got 3"),
         ([np.zeros((4, 6))] * 3, "gate_up_weights must hold 2 arrays, one per expert, got 3"),
+        (
+            np.zeros((2, 4, 10)),
+            r"gate_up_weights .* size 6 in dimension -1, as I = 3 .* got the shape \[2, 4, 10\]",
+        ),
+        (
+            [np.zeros((4, 5))] * 4,
+            r"gate_up_weights .* size 3 in dimension -1, as I = 3 .* got the shape \[4, 5\]",
+        ),
     ],
 )
 def test_shard_errors(gate_up, message):
