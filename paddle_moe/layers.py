@@ -20,10 +20,10 @@ from paddle_moe.collectives import enter_shards, leave_shards, no_contribution
 from paddle_moe.params import (
     LayerShard,
     Part,
-    random_expert,
+    random_down,
+    random_gate_up,
     random_gate_weight,
     shard_range,
-    slice_intermediate,
 )
 from paddle_moe.router import Router
 
@@ -81,6 +81,18 @@ class _OwnExperts:
         self.ids = ids
         output, self.amax = self.layer._routed_output(rows, ids, weights, self.measure)
         return output
+
+
+class _Drawn(nn.initializer.Constant):
+    """Zeros, then what `draw` makes of them; under paddle.LazyGuard once the parameter is initialized."""
+
+    def __init__(self, draw: Callable[[paddle.Tensor], None]):
+        super().__init__(0.0)
+        self.draw = draw
+
+    def forward(self, var: paddle.Tensor, block: Any = None) -> None:
+        super().forward(var, block)
+        self.draw(var)
 
 
 class FusedMoE(nn.Layer):
@@ -145,10 +157,14 @@ class FusedMoE(nn.Layer):
             the same on all ranks that make the same layers, those without `parallel` counted apart. None:
             zeros, for weights that are loaded later.
         logger: a RankLogger (also assignable as layer.logger). Each forward then writes a "moe_call"
-            event, which counts tokens on the host and waits for the device.
+            event, which counts tokens on the host and waits for the device. A program, as of
+            to_static(full_graph=True) or jit.save, writes none.
+
+    Under paddle.LazyGuard the weights are drawn when parameter.initialize() is called.
 
     Raises:
         ValueError: an argument is out of its range, or does not fit another one.
+        RuntimeError: paddle.enable_static() is in force.
     """
 
     _own_seeds = {False: itertools.count(), True: itertools.count()}  # of layers that are parallel
@@ -193,6 +209,12 @@ class FusedMoE(nn.Layer):
         seed: int | str | None = "own",
         logger: RankLogger | None = None,
     ):
+        if not paddle.in_dynamic_mode():
+            raise RuntimeError(
+                "FusedMoE holds its weights in dynamic mode, but a static program is being built; make it"
+                " before paddle.enable_static() and compile it with paddle.jit.to_static, or call"
+                " paddle_moe.fused_gate_moe with parameters of the program"
+            )
         super().__init__()
         dtype = dtype_name(paddle.get_default_dtype() if dtype is None else dtype)
         gate_dtype = dtype_name(gate_dtype)
@@ -268,14 +290,12 @@ class FusedMoE(nn.Layer):
         )
         first, end = self._shard.experts
         self.experts_min, self.experts_max = first, end - 1
-        self._create_parameters(dtype, gate_bias, gate_up_bias, down_bias, shared_gate)
+        self._create_parameters(dtype, gate_bias, gate_up_bias, down_bias, shared_gate, seed)
         bias = paddle.zeros([num_experts], "float32") if correction_bias else None
         self.register_buffer("correction_bias", bias)
         # Tokens per expert since the last update_correction_bias.
         counts = paddle.zeros([num_experts], "int64") if bias_update_speed else None
         self.register_buffer("expert_counts", counts, persistable=False)
-        if seed is not None:
-            self._draw_weights(seed)
 
     @classmethod
     def from_dense(
@@ -332,7 +352,9 @@ class FusedMoE(nn.Layer):
             if tensor is not None and list(tensor.shape) != expected:
                 raise ValueError(f"{name} must have the shape {expected}, got {list(tensor.shape)}")
 
-        options.setdefault("dtype", _tensor(gate_up[:0]).dtype)
+        if "dtype" not in options:
+            options["dtype"] = dtype_name(_tensor(gate_up[:0]).dtype)
+            _CHECKS["dtype"]("without dtype=, the dtype of gate_up", options["dtype"])
         layer = cls(
             hidden_size,
             columns // 2,
@@ -372,15 +394,25 @@ class FusedMoE(nn.Layer):
                 parameter.set_value(_tensor(part).astype(parameter.dtype))
 
     def _create_parameters(
-        self, dtype: str, gate_bias: bool, gate_up_bias: bool, down_bias: bool, shared_gate: bool
+        self,
+        dtype: str,
+        gate_bias: bool,
+        gate_up_bias: bool,
+        down_bias: bool,
+        shared_gate: bool,
+        seed: int | None,
     ) -> None:
         parts = self._shard.parts()
 
         def weight(name: str, dtype: str, wanted: bool = True) -> paddle.Tensor | None:
             if not wanted:
                 return None
-            zeros = nn.initializer.Constant(0.0)
-            return self.create_parameter(parts[name].shape, dtype=dtype, default_initializer=zeros)
+            if seed is None or name.endswith("bias"):
+                initializer = nn.initializer.Constant(0.0)
+            else:
+                initializer = _Drawn(lambda parameter: self._draw(name, parameter, seed))
+            attr = paddle.ParamAttr(initializer=initializer)  # a default one yields to set_global_initializer
+            return self.create_parameter(parts[name].shape, attr, dtype)
 
         shared = self.shared_intermediate_size > 0
         self.gate_weight = weight("gate_weight", self._gate_dtype)
@@ -453,23 +485,25 @@ class FusedMoE(nn.Layer):
         return {name: part for name, part in parts.items() if name in held}
 
     @paddle.no_grad()
-    def _draw_weights(self, seed: int) -> None:
-        self._load(gate_weight=random_gate_weight(seed, self.hidden_size, self.num_experts))
-        dtype = self.down_weight.dtype
-        for slot, expert in enumerate(range(self.experts_min, self.experts_max + 1)):
-            gate_up, down = random_expert(seed, expert, self.hidden_size, self.intermediate_size)
-            gate_up = slice_intermediate(gate_up, self.tp_rank, self.tp_size, axis=-1, halves=2)
-            down = slice_intermediate(down, self.tp_rank, self.tp_size, axis=-2)
-            self.gate_up_weight[slot] = paddle.to_tensor(gate_up).astype(dtype)
-            self.down_weight[slot] = paddle.to_tensor(down).astype(dtype)
-        if self.shared_intermediate_size:
-            # The shared expert has the id after the routed ones.
-            gate_up, down = random_expert(
-                seed, self.num_experts, self.hidden_size, self.shared_intermediate_size
-            )
-            self._load(shared_gate_up_weight=gate_up, shared_down_weight=down)
-        if self.shared_gate_weight is not None:
-            self._load(shared_gate_weight=random_gate_weight(seed, self.hidden_size, 1))
+    def _draw(self, name: str, parameter: paddle.Tensor, seed: int) -> None:
+        """Gives the parameter `name` the values that belong to `seed`."""
+        shared = name.startswith("shared_")
+        if name in ("gate_weight", "shared_gate_weight"):
+            weight = random_gate_weight(seed, self.hidden_size, parameter.shape[1])
+            parameter.set_value(paddle.to_tensor(weight).astype(parameter.dtype))
+            return
+        # The shared expert has the id after the routed ones.
+        experts = [self.num_experts] if shared else range(self.experts_min, self.experts_max + 1)
+        size = self.shared_intermediate_size if shared else self.intermediate_size
+        start, stop = self._shard.shared_columns if shared else self._shard.columns
+        for slot, expert in enumerate(experts if start < stop else ()):
+            if name.endswith("gate_up_weight"):
+                values = random_gate_up(seed, expert, self.hidden_size, size)
+                halves = values.reshape([self.hidden_size, 2, size])
+                values = halves[:, :, start:stop].reshape([self.hidden_size, -1])
+            else:
+                values = random_down(seed, expert, self.hidden_size, size)[start:stop]
+            parameter[slot] = paddle.to_tensor(values).astype(parameter.dtype)
 
     def _logits(self, tokens: paddle.Tensor) -> paddle.Tensor:
         return self.router.logits(tokens, self.gate_weight, self.gate_bias, self.training)
@@ -538,9 +572,14 @@ class FusedMoE(nn.Layer):
             routed = routed.astype("float32") + shared.astype("float32")
         return _Partial(routed.astype(dtype), amax, ids, exchange_seconds)
 
+    @property
+    def _is_timed(self) -> bool:
+        """Whether calls are events; not while a program is being built, when nothing runs."""
+        return self.logger is not None and paddle.in_dynamic_mode()
+
     def _watched(self, function: Callable[..., T], seconds: dict[str, float], name: str) -> Callable[..., T]:
         """`function`; where there is a logger, what a call takes is added to `seconds`."""
-        if self.logger is None:
+        if not self._is_timed:
             return function
 
         def call(*arguments: Any) -> T:
@@ -715,7 +754,7 @@ class FusedMoE(nn.Layer):
         router_weights: paddle.Tensor,
         measure: bool,
     ) -> tuple[paddle.Tensor, paddle.Tensor | None]:
-        if self.logger is None:
+        if not self._is_timed:
             partial = self._partial_output(tokens, routing_table, router_weights, measure)
             return leave_shards(partial.output, self.parallel, self._partial_groups), partial.amax
         started = _now(tokens)

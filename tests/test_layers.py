@@ -162,6 +162,39 @@ def test_events(tmp_path):
     assert len(logger.events_path.read_text().splitlines()) == len(events)
 
 
+@pytest.mark.parametrize("full_graph", [True, False])
+def test_to_static_with_a_logger(full_graph, tmp_path):
+    logger = get_rank_logger(0, 0, log_dir=tmp_path, prefix="compiled")
+    layer = FusedMoE.from_dense(**dense_weights(**EVERYTHING), top_k=TOP_K, logger=logger)
+    layer.eval()
+    x = paddle.to_tensor(tokens())
+    expected = layer(x).numpy()
+    np.testing.assert_array_equal(paddle.jit.to_static(layer, full_graph=full_graph)(x).numpy(), expected)
+
+
+def test_lazy_guard():
+    options = dict(shared_intermediate_size=SHARED, shared_gate=True, gate_bias=True, seed=3)
+    expected = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, **options).state_dict()
+    with paddle.LazyGuard():
+        layer = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, **options)
+    assert not any(parameter._is_initialized() for parameter in layer.parameters())
+    for parameter in layer.parameters():
+        parameter.initialize()
+    for name, value in layer.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), expected[name].numpy(), err_msg=name)
+
+
+def test_a_global_initializer_leaves_the_seed():
+    expected = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, gate_bias=True, seed=3).state_dict()
+    paddle.nn.initializer.set_global_initializer(paddle.nn.initializer.Constant(7.0))
+    try:
+        layer = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, gate_bias=True, seed=3)
+    finally:
+        paddle.nn.initializer.set_global_initializer(None)
+    for name, value in layer.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), expected[name].numpy(), err_msg=name)
+
+
 def test_repr_names_the_shard():
     text = repr(FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, parallel=Shard(1, 2, 0, 3), dtype="bfloat16"))
     for part in ("num_experts=5 (here 3..4)", "intermediate_size=10 (here 0..3)", "ep 1 of 2", "bfloat16"):
@@ -324,6 +357,7 @@ def test_state_dict_of_a_rank_without_experts():
         (dict(z_loss_weight=float("inf")), "z_loss_weight must be finite and at least 0, got inf"),
         (dict(jitter_epsilon="x"), "jitter_epsilon must be a number, got 'x'"),
         (dict(capacity_factor="x"), "capacity_factor must be a number, got 'x'"),
+        (dict(scaling_factor=True), "scaling_factor must be a number, got True"),
         (dict(activation="swish"), "activation must be one of silu, .* got 'swish'"),
         (dict(chunk_size=-1), "chunk_size must be at least 0"),
         (dict(scoring="max"), "scoring must be one of softmax, sigmoid, softmax_topk, got 'max'"),
@@ -348,12 +382,24 @@ def test_constructor_errors(changed, message):
         (dict(down_bias=np.zeros(HIDDEN)), r"down_bias must have the shape \[5, 12\], got \[12\]"),
         (dict(shared_down=np.zeros((SHARED, HIDDEN))), "got None for shared_gate_up"),
         (dict(shared_gate=np.zeros((HIDDEN, 1))), "shared_gate=True needs a shared expert"),
-        (dict(gate_up=np.zeros((EXPERTS, HIDDEN, 2 * INTER))), "dtype must be .* got 'float64'"),
+        (
+            dict(gate_up=np.zeros((EXPERTS, HIDDEN, 2 * INTER))),
+            "without dtype=, the dtype of gate_up must be .* got 'float64'",
+        ),
     ],
 )
 def test_from_dense_errors(changed, message):
     with pytest.raises(ValueError, match=message):
         FusedMoE.from_dense(**{**dense_weights(), **changed}, top_k=TOP_K)
+
+
+def test_static_programs_are_refused():
+    paddle.enable_static()
+    try:
+        with pytest.raises(RuntimeError, match=r"paddle\.jit\.to_static"):
+            FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K)
+    finally:
+        paddle.disable_static()
 
 
 def test_forward_errors():
