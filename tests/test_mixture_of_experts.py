@@ -371,7 +371,7 @@ def test_strided_weight_views(core, dtype, permuted):
         for name in ("gate_up_weights", "down_weights"):
             out = core.mixture_of_experts(**{**case, name: spread(case[name], axis)})
             assert_close(out, expected_moe(case))
-            if not (permuted and axis == 2):  # then columns are no longer runs of memory: another order of sums
+            if not (permuted and axis == 2):  # columns that are no runs of memory: another order of sums
                 assert_same_bits(out, contiguous)
     rows = {
         name: [spread(matrix, 0) for matrix in case[name]] for name in ("gate_up_weights", "down_weights")
