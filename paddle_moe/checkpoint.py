@@ -53,6 +53,7 @@ from paddle_moe.tensor_files import (
     exchange,
     execute,
     raise_together,
+    refuse_dtypes,
 )
 from paddle_moe.training import parameters_of
 
@@ -68,7 +69,7 @@ _OWN_FILE = re.compile(
     r"(model|optimizer|state)-[0-9a-f]{8}-\d{5}-of-\d{5}\.(safetensors|json)"
     rf"|{re.escape(INDEX_NAME)}\.\d+\.tmp|\.tmp[A-Za-z0-9]{{6}}"
 )
-_KEY = re.compile(r"(?P<name>[^\[]+)(\[(?P<ranges>.*)\])?")
+_KEY = re.compile(r"(?P<name>.*?)(\[(?P<ranges>\w+=\d+:\d+(,\w+=\d+:\d+)*)\])?", re.DOTALL)
 
 
 # ---------------------------------------------------------------- what a rank holds
@@ -256,7 +257,7 @@ def save_checkpoint(
     Raises:
         ValueError: path holds an index that save_checkpoint did not write, state is not for JSON, a parameter
             of another layer is split over ranks, a parameter is in two optimizers, or one keeps something of
-            another shape.
+            another shape; a tensor is of a dtype that cannot be loaded again (fp8, complex128).
         RuntimeError: a rank could not write, on every rank, with the reason.
     """
     model = _unwrapped(model)
@@ -271,6 +272,8 @@ def save_checkpoint(
         schedules = _schedules(optimizers)
         if any(schedules):
             index["lr_scheduler"] = _one_or_all([one and one.state_dict() for one in schedules])
+    for kind, held in kept.items():
+        refuse_dtypes(kind, {name: tensor for name, (tensor, _, _) in held.items()})
     try:
         json.dumps(index)
     except (TypeError, ValueError) as error:

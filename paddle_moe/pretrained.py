@@ -28,6 +28,7 @@ from paddle_moe.tensor_files import (
     TensorFiles,
     exchange,
     execute,
+    refuse_dtypes,
 )
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def load_moe_weights(
         LoadReport: the keys loaded, the keys of the files that nothing asked for, the bytes read.
 
     Raises:
-        ValueError: an unknown layout.
+        ValueError: an unknown layout or cast.
         CheckpointError: a ValueError, on every rank, that lists file, key, what was expected and what found,
             for all that is missing, doubled, truncated, of another shape or dtype, and for every key below a
             name in `layers` that the layout lacks. Nothing was assigned.
@@ -283,10 +284,13 @@ def save_moe_weights(
         layers, layout, others, transposed, parallel: as in load_moe_weights.
 
     Raises:
-        ValueError: an unknown layout, or path has an index file already.
+        ValueError: an unknown layout, path has an index file already, a key of `others` is one that a layer
+            writes, or a tensor of a dtype that cannot be loaded again.
         RuntimeError: a rank could not write, or a file is there already that it would replace, on every rank.
     """
     layout, parallel = _layout(layout, transposed), _parallel_of_layers(layers, parallel)
+    others = others or {}
+    refuse_dtypes("others", {key: tensor for key, (tensor, _) in others.items()})
     holdings, targets, homes = {}, {}, {}
     for name, layer in layers.items():
         dense = layer.parts(dense=True)
@@ -298,13 +302,15 @@ def save_moe_weights(
         for attribute, part in layer.parts().items():
             holdings[f"{name}.{attribute}"] = getattr(layer, attribute), part, dense[attribute]
         for key, one in _stored(layer, layout):
+            if f"{name}.{key}" in others:
+                raise ValueError(f"others must not have {name}.{key}, which layers[{name!r}] writes")
             if _is_written_here(layer, one.expert):
                 dtype = (getattr(layer, one.dense) if one.dense != "down_bias" else layer.down_weight).dtype
                 targets[f"{name}.{key}"] = Target(paddle.empty(one.part.shape, dtype), one.part)
                 homes[f"{name}.{key}"] = [f"{name}.{one.dense}"]
     tensors = {}
     if parallel is None or parallel.rank == 0:
-        for key, (tensor, is_transposed) in (others or {}).items():
+        for key, (tensor, is_transposed) in others.items():
             tensors[key] = tensor.transpose(range(tensor.ndim)[::-1]) if is_transposed else tensor
     wholes = {name: whole for name, (_, _, whole) in holdings.items()}
     write_stored(path, pieces_to_write(holdings, parallel), wholes, targets, homes, parallel, tensors)
@@ -366,7 +372,7 @@ def _gather(
         for key, target in targets.items()
         for home in homes[key]
         for source in parts_of.get(home, [])
-        if source.part.overlap(target.part)
+        if source.part.overlap(target.part) is not None
     ]
     plan = Plan(files, targets, sources, path=path, must_match=lambda key: False)
     execute([plan], path, parallel)

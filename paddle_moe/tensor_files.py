@@ -43,13 +43,26 @@ _DTYPE_NAMES = {  # as safetensors writes them: as Paddle does
     "I8": "int8",
     "U8": "uint8",
     "BOOL": "bool",
+    "C64": "complex64",
 }
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
+_CASTS = ("lossless", "any", "none")
 _SHOWN_PROBLEMS = 40
 
 
 def dtype_name(tensor: paddle.Tensor) -> str:
     return str(tensor.dtype).rpartition(".")[2].lower()  # the state of optimizers has DataType.FLOAT32
+
+
+def refuse_dtypes(argument: str, tensors: Mapping[str, paddle.Tensor | None]) -> None:
+    """Raises a ValueError that names the tensors that could not be loaded again."""
+    found = {name: dtype_name(tensor) for name, tensor in tensors.items() if tensor is not None}
+    odd = [f"{name} is {dtype}" for name, dtype in found.items() if dtype not in _DTYPE_NAMES.values()]
+    if odd:
+        raise ValueError(
+            f"{argument}: tensors must be in one of {', '.join(_DTYPE_NAMES.values())}, and"
+            f" {', '.join(odd)}; convert them, or register buffers with persistable=False"
+        )
 
 
 # ---------------------------------------------------------------- boxes
@@ -495,7 +508,12 @@ class Plan:
             cast: "none": dtypes must be equal. "lossless": bfloat16 and float16 may also become float32, and
                 all of these float64. "any": floating-point dtypes may become one another, with rounding.
             problems: found by the caller before.
+
+        Raises:
+            ValueError: cast is none of these.
         """
+        if cast not in _CASTS:
+            raise ValueError(f"cast must be one of {', '.join(_CASTS)}, got {cast!r}")
         self.files, self.targets = files, targets
         self.problems = [*files.problems, *problems]
         self.boxes: dict[str, list[tuple[Source, dict[str, tuple[int, int]]]]] = {
@@ -514,7 +532,7 @@ class Plan:
             if problem:
                 self.problems.append(problem)
                 troubled.add(source.target)
-            elif target is not None and (box := source.part.overlap(target.part)):
+            elif target is not None and (box := source.part.overlap(target.part)) is not None:
                 self.boxes[source.target].append((source, box))
         self.unmatched = sorted(files.keys() - set(self.loaded))
         for key in filter(must_match, self.unmatched):

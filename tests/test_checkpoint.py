@@ -24,6 +24,7 @@ from safetensors.paddle import save_file
 
 import paddle_moe
 from paddle_moe import CheckpointError, checkpoint, load_checkpoint, save_checkpoint
+from paddle_moe.checkpoint import create_moments
 
 
 def save(path, dtype="float32", with_optimizer=True, **options):
@@ -251,6 +252,51 @@ def test_errors_after_the_commit_do_not_undo_the_save(tmp_path, monkeypatch):
     monkeypatch.undo()
     save(tmp_path)
     assert not old.exists() and len(list(tmp_path.iterdir())) == 4
+
+
+class Odd(nn.Layer):
+    """What a model may have beside matrices of floats."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.add_sublayer("a[b]", nn.Linear(2, 2))
+        self.add_sublayer("[x=0:1]", nn.Linear(2, 2))
+        for parameter in self.parameters():
+            parameter.set_value(paddle.full_like(parameter, value))
+        self.temperature = self.create_parameter(
+            [], default_initializer=nn.initializer.Constant(float(value))
+        )
+        for dtype in ("float64", "bfloat16", "float16", "int64", "int16", "uint8", "bool", "complex64"):
+            self.register_buffer(f"some_{dtype}", paddle.full([3], value).astype(dtype))
+            self.register_buffer(f"single_{dtype}", paddle.full([], value).astype(dtype))
+        self.register_buffer("turns", paddle.complex(paddle.full([2], value + 0.25), paddle.full([2], -1.0)))
+
+
+def test_tensors_of_every_rank_and_dtype_and_layers_of_every_name(tmp_path):
+    def make(value):
+        model = Odd(value)
+        optimizer = paddle.optimizer.AdamW(parameters=model.parameters())
+        create_moments(optimizer, model.parameters())
+        for tensor in optimizer._accumulators["moment1"].values():
+            tensor.set_value(paddle.full_like(tensor, value + 0.5))
+        return model, optimizer
+
+    model, optimizer = make(1)
+    save_checkpoint(tmp_path, model, optimizer)
+    other, other_optimizer = make(0)
+    load_checkpoint(tmp_path, other, other_optimizer)
+    assert_loaded(other, None, model)
+    moments = other_optimizer._accumulators["moment1"].values()
+    assert len(moments) == 5 and all((tensor == 1.5).all() for tensor in moments)
+
+
+@pytest.mark.parametrize("dtype", ["complex128", "float8_e4m3fn", "float8_e5m2"])
+def test_what_could_not_be_loaded_again_is_not_saved(dtype, tmp_path):
+    model = nn.Linear(2, 2)
+    model.register_buffer("turns", paddle.ones([2]).astype(dtype))
+    with pytest.raises(ValueError, match=f"model: tensors must be in one of float64, .* turns is {dtype};"):
+        save_checkpoint(tmp_path / "new", model)
+    assert not (tmp_path / "new").exists()
 
 
 # ---------------------------------------------------------------- what does not fit

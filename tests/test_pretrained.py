@@ -206,6 +206,14 @@ def test_others_in_the_same_pass(tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "again")["a"], matrix)
 
 
+def test_a_scalar_among_the_others(tmp_path):
+    layer = FusedMoE.from_dense(**dense_weights(), top_k=TOP_K)
+    save_moe_weights(tmp_path, {"mlp": layer}, "mixtral", others={"s": (paddle.to_tensor(3.0), True)})
+    scalar = paddle.zeros([])
+    load_moe_weights(tmp_path, {"mlp": layer}, "mixtral", others={"s": (scalar, False)})
+    assert float(scalar) == 3
+
+
 def test_casts(tmp_path):
     dense = dense_weights("bfloat16")
     write(tmp_path / "half", published("mixtral", dense))
@@ -542,3 +550,12 @@ def test_bad_arguments(tmp_path):
     write(tmp_path / "model", published("gpt_oss", dense_weights(bias=True)))
     with pytest.raises(ValueError, match="path must be a directory without model.safetensors.index.json"):
         save_moe_weights(tmp_path / "model", {"mlp": layer}, "gpt_oss")
+    with pytest.raises(ValueError, match="cast must be one of lossless, any, none, got 'lossles'"):
+        load_moe_weights(tmp_path / "model", {"mlp": layer}, "gpt_oss", cast="lossles")
+    others = {"mlp.experts.down_proj": (paddle.zeros([1]), False)}
+    with pytest.raises(ValueError, match=r"others must not have mlp.experts.down_proj, which .*\['mlp'\]"):
+        save_moe_weights(tmp_path / "new", {"mlp": layer}, "gpt_oss", others=others)
+    others = {"turns": (paddle.zeros([1], "complex128"), False)}
+    with pytest.raises(ValueError, match="others: tensors must be in one of .* turns is complex128"):
+        save_moe_weights(tmp_path / "new", {"mlp": layer}, "gpt_oss", others=others)
+    assert not (tmp_path / "new").exists()
