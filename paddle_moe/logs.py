@@ -5,9 +5,10 @@ Every rank writes two files into the log directory:
     {prefix}_ep_rank_{e}_tp_rank_{t}.log     for people: "time [LEVEL] ep_rank e tp_rank t: message"
     {prefix}_ep_rank_{e}_tp_rank_{t}.jsonl   for programs: one strict JSON object per line
 
-Each event carries "time" (seconds since the epoch), "ep_rank", "tp_rank" and "event". The package writes
+Each event carries "time" (seconds since the epoch), "ep_rank", "tp_rank", "event", and the "pid" that opened
+the files. The package writes
 
-    start     when the files are opened: run, rank, world_size, pid, host
+    start     when the files are opened: run, rank, world_size, host
     moe_call  layer, num_tokens, tokens_per_expert [E_l], experts_min, kernel_ms, collective_ms
     warning   message; RankLogger.warning() writes it too
     error     message; RankLogger.error(), .exception() and .critical() write it too
@@ -21,7 +22,10 @@ each event.
 Files are only ever appended to, so a directory may hold several runs. The reader shows the latest one: it
 takes each file from its last "start" on, and keeps the files whose prefix and run id match the newest
 "start" of the directory. The run id is derived from the endpoints that paddle.distributed.launch gives to
-all ranks of a job.
+all ranks of a job. Events of another pid after that "start" are those of a second job that runs at the same
+time: they are left out, and a warning of the rank says so.
+
+A rank whose disk is full goes on: it says on stderr, once, that lines are being lost.
 
 Nothing here imports Paddle.
 """
@@ -29,6 +33,7 @@ Nothing here imports Paddle.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import json
 import logging
@@ -39,6 +44,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +55,7 @@ LAUNCH_DIRECTORY = "launch"  # log_dir value that stands for the --log_dir of pa
 _FILE_NAME = re.compile(
     r"(?P<prefix>.+?)(_dp_rank_(?P<dp>\d+))?_ep_rank_(?P<ep>\d+)_tp_rank_(?P<tp>\d+)\.jsonl"
 )
-_RESERVED_FIELDS = ("time", "ep_rank", "tp_rank", "dp_rank", "event")
+_RESERVED_FIELDS = ("time", "ep_rank", "tp_rank", "dp_rank", "event", "pid")
 
 
 # ---------------------------------------------------------------- writing
@@ -126,7 +132,7 @@ class RankLogger(logging.Logger):
         """Appends one event. Values may be anything JSON knows, NumPy scalars and arrays, or tensors.
 
         Raises:
-            ValueError: a field is named time, ep_rank, tp_rank, dp_rank or event.
+            ValueError: a field is named time, ep_rank, tp_rank, dp_rank, event or pid.
             RuntimeError: the logger was closed.
         """
         clash = [key for key in _RESERVED_FIELDS if key in fields]
@@ -138,7 +144,10 @@ class RankLogger(logging.Logger):
             raise RuntimeError(
                 f"{self.name} is closed; get_rank_logger({self.ep_rank}, {self.tp_rank}) opens it again"
             )
-        self._files.write_event({"time": round(time.time(), 6), **self.place, "event": name, **fields})
+        files = self._files
+        files.write_event(
+            {"time": round(time.time(), 6), **self.place, "event": name, "pid": files.pid, **fields}
+        )
 
     def close(self) -> None:
         """Writes the "stop" event and closes the files; `get_rank_logger` opens them again."""
@@ -178,20 +187,56 @@ class _RankFiles:
         self.log_path, self.events_path = log_path, events_path
         _finish_last_line(log_path)
         _finish_last_line(events_path)
+        self.pid = os.getpid()
         self._lock = threading.Lock()
+        self._said = False
         self._events = open(events_path, "a", encoding="utf-8")
-        text = logging.FileHandler(log_path, encoding="utf-8")  # flushes after every record
+        text = _TextFile(self)
         text.setFormatter(logging.Formatter(f"%(asctime)s [%(levelname)s] {_position(logger)}: %(message)s"))
         self.handlers = (text, _ProblemsToEvents(logger))
 
     def write_event(self, event: dict) -> None:
         line = json.dumps(_strict_json(event), allow_nan=False)
-        with self._lock:
+        with self._lock, self.surviving():
             self._events.write(line + "\n")
             self._events.flush()
 
+    @contextlib.contextmanager
+    def surviving(self) -> Iterator[None]:
+        """Whoever writes a log must not fail because the disk does."""
+        try:
+            yield
+        except OSError as error:
+            self.say_once(error)
+
+    def say_once(self, error: OSError) -> None:
+        if not self._said and sys.stderr is not None:
+            self._said = True
+            text = f"lines are lost while this lasts: {error}"
+            print(f"paddle_moe: {self.events_path.with_suffix('.*')}: {text}", file=sys.stderr)
+
     def close(self) -> None:
-        self._events.close()
+        with self.surviving():
+            self._events.close()
+
+
+class _TextFile(logging.FileHandler):
+    """It flushes after every record."""
+
+    def __init__(self, files: _RankFiles):
+        super().__init__(files.log_path, encoding="utf-8")
+        self._files = files
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self._files.say_once(error)
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        with self._files.surviving():
+            super().close()
 
 
 class _ProblemsToEvents(logging.Handler):
@@ -200,7 +245,10 @@ class _ProblemsToEvents(logging.Handler):
         self._logger = logger
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
+        try:
+            message = record.getMessage()
+        except Exception:  # the text file has said it
+            message = f"{record.msg} {record.args}"
         if record.exc_info and record.exc_info[1] is not None:
             message += f" ({type(record.exc_info[1]).__name__}: {record.exc_info[1]})"
         self._logger.event("error" if record.levelno >= logging.ERROR else "warning", message=message)
@@ -228,7 +276,6 @@ def _describe_process() -> dict[str, Any]:
         "world_size": int(environment["PADDLE_TRAINERS_NUM"])
         if "PADDLE_TRAINERS_NUM" in environment
         else None,
-        "pid": os.getpid(),
         "host": socket.gethostname(),
     }
 
@@ -270,6 +317,7 @@ class RankEvents:
     events: list[dict[str, Any]]  # without "start"
     start: dict[str, Any]  # the "start" event, {} when the file has none
     unreadable_lines: int = 0
+    other_pids: tuple[int, ...] = ()  # of jobs that wrote to the file at the same time
 
     @property
     def start_time(self) -> float:
@@ -317,7 +365,7 @@ def load_events(directory: str | os.PathLike) -> list[RankEvents]:
 
 
 def _read_last_run(path: Path, ep_rank: int, tp_rank: int, dp_rank: int) -> RankEvents:
-    start, events, unreadable = {}, [], 0
+    start, events, unreadable, others = {}, [], 0, set()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.strip():
             continue
@@ -329,10 +377,12 @@ def _read_last_run(path: Path, ep_rank: int, tp_rank: int, dp_rank: int) -> Rank
         if not isinstance(event, dict) or not isinstance(event.get("event"), str):
             unreadable += 1
         elif event["event"] == "start":
-            start, events, unreadable = event, [], 0
+            start, events, unreadable, others = event, [], 0, set()
+        elif (pid := _integer(event.get("pid"))) is not None and pid != start.get("pid", pid):
+            others.add(pid)
         else:
             events.append(event)
-    return RankEvents(ep_rank, tp_rank, dp_rank, path, events, start, unreadable)
+    return RankEvents(ep_rank, tp_rank, dp_rank, path, events, start, unreadable, tuple(sorted(others)))
 
 
 def _drop_replaced(ranks: list[RankEvents]) -> list[RankEvents]:
@@ -456,7 +506,14 @@ def _summarize_rank(rank: RankEvents) -> RankSummary:
         rows=sum(sum(call["tokens_per_expert"]) for call in calls),
         kernel_ms=sum(_number(call.get("kernel_ms")) or 0.0 for call in calls),
         collective_ms=sum(_number(call.get("collective_ms")) or 0.0 for call in calls),
-        warnings=[str(event.get("message", "")) for event in rank.named("warning")],
+        warnings=[
+            *(str(event.get("message", "")) for event in rank.named("warning")),
+            *(
+                f"process {pid} wrote to {rank.path.name} at the same time, and is left out; give each job a"
+                " directory or prefix of its own"
+                for pid in rank.other_pids
+            ),
+        ],
         errors=[str(event.get("message", "")) for event in rank.named("error")],
         result={key: value for key, value in results[-1].items() if key not in _RESERVED_FIELDS}
         if results

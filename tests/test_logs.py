@@ -183,6 +183,7 @@ def test_events_are_strict_json(get_logger):
     event = read_events(logger.events_path)[-1]
     assert event.pop("time") > 1.6e9
     assert event == {
+        "pid": os.getpid(),
         "ep_rank": 0,
         "tp_rank": 0,
         "event": "numbers",
@@ -217,6 +218,57 @@ def test_warnings_and_errors_become_events(get_logger):
     messages = [(event["event"], event.get("message")) for event in read_events(logger.events_path)[1:]]
     assert messages == [("warning", "slow by 10%"), ("error", "cannot load (KeyError: 'weights')")]
     assert "Traceback" in logger.log_path.read_text()
+
+
+def test_a_full_disk_does_not_end_the_job(get_logger, capsys):
+    resource = pytest.importorskip("resource")
+    logger = get_logger(0, 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        for number in range(400):
+            logger.event("step", number=number)
+            logger.warning("slow %d", number)
+        said = capsys.readouterr().err
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert re.fullmatch(
+        r"paddle_moe: .*test_logs_ep_rank_0_tp_rank_0\.\*: lines are lost .* too large\n", said
+    )
+    logger.event("room again")
+    logger.error("room again")
+    written = read_events(logger.events_path)
+    assert written[1]["number"] == 0 and [event["event"] for event in written[-2:]] == ["room again", "error"]
+    assert logger.log_path.read_text().endswith(": room again\n")
+
+
+def test_a_full_disk_at_the_end(get_logger, tmp_path):
+    done = run_python(
+        "import resource, signal\n"
+        "from paddle_moe.logs import get_rank_logger\n"
+        f"logger = get_rank_logger(0, 0, log_dir={str(tmp_path)!r})\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+        "logger.warning('slow')\n"
+        "logger.close()\n"
+        "print('done')\n"
+    )
+    assert done.stdout == "done\n" and done.returncode == 0
+    assert done.stderr.count("lines are lost") == 1 and "Traceback" not in done.stderr
+
+
+def test_a_message_that_does_not_fit_its_arguments(tmp_path):
+    done = run_python(  # pytest's own handler would raise
+        "from paddle_moe.logs import get_rank_logger\n"
+        f"logger = get_rank_logger(0, 0, log_dir={str(tmp_path)!r})\n"
+        "logger.warning('%d items', 'x')\n"
+        "logger.warning('next')\n"
+    )
+    assert done.returncode == 0 and done.stderr.count("--- Logging error ---") == 1
+    assert summarize(tmp_path).ranks[0].warnings == ["%d items ('x',)", "next"]
+    assert "next" in (tmp_path / "test_logs_ep_rank_0_tp_rank_0.log").read_text()
 
 
 def test_a_killed_process_leaves_its_lines(tmp_path):
@@ -355,6 +407,38 @@ def test_latest_run_wins(tmp_path):
     summary = summarize(tmp_path)
     assert [(rank.ep_rank, rank.tp_rank) for rank in summary.ranks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert summary.layers[0].tokens_per_expert == {0: 1, 1: 1}
+
+
+def test_two_jobs_at_once_are_not_added_up(tmp_path):
+    script = (
+        "import sys; from paddle_moe.logs import get_rank_logger\n"
+        f"logger = get_rank_logger(0, 0, log_dir={str(tmp_path)!r})\n"
+        "for tokens in map(int, sys.stdin):\n"
+        "    logger.event('moe_call', tokens_per_expert=[tokens], experts_min=0)\n"
+        "    print('ok', flush=True)\n"
+    )
+    jobs = []
+    try:
+        for tokens in (1, 100, 1, 100):
+            if len(jobs) < 2:
+                command = [sys.executable, "-c", script]
+                environment = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)}
+                pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                jobs.append(subprocess.Popen(command, env=environment, **pipes))
+            job = jobs[tokens == 100]
+            job.stdin.write(f"{tokens}\n")
+            job.stdin.flush()
+            assert job.stdout.readline() == "ok\n"
+        jobs[0].communicate(timeout=60)
+        (rank,) = summarize(tmp_path).ranks
+        assert (rank.rows, rank.calls, rank.finished) == (200, 2, False)
+        assert f"process {jobs[0].pid} wrote to test_logs_ep_rank_0_tp_rank_0.jsonl at the same time" in str(
+            rank.warnings
+        )
+    finally:
+        for job in jobs:
+            job.kill()
+            job.communicate()
 
 
 def test_another_grid_on_the_same_ports_replaces_its_ranks(tmp_path):
