@@ -17,6 +17,7 @@ directory still has the checkpoint before.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -337,38 +338,69 @@ def write_files(
         return path / f"{kind}{tag}-{number + 1:05}-of-{len(everyone):05}.{suffix}"
 
     written, failure = [], None
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        for kind, by_key in tensors.items():
-            if by_key:
-                name_of(kind, "safetensors").touch(exist_ok=False)
-                written.append(name_of(kind, "safetensors"))
-                dense = {key: tensor.detach().contiguous() for key, tensor in by_key.items()}
-                mode = written[-1].stat().st_mode  # safetensors replaces the file by one for its owner alone
-                save_file(dense, str(written[-1]), metadata={"format": file_format})
-                written[-1].chmod(mode)
-                _flush(written[-1])
-        if state is not None:
-            written.append(name_of("state", "json"))
-            _write_text(written[-1], json.dumps(state))
-    except (OSError, SafetensorError) as error:
-        failure = f"{type(error).__name__}: {error}"
-    reports = exchange(parallel, [[file.name for file in written], failure], "writing the files of", path)
-    failures = [f"rank {other}: {why}" for (other, _), (_, why) in zip(everyone, reports) if why]
-    if not failures and number == 0:
+    before = _identity(path / INDEX_NAME)
+    with contextlib.ExitStack() as lock:
         try:
-            _commit(path, [name for names, _ in reports for name in names], tensors, index)
+            path.mkdir(parents=True, exist_ok=True)
+            if number == 0:
+                lock.enter_context(_only_save(path))
+            for kind, by_key in tensors.items():
+                if by_key:
+                    name_of(kind, "safetensors").touch(exist_ok=False)
+                    written.append(name_of(kind, "safetensors"))
+                    dense = {key: tensor.detach().contiguous() for key, tensor in by_key.items()}
+                    # safetensors replaces the file by one for its owner alone.
+                    mode = written[-1].stat().st_mode
+                    save_file(dense, str(written[-1]), metadata={"format": file_format})
+                    written[-1].chmod(mode)
+                    _flush(written[-1])
+            if state is not None:
+                written.append(name_of("state", "json"))
+                _write_text(written[-1], json.dumps(state))
         except (OSError, SafetensorError) as error:
             failure = f"{type(error).__name__}: {error}"
+        reports = exchange(parallel, [[file.name for file in written], failure], "writing the files of", path)
+        failures = [f"rank {other}: {why}" for (other, _), (_, why) in zip(everyone, reports) if why]
+        if not failures and number == 0:
+            temporary = path / f"{INDEX_NAME}.{os.getpid()}.tmp"
+            written.append(temporary)
+            try:
+                _commit(path, [name for names, _ in reports for name in names], tensors, index, temporary)
+            except (OSError, SafetensorError) as error:
+                failure = f"{type(error).__name__}: {error}"
     reports = exchange(parallel, failure, "writing the index of", path)
     failures += [f"rank {other}: {why}" for (other, _), why in zip(everyone, reports) if why]
     if failures:
         for file in written:
             with contextlib.suppress(OSError):
                 file.unlink()
-        raise RuntimeError(
-            f"{path} was not saved; what was there before is unchanged. {'; '.join(dict.fromkeys(failures))}"
-        )
+        unchanged = _identity(path / INDEX_NAME) == before
+        there = "what was there before is unchanged" if unchanged else "another job has saved there meanwhile"
+        raise RuntimeError(f"{path} was not saved; {there}. {'; '.join(dict.fromkeys(failures))}")
+
+
+def _identity(file: Path) -> list[int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return [found.st_ino, found.st_mtime_ns]
+
+
+@contextlib.contextmanager
+def _only_save(path: Path) -> Iterator[None]:
+    """Refuses a second save to the directory, whose files this one would remove. Ends with the process."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError("another job is saving there now; give each job a directory of its own") from None
+        except OSError:  # some network file systems cannot lock a directory
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_foreign_index(path: Path) -> None:
@@ -384,7 +416,9 @@ def _refuse_foreign_index(path: Path) -> None:
         )
 
 
-def _commit(path: Path, files: list[str], kinds: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+def _commit(
+    path: Path, files: list[str], kinds: Mapping[str, Any], index: Mapping[str, Any], temporary: Path
+) -> None:
     """Writes the index of what lies in `files`, and removes the files of earlier saves."""
     maps: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
     total = 0
@@ -401,7 +435,6 @@ def _commit(path: Path, files: list[str], kinds: Mapping[str, Any], index: Mappi
         **({"state_files": states} if states else {}),
         **{key: value for key, value in index.items() if key != "metadata"},
     }
-    temporary = path / f"{INDEX_NAME}.{os.getpid()}.tmp"
     _write_text(temporary, json.dumps(content, indent=1))
     temporary.replace(path / INDEX_NAME)
     # The save is done: an error from here on must not undo it. What stays is removed by the next save.

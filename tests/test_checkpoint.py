@@ -222,6 +222,55 @@ def test_a_full_disk_is_an_error_and_keeps_the_one_before(tmp_path):
     load_checkpoint(tmp_path, Model())
 
 
+def test_another_job_that_saves_to_the_same_directory(tmp_path, monkeypatch):
+    """While a save is under way, and, where directories cannot be locked, in between."""
+    model, optimizer = save(tmp_path, state="first")
+    write, commit, refused = checkpoint.save_file, checkpoint._commit, []
+
+    def write_beside_another(*arguments, **options):
+        monkeypatch.setattr(checkpoint, "save_file", write)
+        with pytest.raises(RuntimeError, match="unchanged. rank 0: OSError: another job is saving there now"):
+            save_checkpoint(tmp_path, model, optimizer, state="second")
+        refused.append(True)
+        write(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", write_beside_another)
+    save_checkpoint(tmp_path, model, optimizer, state="third")
+    assert refused and load_checkpoint(tmp_path, model) == "third"
+    assert len(list(tmp_path.iterdir())) == 4
+
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    def commit_after_another(*arguments):
+        monkeypatch.setattr(checkpoint, "_commit", commit)
+        save_checkpoint(tmp_path, model, optimizer, state="fourth")
+        commit(*arguments)
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", no_locks)
+    monkeypatch.setattr(checkpoint, "_commit", commit_after_another)
+    with pytest.raises(RuntimeError, match="not saved; another job has saved there meanwhile. rank 0: "):
+        save_checkpoint(tmp_path, model, optimizer, state="fifth")
+    assert load_checkpoint(tmp_path, model, optimizer) == "fourth"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_save_that_fails_at_the_index_leaves_nothing(tmp_path, monkeypatch):
+    save(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    flush = checkpoint._flush
+
+    def full(path):
+        if path.suffix == ".tmp":
+            raise OSError(errno.ENOSPC, "full")
+        flush(path)
+
+    monkeypatch.setattr(checkpoint, "_flush", full)
+    with pytest.raises(RuntimeError, match="what was there before is unchanged. rank 0: .*full"):
+        save(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_errors_after_the_commit_do_not_undo_the_save(tmp_path, monkeypatch):
     """As on file systems that cannot flush a directory, or will not remove a file that someone has open."""
     save(tmp_path, state=1)
