@@ -17,10 +17,12 @@ interrupted. --ep, --tp and --dp may change, which changes the order of addition
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +73,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--log-every", type=int, default=20, help="steps between lines, and events of each layer")
     add("--timeout", type=float, default=300.0, help="seconds to wait for a rank")
     arguments = parser.parse_args()
-    for name in ("steps", "batch", "sequence", "layers", "heads", "save_every", "log_every"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    for name, value in vars(arguments).items():
+        least = 0 if name == "seed" else 1
+        if type(value) is int and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if arguments.top_k > arguments.experts:
+        parser.error(f"--top-k must be at most --experts = {arguments.experts}, got {arguments.top_k}")
+    longest = min(map(len, load_text())) - 2
+    if arguments.sequence > longest:
+        parser.error(f"--sequence must be at most {longest}, as the text is, got {arguments.sequence}")
     if arguments.batch % arguments.dp:
         parser.error(f"--batch must be a multiple of --dp = {arguments.dp}, got {arguments.batch}")
     if arguments.hidden % arguments.heads:
@@ -213,6 +221,10 @@ class LanguageModel(nn.Layer):
 # ---------------------------------------------------------------- training
 
 
+class CannotResume(ValueError):
+    """What is in --out is not a checkpoint to go on from."""
+
+
 class Trainer:
     """The state of a job: model, optimizer, and the losses so far."""
 
@@ -240,16 +252,22 @@ class Trainer:
         """Goes on from the checkpoint, if there is one.
 
         Raises:
-            ValueError: it is that of a run with other arguments.
+            CannotResume: it is that of a run with other arguments, of another program, or damaged.
         """
         index = self.checkpoint / "model.safetensors.index.json"
         if not index.exists():
             return
-        saved, now = json.loads(index.read_text())["state"]["arguments"], self.of_the_run()
+        try:
+            saved, now = dict(json.loads(index.read_text())["state"]["arguments"]), self.of_the_run()
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CannotResume(
+                f"{index} is not one of train_lm.py, or is damaged ({type(error).__name__}: {error}); pass"
+                " another --out to start a new run"
+            ) from error
         changed = [name for name in now if saved.get(name) != now[name]]
         flags = [f"--{n.replace('_', '-')} was {saved.get(n)} and is {now[n]}" for n in changed]
         if set(changed) - {"steps"}:
-            raise ValueError(
+            raise CannotResume(
                 f"{self.checkpoint} is that of another run: {'; '.join(flags)}; pass the same to go on"
                 " with it, or another --out to start a new one"
             )
@@ -379,6 +397,15 @@ def draw(trainer: Trainer, validation_loss: float, entropy: float, load: np.ndar
     print(f"picture: {path}")
 
 
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except (CannotResume, paddle_moe.CheckpointError) as error:
+        sys.exit(f"train_lm.py: {error}")
+
+
+@one_line_errors()
 def main() -> None:
     arguments = parse_arguments()
     sizes = arguments.ep, arguments.tp, arguments.dp

@@ -182,6 +182,25 @@ def test_another_run_is_not_gone_on_with(uninterrupted, tmp_path, monkeypatch):
     assert len(resume()) == 1
 
 
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ('{"metadata": {}, "weight_map": {}}', "KeyError: 'state'"),
+        ('{"state": null}', "TypeError: "),
+        ('{"state": {"argum', "JSONDecodeError: "),
+    ],
+)
+def test_a_checkpoint_of_something_else(index, message, tmp_path, monkeypatch):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "model.safetensors.index.json").write_text(index)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    text = caught.value.code
+    assert re.match(r"train_lm.py: .*index.json is not one of train_lm.py, or is damaged \(", text)
+    assert message in text and "\n" not in text
+
+
 def test_nothing_is_left_to_do(uninterrupted, train_here):
     out, expected, _ = uninterrupted
     result, printed = train_here(out)
@@ -202,10 +221,15 @@ def test_the_loop_over_experts_is_the_same_model(uninterrupted, train_here, tmp_
         (["--hidden", 30, "--heads", 4], "--hidden must be a multiple of --heads = 4, got 30"),
         (["--eager", "--ep", 2], "--eager has no expert or tensor parallelism"),
         (["--steps", 0], "--steps must be at least 1, got 0"),
+        (["--dp", 0], "--dp must be at least 1, got 0"),
+        (["--hidden", 0], "--hidden must be at least 1, got 0"),
+        (["--seed", -1], "--seed must be at least 0, got -1"),
+        (["--top-k", 9, "--experts", 8], "--top-k must be at most --experts = 8, got 9"),
+        (["--sequence", 1000000], "as the text is, got 1000000"),
     ],
 )
 def test_bad_arguments(options, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, options)])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(SCRIPT))["parse_arguments"]()
     assert message in capsys.readouterr().err
