@@ -259,7 +259,7 @@ def save_checkpoint(
         ValueError: path holds an index that save_checkpoint did not write, state is not for JSON, a parameter
             of another layer is split over ranks, a parameter is in two optimizers, or one keeps something of
             another shape; a tensor is of a dtype that cannot be loaded again (fp8, complex128).
-        RuntimeError: a rank could not write, on every rank, with the reason.
+        RuntimeError: a rank could not write, or another job is saving there, on every rank, with the reason.
     """
     model = _unwrapped(model)
     path, parallel = Path(path), parallel_of(model, parallel)
