@@ -400,6 +400,8 @@ def _only_save(path: Path) -> Iterator[None]:
             pass
         yield
     finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing leaves it to processes forked meanwhile
         os.close(descriptor)
 
 
