@@ -212,6 +212,18 @@ def test_gradients_of_weights_with_any_strides():
     assert_same_gradients(forward_and_backward(case, wide[:, 9:41]), expected)
 
 
+@pytest.mark.parametrize("num_tokens", [5, 90])
+def test_gradients_of_gate_and_up_stored_in_different_orders(num_tokens):
+    case = random_case(num_tokens, 70, 45, layout="separate")
+    weights, grad_out = case["gate_up_weights"], grad_out_of(case)
+    expected = expected_gradients(case, grad_out)
+    for half in (slice(None, len(weights) // 2), slice(len(weights) // 2, None)):
+        mixed = list(weights)
+        mixed[half] = [matrix.T.copy().T for matrix in weights[half]]
+        gradients = forward_and_backward({**case, "gate_up_weights": mixed}, grad_out)
+        assert_gradients_close(gradients, expected, "float32")
+
+
 # ---------------------------------------------------------------- bits
 
 

@@ -180,6 +180,7 @@ def test_lazy_guard():
     assert not any(parameter._is_initialized() for parameter in layer.parameters())
     for parameter in layer.parameters():
         parameter.initialize()
+    assert layer.down_weight.abs().max().item() > 0  # drawn, as those of `expected`
     for name, value in layer.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), expected[name].numpy(), err_msg=name)
 

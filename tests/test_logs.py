@@ -200,8 +200,9 @@ def test_events_are_strict_json(get_logger):
 
 def test_reserved_fields_and_closed_loggers(get_logger):
     logger = get_logger(0, 0)
-    with pytest.raises(ValueError, match="tp_rank"):
-        logger.event("x", tp_rank=3)
+    for field in ("tp_rank", "pid"):
+        with pytest.raises(ValueError, match=field):
+            logger.event("x", **{field: 3})
     logger.close()
     with pytest.raises(RuntimeError, match="closed"):
         logger.event("x")
