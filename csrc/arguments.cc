@@ -162,6 +162,11 @@ Layout find_layout(const Arguments& a) {
   return layout;
 }
 
+// Few libraries store and load fp8, so its bits are taken as well.
+DType weight_dtype_of(const Tensor& weight) {
+  return weight.dtype == DType::kUInt8 ? DType::kFloat8E4M3 : weight.dtype;
+}
+
 // Reads the expert matrices of one kind: sizes `in` and `out` are completed from the shapes.
 void check_weights(const char* name, const std::vector<Tensor>& weights, bool permuted, DType dtype,
                    int64_t num_experts, bool stacked, int64_t in, int64_t out, const char* meaning) {
@@ -170,7 +175,7 @@ void check_weights(const char* name, const std::vector<Tensor>& weights, bool pe
   for (size_t i = 0; i < weights.size(); ++i) {
     const Name entry(name, i, weights.size());
     expect_shape(entry, weights[i], expected, meaning);
-    expect_dtype(entry, weights[i], dtype);
+    if (weight_dtype_of(weights[i]) != dtype) expect_dtype(entry, weights[i], dtype);
   }
 }
 
@@ -206,6 +211,100 @@ const void* bias_of(const std::vector<Tensor>& bias, int64_t e, int64_t num_expe
   return offset(bias[e].data, bias[e].dtype, part * half);
 }
 
+// The dtype of all weights: that of the activations, or a quantised one.
+DType find_weight_dtype(const Arguments& a, DType dtype) {
+  const Tensor& first = a.gate_up_weights[0];
+  const DType found = weight_dtype_of(first.dtype == DType::kUnknown ? a.down_weights[0] : first);
+  return found == DType::kUnknown || is_quantised(found) ? found : dtype;
+}
+
+int64_t scale_groups(int64_t size) {
+  return known(size) ? (size + kScaleGroup - 1) >> kScaleGroupShift : size;
+}
+
+// Scales of matrices [in, out], in the last dimensions of an array whose first is the expert where weights
+// are stacked.
+class ScaleShape {
+ public:
+  ScaleShape(int64_t num_experts, bool stacked, bool permuted, int64_t in, int64_t out)
+      : num_experts_(num_experts), stacked_(stacked), permuted_(permuted), in_(in), out_(out) {}
+
+  Scale read(const Name& name, const Tensor& tensor) const {
+    std::vector<int64_t> shape = tensor.shape, strides;
+    for (size_t i = 0; i < shape.size(); ++i) strides.push_back(stride(tensor, i));
+    bool fits = true;
+    if (stacked_) {
+      fits = !shape.empty() && agree(shape[0], num_experts_);
+      if (fits) shape.erase(shape.begin()), strides.erase(strides.begin());
+    }
+    Scale scale;
+    scale.data = static_cast<const float*>(tensor.data);
+    fits = fits && shape.size() <= 2;
+    if (!fits || shape.empty()) {
+      if (!fits) refuse(name, tensor);
+      return scale;
+    }
+    if (permuted_ && shape.size() == 2) std::swap(shape[0], shape[1]), std::swap(strides[0], strides[1]);
+    const size_t last = shape.size() - 1;
+    if (shape.size() == 2) fits = find(shape[0], in_, false, strides[0], &scale.in_stride, &scale.in_shift);
+    fits = fits && find(shape[last], out_, true, strides[last], &scale.out_stride, &scale.out_shift);
+    if (!fits) refuse(name, tensor);
+    return scale;
+  }
+
+ private:
+  static bool agree(int64_t a, int64_t b) { return !known(a) || !known(b) || a == b; }
+
+  // Along one dimension: one scale for all, one for each group, or one for each element.
+  static bool find(int64_t count, int64_t size, bool single, int64_t stride, int64_t* step, int* shift) {
+    if (count == 1) return true;
+    *step = stride;
+    if (agree(count, scale_groups(size))) *shift = kScaleGroupShift;
+    return agree(count, scale_groups(size)) || (single && count == size);
+  }
+
+  [[noreturn]] void refuse(const Name& name, const Tensor& tensor) const {
+    auto text = [&](std::vector<int64_t> shape) {
+      if (permuted_) std::reverse(shape.begin(), shape.end());
+      if (stacked_) shape.insert(shape.begin(), num_experts_);
+      return shape_text(shape);
+    };
+    const std::string group = std::to_string(kScaleGroup);
+    fail(name, " must have the shape ", text({1}), " (a scale per matrix), ", text({out_}), " (per output), ",
+         text({scale_groups(in_), out_}), " (per output and ", group, " inputs) or ",
+         text({scale_groups(in_), scale_groups(out_)}), " (per ", group, " x ", group, " block), got ",
+         shape_text(tensor.shape));
+  }
+
+  int64_t num_experts_;
+  bool stacked_, permuted_;
+  int64_t in_, out_;
+};
+
+void check_scales(const char* name, const std::vector<Tensor>& scales, const char* weights_name,
+                  const std::vector<Tensor>& weights, const ScaleShape& shape) {
+  const Tensor& first = weights[0];
+  if (scales.empty()) {
+    if (is_quantised(weight_dtype_of(first)))
+      fail(name, " must be given: ", weights_name, " has the dtype ", dtype_text(first));
+    return;
+  }
+  if (first.dtype != DType::kUnknown && !is_quantised(weight_dtype_of(first))) {
+    fail(name, " must not be given: ", weights_name,
+         " is not quantised (int8, float8_e4m3fn or its bits as uint8) but has the dtype ",
+         dtype_text(first));
+  }
+  if (scales.size() != weights.size()) {
+    fail(name, " must hold as many tensors as ", weights_name, " (", weights.size(), "), got ",
+         scales.size());
+  }
+  for (size_t i = 0; i < scales.size(); ++i) {
+    const Name entry(name, i, scales.size());
+    expect_dtype(entry, scales[i], DType::kFloat32);
+    shape.read(entry, scales[i]);
+  }
+}
+
 // The parts of every expert, which are null where a tensor has no data.
 std::vector<Expert> find_experts(const Arguments& a, const Layout& layout, DType dtype, int64_t inter) {
   const int64_t num_experts = layout.num_experts;
@@ -237,6 +336,26 @@ std::vector<Expert> find_experts(const Arguments& a, const Layout& layout, DType
   return experts;
 }
 
+std::vector<ExpertScales> find_scales(const Arguments& a, const Layout& layout, const ScaleShape& gate_up,
+                                      const ScaleShape& down, int64_t inter) {
+  std::vector<ExpertScales> scales(a.down_scale.empty() ? 0 : layout.num_experts);
+  auto find = [](const ScaleShape& shape, const std::vector<Tensor>& list, bool stacked, int64_t i,
+                 int64_t first_out) {
+    const Tensor& tensor = list[stacked ? 0 : i];
+    Scale scale = shape.read("scale", tensor);
+    if (stacked) scale.data += i * stride(tensor, 0);
+    scale.first_out = first_out;
+    return scale;
+  };
+  for (int64_t e = 0; e < static_cast<int64_t>(scales.size()); ++e) {
+    const int64_t up = layout.separate ? layout.num_experts + e : e;
+    scales[e] = {find(gate_up, a.gate_up_scale, layout.stacked_gate_up, e, 0),
+                 find(gate_up, a.gate_up_scale, layout.stacked_gate_up, up, layout.separate ? 0 : inter),
+                 find(down, a.down_scale, layout.stacked_down, e, 0)};
+  }
+  return scales;
+}
+
 }  // namespace
 
 const char* dtype_name(DType dtype) {
@@ -257,6 +376,8 @@ const char* dtype_name(DType dtype) {
       return "int16";
     case DType::kInt8:
       return "int8";
+    case DType::kFloat8E4M3:
+      return "float8_e4m3fn";
     case DType::kUInt8:
       return "uint8";
     case DType::kBool:
@@ -280,6 +401,7 @@ size_t dtype_size(DType dtype) {
     case DType::kInt16:
       return 2;
     case DType::kInt8:
+    case DType::kFloat8E4M3:
     case DType::kUInt8:
     case DType::kBool:
       return 1;
@@ -287,6 +409,8 @@ size_t dtype_size(DType dtype) {
       return 4;
   }
 }
+
+bool is_quantised(DType dtype) { return dtype == DType::kInt8 || dtype == DType::kFloat8E4M3; }
 
 ActivationSpec parse_activation(const std::string& text) {
   static const std::pair<const char*, Activation> names[] = {
@@ -368,10 +492,15 @@ Problem resolve(const Arguments& a) {
                                                        : (t ? "[2I, H]" : "[H, 2I]");
   const char* down_meaning =
       layout.stacked_down ? (t ? "[E_l, H, I]" : "[E_l, I, H]") : (t ? "[H, I]" : "[I, H]");
-  check_weights("gate_up_weights", a.gate_up_weights, t, p.dtype, num_experts, layout.stacked_gate_up,
+  p.weight_dtype = find_weight_dtype(a, p.dtype);
+  check_weights("gate_up_weights", a.gate_up_weights, t, p.weight_dtype, num_experts, layout.stacked_gate_up,
                 p.hidden_size, columns, gate_up_meaning);
-  check_weights("down_weights", a.down_weights, t, p.dtype, num_experts, layout.stacked_down, inter,
+  check_weights("down_weights", a.down_weights, t, p.weight_dtype, num_experts, layout.stacked_down, inter,
                 p.hidden_size, down_meaning);
+  const ScaleShape gate_up_scales(num_experts, layout.stacked_gate_up, t, p.hidden_size, columns);
+  const ScaleShape down_scales(num_experts, layout.stacked_down, t, inter, p.hidden_size);
+  check_scales("gate_up_scale", a.gate_up_scale, "gate_up_weights", a.gate_up_weights, gate_up_scales);
+  check_scales("down_scale", a.down_scale, "down_weights", a.down_weights, down_scales);
   check_bias("gate_up_bias", a.gate_up_bias, p.dtype, num_experts, known(inter) ? 2 * inter : -1, true,
              a.gate_up_bias.size() == 1 && a.gate_up_bias[0].shape.size() == 2 ? "[E_l, 2I]" : "[2I]");
   check_bias("down_bias", a.down_bias, p.dtype, num_experts, p.hidden_size, false,
@@ -410,7 +539,8 @@ Problem resolve(const Arguments& a) {
   if (!a.gate_up_bias.empty()) p.bias_dtype = a.gate_up_bias[0].dtype;
   if (!a.down_bias.empty()) p.bias_dtype = a.down_bias[0].dtype;
 
-  p.experts = find_experts(a, layout, p.dtype, inter);
+  p.experts = find_experts(a, layout, p.weight_dtype, inter);
+  p.scales = find_scales(a, layout, gate_up_scales, down_scales, inter);
   return p;
 }
 
@@ -419,6 +549,10 @@ BackwardProblem resolve_backward(const Arguments& arguments, const Tensor& grad_
   BackwardProblem b;
   b.forward = resolve(arguments);
   const Problem& p = b.forward;
+  if (is_quantised(p.weight_dtype)) {
+    fail("gate_up_weights and down_weights must not be quantised where a gradient is wanted, got the dtype ",
+         dtype_name(p.weight_dtype), "; compute under paddle.no_grad(), or with dequantised weights");
+  }
   expect_shape("grad_out", grad_out, {p.num_tokens, p.hidden_size}, "[T, H]");
   expect_dtype("grad_out", grad_out, p.dtype);
   expect_contiguous("grad_out", grad_out, 1);

@@ -97,6 +97,12 @@ Device cuda_device(const char* name, int index, cuda::Stream stream) {
 }
 
 size_t workspace_size(const Device& device, const Problem& problem) {
+  if (is_gpu(device) && is_quantised(problem.weight_dtype)) {
+    throw std::invalid_argument(std::string("gate_up_weights and down_weights must have the dtype ") +
+                                dtype_name(problem.dtype) + " on a GPU, got " +
+                                dtype_name(problem.weight_dtype) +
+                                ": only the CPU back end multiplies quantised weights; dequantise them");
+  }
   return run(
       device, [&](auto) { return cuda::workspace_size(problem); },
       [&](int threads) { return cpu::workspace_size(problem, threads); });

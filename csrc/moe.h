@@ -20,10 +20,11 @@ enum class DType {
   kBFloat16,
   kFloat16,
   kInt32,
-  kInt64,  // these the operators compute with
+  kInt64,
+  kInt8,
+  kFloat8E4M3,  // these the operators compute with
   kFloat64,
   kInt16,
-  kInt8,
   kUInt8,
   kBool,
   kOther,  // these are for error messages only
@@ -31,6 +32,7 @@ enum class DType {
 
 const char* dtype_name(DType dtype);  // of every one but kOther
 size_t dtype_size(DType dtype);
+bool is_quantised(DType dtype);
 
 // A strided array. While a static graph is being built sizes may be -1, the dtype kUnknown and data null:
 // such an unknown agrees with everything.
@@ -66,6 +68,10 @@ struct Arguments : ExpertsOptions {
   std::vector<Tensor> down_weights;  // E_l x [I, H], or one [E_l, I, H]
   std::vector<Tensor> gate_up_bias;  // empty, or E_l x [2I], or 2*E_l x [I], or one [E_l, 2I]
   std::vector<Tensor> down_bias;     // empty, or E_l x [H], or one [E_l, H]
+  // Of quantised weights, int8 or fp8 e4m3 (or its bits, uint8), and empty for all others; fp32, in the form of the weights: for
+  // each matrix one value, one per column, or one per group of kScaleGroup.
+  std::vector<Tensor> gate_up_scale;
+  std::vector<Tensor> down_scale;
 };
 
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kSelu, kIdentity, kSwigluOai };
@@ -88,6 +94,23 @@ struct Matrix {
   int64_t out_stride = 0;
 };
 
+// What element (i, o) of a quantised weight is multiplied by: data[(i >> in_shift) * in_stride + ((first_out
+// + o) >> out_shift) * out_stride], in groups of kScaleGroup or one element; a stride of 0 makes one group of
+// all.
+struct Scale {
+  const float* data = nullptr;
+  int64_t in_stride = 0, out_stride = 0;
+  int in_shift = 0, out_shift = 0;
+  int64_t first_out = 0;
+};
+
+constexpr int kScaleGroupShift = 7;
+constexpr int64_t kScaleGroup = 1 << kScaleGroupShift;
+
+struct ExpertScales {
+  Scale gate, up, down;
+};
+
 struct Expert {
   Matrix gate, up;                  // [H, I]
   Matrix down;                      // [I, H]
@@ -98,12 +121,13 @@ struct Expert {
 
 // A checked call. Sizes are -1 where an Arguments size was not known yet.
 struct Problem {
-  int64_t num_tokens = 0;         // T
-  int64_t hidden_size = 0;        // H
-  int64_t intermediate_size = 0;  // I, of this shard
-  int64_t top_k = 0;              // K
-  int64_t first_expert = 0;       // experts[i] has the global id first_expert + i
-  DType dtype = DType::kUnknown;  // of hidden_states, the weights and the output
+  int64_t num_tokens = 0;                // T
+  int64_t hidden_size = 0;               // H
+  int64_t intermediate_size = 0;         // I, of this shard
+  int64_t top_k = 0;                     // K
+  int64_t first_expert = 0;              // experts[i] has the global id first_expert + i
+  DType dtype = DType::kUnknown;         // of hidden_states and the output
+  DType weight_dtype = DType::kUnknown;  // the same, or a quantised one
 
   const void* hidden_states = nullptr;
   int64_t hidden_states_stride = 0;     // elements from one token to the next
@@ -113,6 +137,7 @@ struct Problem {
   DType router_weights_dtype = DType::kUnknown;
 
   std::vector<Expert> experts;         // E_l of them
+  std::vector<ExpertScales> scales;    // as many where the weights are quantised, else none
   DType bias_dtype = DType::kUnknown;  // dtype or fp32
   ActivationSpec activation;
   int64_t chunk_size = 0;

@@ -39,6 +39,7 @@ _HOME = {
     "load_checkpoint": "checkpoint",
     "load_moe_weights": "pretrained",
     "mixture_of_experts": "functional",
+    "quantize": "quantization",
     "rank_grid": "distributed",
     "release_memory": "functional",
     "route": "functional",

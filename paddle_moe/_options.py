@@ -106,6 +106,8 @@ WEIGHTS = {
     "down_weights": array_list,
     "gate_up_bias": optional_array_list,
     "down_bias": optional_array_list,
+    "gate_up_scale": optional_array_list,
+    "down_scale": optional_array_list,
 }
 EXPERTS_OPTIONS = {
     "permuted_weights": flag,

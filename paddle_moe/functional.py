@@ -254,14 +254,17 @@ def _arrange_experts(
     down_weights,
     gate_up_bias,
     down_bias,
+    gate_up_scale,
+    down_scale,
     recompute,
     *options,
 ) -> tuple:
     """All that has a gradient as one list: paddle_ops.cc says why."""
-    groups = [gate_up_weights, down_weights, gate_up_bias or [], down_bias or []]
+    optional = [gate_up_bias, down_bias, gate_up_scale, down_scale]
+    groups = [gate_up_weights, down_weights, *(group or [] for group in optional)]
     tensors = [hidden_states, router_weights, *(tensor for group in groups for tensor in group)]
     wanted = _wanted(tensors)
-    save_pre_activations = not recompute and paddle.is_grad_enabled() and any(wanted)
+    save_pre_activations = not recompute and paddle.is_grad_enabled() and any(wanted) and not gate_up_scale
     return routing_table, tensors, [len(group) for group in groups], wanted, *options, save_pre_activations
 
 
@@ -270,7 +273,7 @@ _experts = _Operator(
     ("routing_table", "tensors@VECTOR"),
     ("counts", "wanted", *EXPERTS_OPTIONS, "save_pre_activations"),
     ("out", "amax", "pre_activations"),
-    lambda *arguments: _core.Experts(*arguments[:7], *arguments[8:]),
+    lambda *arguments: _core.Experts(*arguments[:9], *arguments[10:]),  # all but recompute
     (
         "hidden_states",
         "routing_table",
@@ -279,6 +282,8 @@ _experts = _Operator(
         "down_weights@VECTOR",
         "gate_up_bias@VECTOR@OPTIONAL",
         "down_bias@VECTOR@OPTIONAL",
+        "gate_up_scale@VECTOR@OPTIONAL",
+        "down_scale@VECTOR@OPTIONAL",
     ),
     _arrange_experts,
 )
@@ -306,10 +311,13 @@ def _arrange_fused(
     down_weights,
     gate_up_bias,
     down_bias,
+    gate_up_scale,
+    down_scale,
     correction_bias,
     *options,
 ) -> tuple:
-    groups = [gate_up_weights, down_weights, gate_up_bias or [], down_bias or []]
+    optional = [gate_up_bias, down_bias, gate_up_scale, down_scale]
+    groups = [gate_up_weights, down_weights, *(group or [] for group in optional)]
     tensors = [hidden_states, *(tensor for group in groups for tensor in group)]
     return gate_weight, correction_bias, tensors, [len(group) for group in groups], *options
 
@@ -325,8 +333,10 @@ _fused = _EagerOperator(
 def _mix(arrays: list, recompute: bool, options: tuple) -> tuple[Tensor, Tensor]:
     """out and amax; the first three arrays are hidden_states and the routing."""
     dtype = _autocast_dtype()
-    if dtype is not None:  # the router's weights stay as they are, usually float32
-        arrays = [_cast(array, dtype) if place not in (1, 2) else array for place, array in enumerate(arrays)]
+    if dtype is not None:  # the router's weights stay as they are, usually float32, and so do scales
+        routing, scales = arrays[1:3], arrays[7:]
+        arrays = [_cast(array, dtype) for array in arrays]
+        arrays[1:3], arrays[7:] = routing, scales
     out, amax, _ = _experts(*arrays, flag("recompute", recompute), *options)
     amax.stop_gradient = True
     return out, amax
@@ -348,6 +358,8 @@ def mixture_of_experts(
     gate_up_bias: Weights | None = None,
     down_bias: Weights | None = None,
     *,
+    gate_up_scale: Weights | None = None,
+    down_scale: Weights | None = None,
     permuted_weights: bool = False,
     activation: str = "silu",
     experts_min: int = 0,
@@ -378,11 +390,17 @@ def mixture_of_experts(
             twice.
         router_weights: [T, K], float32 or the dtype of ``hidden_states``.
         gate_up_weights: E_l tensors [H, 2I] (gate columns first, then up), or 2*E_l tensors [H, I] (all
-            gates, then all ups), or one stacked tensor [E_l, H, 2I]; dtype of ``hidden_states``.
-        down_weights: E_l tensors [I, H], or one stacked tensor [E_l, I, H]; dtype of ``hidden_states``.
+            gates, then all ups), or one stacked tensor [E_l, H, 2I]; dtype of ``hidden_states``, or, with
+            scales and on a CPU, all weights int8, float8_e4m3fn or uint8 that holds its bits.
+        down_weights: E_l tensors [I, H], or one stacked tensor [E_l, I, H]; dtype of ``gate_up_weights``.
         gate_up_bias: E_l tensors [2I], or 2*E_l tensors [I], or one stacked tensor [E_l, 2I]; float32 or the
             dtype of ``hidden_states``.
         down_bias: E_l tensors [H], or one stacked tensor [E_l, H]; dtype of ``gate_up_bias``.
+        gate_up_scale: of 8-bit weights, float32, in as many tensors as ``gate_up_weights``: what the elements
+            of a matrix [in, out] are multiplied by. [1]: all of it; [out]: an output channel; [in / 128 or 1,
+            out]: 128 inputs of an output channel; [in / 128, out / 128]: a block; rounded up, with E_l in
+            front where stacked, transposed with ``permuted_weights``. See :func:`paddle_moe.quantize`.
+        down_scale: the same of ``down_weights``.
         permuted_weights: every weight matrix is stored transposed ([2I, H] and [H, I]), as PyTorch and
             Hugging Face do. Prefer this to passing ``weight.T``, which Paddle copies on each call.
         activation: silu, gelu (erf), gelu_tanh, relu, relu2 (relu squared), selu, identity, swigluoai or
@@ -400,7 +418,8 @@ def mixture_of_experts(
         float32 is the largest absolute intermediate of each expert before rounding, 0 where it got no token.
 
     Raises:
-        ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range.
+        ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range, or a gradient
+            is wanted through 8-bit weights.
     """
     given = locals()
     options, weights = checked(EXPERTS_OPTIONS, given), checked(WEIGHTS, given)
@@ -494,6 +513,8 @@ def fused_gate_moe(
     renormalize: bool = True,
     renormalize_eps: float = 1e-20,
     scaling_factor: float = 1.0,
+    gate_up_scale: Weights | None = None,
+    down_scale: Weights | None = None,
     permuted_weights: bool = False,
     activation: str = "silu",
     experts_min: int = 0,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable, TypeVar
 import numpy as np
 import paddle
 from paddle import nn
+from paddle.base.framework import EagerParamBase
 
 from paddle_moe import _core, core, functional
 from paddle_moe._options import ROUTE_OPTIONS, at_least, checked, dtype_name, flag, one_of
@@ -25,6 +26,7 @@ from paddle_moe.params import (
     random_gate_weight,
     shard_range,
 )
+from paddle_moe.quantization import quantize
 from paddle_moe.router import Router
 
 if TYPE_CHECKING:
@@ -53,6 +55,19 @@ def _now(tensor: paddle.Tensor) -> float:
     if tensor.place.is_gpu_place():
         paddle.device.synchronize()
     return time.perf_counter()
+
+
+def _quantised_stack(
+    weight: paddle.Tensor, dtype: str | paddle.dtype, granularity: str
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """quantize() of [E, in, out] as [E, out, in], one expert at a time for the sake of memory."""
+    if 0 in weight.shape:  # this rank has no experts, or no columns of the shared one
+        experts, rows, columns = weight.shape
+        return paddle.zeros([experts, columns, rows], "int8"), paddle.zeros([experts, 1, 1], "float32")
+    pairs = [quantize(one.t(), dtype, granularity, permuted=True) for one in weight]
+    if dtype_name(dtype) != "int8":  # Paddle can neither stack nor save fp8
+        pairs = [(quantised.view("uint8"), scale) for quantised, scale in pairs]
+    return tuple(paddle.stack(tensors) for tensors in zip(*pairs))
 
 
 def _tensor(value: Any) -> paddle.Tensor:
@@ -238,6 +253,7 @@ class FusedMoE(nn.Layer):
         self.shared_intermediate_size = shared_intermediate_size
         self.recompute, self.chunk_size, self._gate_dtype = recompute, chunk_size, gate_dtype
         self.parallel, self.logger = parallel, logger
+        self.quantized: str | None = None  # the dtype of the experts' weights since quantize_()
         # Groups of `parallel` whose ranks hold parts of the same output.
         if dispatch == "alltoall":
             self._partial_groups = ("tp",)
@@ -441,10 +457,10 @@ class FusedMoE(nn.Layer):
         if self.dispatch == "replicated":
             experts += shared
         elif self.tp_size > 1:
-            for parameter in (p for p in shared if p is not None):
+            for parameter in (p for p in shared if isinstance(p, EagerParamBase)):
                 parameter.is_distributed = parameter.no_sync = True
                 parameter.shard_group = "tp"
-        for parameter in (p for p in experts if p is not None):
+        for parameter in (p for p in experts if isinstance(p, EagerParamBase)):  # not one that was quantised
             parameter.is_distributed = parameter.expert = parameter.no_sync = True
             parameter.shard_group = "grid"
             parameter.color = color
@@ -477,12 +493,61 @@ class FusedMoE(nn.Layer):
 
         The dimensions are those of params.LayerShard.parts. A rank whose down_bias is None, because another
         holds it, has an empty part of it.
+
+        Raises:
+            RuntimeError: the weights are quantised.
         """
+        if self.quantized is not None:
+            raise RuntimeError(
+                f"the expert weights of this layer are {self.quantized} since quantize_(), which are no parts"
+                " of the dense weights that a checkpoint holds; save and load before quantize_(), or keep the"
+                " state_dict() of each rank with paddle.save"
+            )
         parts = (self._shard.whole() if dense else self._shard).parts()
         held = {name for name in parts if getattr(self, name) is not None}
         if self._has_down_bias:
             held.add("down_bias")
         return {name: part for name, part in parts.items() if name in held}
+
+    @paddle.no_grad()
+    def quantize_(self, dtype: str | paddle.dtype = "int8", granularity: str = "channel") -> FusedMoE:
+        """Turns the weights of this rank's experts, and of the shared one, into 8-bit numbers for inference.
+
+        Afterwards gate_up_weight [E_l, 2 I_l, H], down_weight [E_l, H, I_l] and those of the shared expert
+        are buffers, int8 or the bits of fp8 as uint8, stored transposed because few tokens read them fastest
+        so, beside buffers gate_up_scale, down_scale, shared_gate_up_scale and shared_down_scale. Router,
+        gates and biases stay as they are. There is no way back and no gradient. With TP, scales belong to a
+        rank's slice.
+
+        Args:
+            dtype, granularity: see paddle_moe.quantize.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ValueError: see paddle_moe.quantize.
+            RuntimeError: the weights are quantised already.
+        """
+        if self.quantized is not None:
+            raise RuntimeError(f"the expert weights of this layer are {self.quantized} already")
+        for name in ("gate_up", "down", "shared_gate_up", "shared_down"):
+            weight = getattr(self, f"{name}_weight")
+            if weight is None:
+                continue
+            quantised, scale = _quantised_stack(weight, dtype, granularity)
+            delattr(self, f"{name}_weight")
+            self.register_buffer(f"{name}_weight", quantised)
+            self.register_buffer(f"{name}_scale", scale)
+        self.quantized = dtype_name(dtype)
+        return self
+
+    def _scales(self, prefix: str = "") -> dict[str, Any]:
+        """The options of mixture_of_experts that say how weights are quantised."""
+        if self.quantized is None:
+            return {}
+        names = "gate_up_scale", "down_scale"
+        return {"permuted_weights": True, **{name: getattr(self, prefix + name) for name in names}}
 
     @paddle.no_grad()
     def _draw(self, name: str, parameter: paddle.Tensor, seed: int) -> None:
@@ -613,6 +678,7 @@ class FusedMoE(nn.Layer):
             measurement_mode=measure,
             recompute=self.recompute,
             chunk_size=self.chunk_size,
+            **self._scales(),
         )
         return result if measure else (result, None)
 
@@ -636,6 +702,7 @@ class FusedMoE(nn.Layer):
             activation=self.activation,
             recompute=self.recompute,
             chunk_size=self.chunk_size,
+            **self._scales("shared_"),
         )
 
     def forward(

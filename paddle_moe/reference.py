@@ -1,7 +1,8 @@
 """What the kernels compute, in NumPy and double precision, one readable function per kernel stage.
 
-Arrays may be float64, float32, float16, or uint16 that holds the bits of bfloat16 numbers. Every function
-computes in float64 and returns float64, so a comparison shows the error of the kernel alone.
+Arrays may be float64, float32, float16, or uint16 that holds the bits of bfloat16 numbers; quantised weights
+int8, or uint8 that holds the bits of fp8 e4m3 numbers. Every function computes in float64 and returns
+float64, so a comparison shows the error of the kernel alone.
 Overflow gives inf and inf - inf gives NaN, as in the kernels, without a warning.
 Nothing here is fast, and nothing imports Paddle.
 """
@@ -31,6 +32,29 @@ def from_bf16_bits(bits: np.ndarray) -> np.ndarray:
     return (np.asarray(bits, dtype=np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
+def from_fp8_bits(bits: np.ndarray) -> np.ndarray:
+    """The float32 values of fp8 e4m3 numbers given as uint8 bits.
+
+    Micikevicius et al. 2022, arXiv:2209.05433: 1 sign, 4 exponent and 3 mantissa bits; up to 448; no
+    infinity, and NaN where all bits but the sign are set.
+    """
+    bits = np.asarray(bits, dtype=np.uint8).astype(np.int32)
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    magnitude = np.where(exponent == 0, mantissa / 512, np.ldexp(1 + mantissa / 8, exponent - 7))
+    magnitude[(bits & 127) == 127] = np.nan
+    return np.where(bits > 127, -magnitude, magnitude).astype(np.float32)
+
+
+def to_fp8_bits(values: np.ndarray) -> np.ndarray:
+    """Rounds to the nearest fp8 e4m3 number (ties to even), at most 448; returns its bits as uint8."""
+    values = np.asarray(values, dtype=np.float64)
+    magnitude = np.minimum(np.abs(values), 448)
+    exponent = np.frexp(np.maximum(magnitude, 2.0**-6))[1] - 1
+    units = np.rint(np.ldexp(magnitude, 3 - exponent))  # of the last mantissa bit; 16 carries over
+    bits = np.where(np.isnan(values), 127, (exponent + 6) * 8 + units)
+    return (bits + 128 * np.signbit(values)).astype(np.uint8)
+
+
 @np.errstate(all="ignore")
 def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
     """Rounds to "float32", "float16" or "bfloat16" (uint16 bits): ties to even, too large becomes inf."""
@@ -40,7 +64,28 @@ def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
 def to_float64(array: np.ndarray) -> np.ndarray:
     """The exact values of an array in any of the formats above."""
     array = np.asarray(array)
+    if array.dtype == np.uint8:
+        return from_fp8_bits(array).astype(np.float64)
     return (from_bf16_bits(array) if array.dtype == np.uint16 else array).astype(np.float64)
+
+
+def dequantise(weight: np.ndarray, scale: np.ndarray, permuted: bool = False) -> np.ndarray:
+    """weight [in, out] times its scales.
+
+    Each stands for all, for one, or for a group of 128 along a dimension.
+
+    Args:
+        scale: [], [1], [out], [in or in / 128 or 1, out or out / 128 or 1], rounded up.
+        permuted: the two matrices are transposed.
+    """
+    values, scale = to_float64(weight), to_float64(scale)
+    if permuted:
+        return dequantise(values.T, scale.T).T
+    scale = scale.reshape((1, 1, *scale.shape)[-2:])
+    for axis, size in enumerate(values.shape):
+        if scale.shape[axis] not in (1, size):
+            scale = np.take(scale, np.arange(size) // 128, axis)
+    return values * scale
 
 
 # ---------------------------------------------------------------- activations
@@ -194,6 +239,8 @@ def mixture_of_experts(
     experts_max: int | None = None,
     measurement_mode: bool = False,
     round_intermediate: str | None = None,
+    gate_up_scale: Sequence[np.ndarray] | np.ndarray | None = None,
+    down_scale: Sequence[np.ndarray] | np.ndarray | None = None,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """The sum over k of router_weights[t, k] * expert routing_table[t, k] of hidden_states[t].
 
@@ -210,10 +257,16 @@ def mixture_of_experts(
         experts_min, experts_max: inclusive global range of the experts that were passed.
         measurement_mode: also return amax [E_l], each expert's largest |intermediate|, 0 without a token.
         round_intermediate: None, or the dtype ("bfloat16", ...) that the kernel rounds the intermediate to.
+        gate_up_scale, down_scale: of quantised weights: for each matrix the scales that dequantise() takes.
 
     Returns:
         out [T, H], not rounded, or (out, amax).
     """
+    if gate_up_scale is not None:
+        gate_up_weights, down_weights = (
+            [dequantise(*pair, permuted_weights) for pair in zip(weights, scales)]
+            for weights, scales in ((gate_up_weights, gate_up_scale), (down_weights, down_scale))
+        )
     num_experts = len(down_weights)
     if experts_max not in (None, experts_min + num_experts - 1):
         raise ValueError(f"experts_max must be {experts_min + num_experts - 1}, got {experts_max}")

@@ -60,6 +60,13 @@ ACTIVATIONS = (
     "swigluoai(alpha, limit), got "
 )
 
+INT8 = {
+    "gate_up_weights": zeros(E, H, 2 * I, dtype="int8"),
+    "down_weights": zeros(E, I, H, dtype="int8"),
+    "gate_up_scale": zeros(E, 2 * I),
+    "down_scale": zeros(E, H),
+}
+
 # (function, arguments that replace good ones, the error)
 MISUSES = [
     # rank
@@ -106,6 +113,33 @@ MISUSES = [
      "gate_weight must have at least one row and one column, got the shape [8, 0]"),
     ("route", {"logits": zeros(T, 0)}, "logits must have at least one column (E >= 1), got the shape [3, 0]"),
     ("route", {"correction_bias": zeros(E + 1)}, "correction_bias must have the shape [E] = [4], got [5]"),
+    # quantised weights
+    ("mixture_of_experts", {"gate_up_weights": zeros(E, H, 2 * I, dtype="int8")},
+     "down_weights must have the dtype int8, got float32"),
+    ("mixture_of_experts", {"down_weights": zeros(E, I, H, dtype="int8")},
+     "down_weights must have the dtype float32, got int8"),
+    ("mixture_of_experts", INT8 | {"gate_up_scale": None},
+     "gate_up_scale must be given: gate_up_weights has the dtype int8"),
+    ("mixture_of_experts", INT8 | {"down_scale": None},
+     "down_scale must be given: down_weights has the dtype int8"),
+    ("mixture_of_experts", INT8 | {"down_weights": zeros(E, I, H, dtype="uint8")},
+     "down_weights must have the dtype int8, got uint8"),
+    ("mixture_of_experts", {"gate_up_scale": zeros(E, 1)},
+     "gate_up_scale must not be given: gate_up_weights is not quantised (int8, float8_e4m3fn or its bits as "
+     "uint8) but has the dtype float32"),
+    ("mixture_of_experts", INT8 | {"gate_up_scale": [zeros(1)] * E},
+     "gate_up_scale must hold as many tensors as gate_up_weights (1), got 4"),
+    ("mixture_of_experts", INT8 | {"gate_up_scale": zeros(E, 2 * I + 1)},
+     "gate_up_scale must have the shape [4, 1] (a scale per matrix), [4, 12] (per output), [4, 1, 12] (per "
+     "output and 128 inputs) or [4, 1, 1] (per 128 x 128 block), got [4, 13]"),
+    ("mixture_of_experts", INT8 | {"down_scale": zeros(E - 1, H)},
+     "down_scale must have the shape [4, 1] (a scale per matrix), [4, 8] (per output), [4, 1, 8] (per output "
+     "and 128 inputs) or [4, 1, 1] (per 128 x 128 block), got [3, 8]"),
+    ("mixture_of_experts", INT8 | {"down_scale": zeros(E, 2, H)},
+     "down_scale must have the shape [4, 1] (a scale per matrix), [4, 8] (per output), [4, 1, 8] (per output "
+     "and 128 inputs) or [4, 1, 1] (per 128 x 128 block), got [4, 2, 8]"),
+    ("mixture_of_experts", INT8 | {"down_scale": zeros(E, H, dtype="float16")},
+     "down_scale must have the dtype float32, got float16"),
     # dtype
     ("mixture_of_experts", {"hidden_states": zeros(T, H, dtype="float64")},
      "hidden_states must have the dtype float32, bfloat16 or float16, got float64"),

@@ -20,7 +20,7 @@ namespace py = pybind11;
 namespace dlpack {
 
 constexpr int32_t kCpu = 1, kCuda = 2, kCudaManaged = 13;
-enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
+enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6, kFloat8E4M3 = 10 };
 
 struct Device {
   int32_t type;
@@ -77,12 +77,15 @@ DType dtype_of(dlpack::DataType type) {
       return bits == 8 ? DType::kUInt8 : DType::kOther;
     case dlpack::kBool:
       return DType::kBool;
+    case dlpack::kFloat8E4M3:
+      return bits == 8 ? DType::kFloat8E4M3 : DType::kOther;
     default:
       return DType::kOther;
   }
 }
 
-// NumPy has no bfloat16 of its own: uint16 holds its bits, or ml_dtypes adds a dtype of that name.
+// NumPy has no bfloat16 and no fp8 of its own: ml_dtypes adds dtypes of these names, or uint16, and uint8 of
+// a weight, hold the bits.
 DType dtype_of(const py::dtype& type) {
   const auto size = static_cast<uint8_t>(8 * type.itemsize());
   if (type.byteorder() == '>') return DType::kOther;
@@ -95,23 +98,30 @@ DType dtype_of(const py::dtype& type) {
       return size == 16 ? DType::kBFloat16 : dtype_of(dlpack::DataType{dlpack::kUInt, size, 1});
     case 'b':
       return DType::kBool;
-    case 'V':
-      return type.attr("name").cast<std::string>() == "bfloat16" ? DType::kBFloat16 : DType::kOther;
+    case 'V': {
+      const auto name = type.attr("name").cast<std::string>();
+      return name == "bfloat16"        ? DType::kBFloat16
+             : name == "float8_e4m3fn" ? DType::kFloat8E4M3
+                                       : DType::kOther;
+    }
     default:
       return DType::kOther;
   }
 }
 
 DType dtype_of(const std::string& name) {
-  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt32, DType::kInt64,
-                      DType::kFloat64, DType::kInt16, DType::kInt8, DType::kUInt8, DType::kBool}) {
+  for (DType dtype :
+       {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt32, DType::kInt64, DType::kFloat64,
+        DType::kInt16, DType::kInt8, DType::kFloat8E4M3, DType::kUInt8, DType::kBool}) {
     if (name == dtype_name(dtype)) return dtype;
   }
   return DType::kOther;
 }
 
 py::dtype numpy_dtype(DType dtype) {
-  return py::dtype(dtype == DType::kBFloat16 ? "uint16" : dtype_name(dtype));
+  return py::dtype(dtype == DType::kBFloat16     ? "uint16"
+                   : dtype == DType::kFloat8E4M3 ? "uint8"
+                                                 : dtype_name(dtype));
 }
 
 // One array that the caller passed: what the kernels need to know of it, and what keeps it alive.
@@ -517,6 +527,7 @@ class Experts {
   Experts(const py::object& hidden_states, const py::object& routing_table, const py::object& router_weights,
           const py::list& gate_up_weights, const py::list& down_weights,
           const std::optional<py::list>& gate_up_bias, const std::optional<py::list>& down_bias,
+          const std::optional<py::list>& gate_up_scale, const std::optional<py::list>& down_scale,
           bool permuted_weights, const std::string& activation, int64_t experts_min, int64_t experts_max,
           int64_t chunk_size, bool measurement_mode)
       : measurement_mode_(measurement_mode) {
@@ -528,6 +539,8 @@ class Experts {
     arguments_.down_weights = keep_all("down_weights", down_weights);
     if (gate_up_bias) arguments_.gate_up_bias = keep_all("gate_up_bias", *gate_up_bias);
     if (down_bias) arguments_.down_bias = keep_all("down_bias", *down_bias);
+    if (gate_up_scale) arguments_.gate_up_scale = keep_all("gate_up_scale", *gate_up_scale);
+    if (down_scale) arguments_.down_scale = keep_all("down_scale", *down_scale);
     static_cast<ExpertsOptions&>(arguments_) = {permuted_weights, activation, experts_min, experts_max,
                                                 chunk_size};
     problem_ = resolve(arguments_);
@@ -699,6 +712,7 @@ PYBIND11_MODULE(_core, module) {
       .def("backward", &Route::backward);
   py::class_<Experts>(module, "Experts")
       .def(py::init<const py::object&, const py::object&, const py::object&, const py::list&, const py::list&,
+                    const std::optional<py::list>&, const std::optional<py::list>&,
                     const std::optional<py::list>&, const std::optional<py::list>&, bool, const std::string&,
                     int64_t, int64_t, int64_t, bool>())
       .def("workspace_size", &Experts::workspace_size)

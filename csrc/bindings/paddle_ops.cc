@@ -88,7 +88,10 @@ Tensor view(const paddle::Tensor& tensor) {
   if (result.dtype == DType::kOther) {
     std::ostringstream name;
     name << tensor.dtype();
-    result.other_dtype = name.str();
+    if (name.str() == dtype_name(DType::kFloat8E4M3))  // older versions have no constant for it
+      result.dtype = DType::kFloat8E4M3;
+    else
+      result.other_dtype = name.str();
   }
   return result;
 }
@@ -273,7 +276,8 @@ class Workspace {
 //
 // Everything that has a gradient is one list, because the executor of static programs accepts one list among
 // the outputs of a gradient operator and nothing beside it. `counts`: how many of its entries are
-// gate_up_weights, down_weights, gate_up_bias and down_bias, after hidden_states and router_weights.
+// gate_up_weights, down_weights, gate_up_bias, down_bias, gate_up_scale and down_scale, after hidden_states
+// and router_weights.
 
 template <class T>
 Arguments experts_arguments(const T& routing_table, const std::vector<T>& tensors,
@@ -289,6 +293,8 @@ Arguments experts_arguments(const T& routing_table, const std::vector<T>& tensor
   arguments.down_weights = take(counts[1]);
   arguments.gate_up_bias = take(counts[2]);
   arguments.down_bias = take(counts[3]);
+  arguments.gate_up_scale = take(counts[4]);
+  arguments.down_scale = take(counts[5]);
   return arguments;
 }
 
@@ -297,9 +303,10 @@ void expect_places(const paddle::Tensor& routing_table, const PaddleTensors& ten
   const paddle::Place& place = tensors[0].place();
   expect_place("routing_table", routing_table, place);
   expect_place("router_weights", tensors[1], place);
-  const char* const names[] = {"gate_up_weights", "down_weights", "gate_up_bias", "down_bias"};
+  const char* const names[] = {"gate_up_weights", "down_weights",  "gate_up_bias",
+                               "down_bias",       "gate_up_scale", "down_scale"};
   size_t next = 2;
-  for (int kind = 0; kind < 4; ++kind) {
+  for (size_t kind = 0; kind < counts.size(); ++kind) {
     for (int i = 0; i < counts[kind]; ++i) expect_place(names[kind], tensors[next++], place);
   }
 }
@@ -364,8 +371,8 @@ PaddleTensors experts_backward(const paddle::Tensor& routing_table, const Paddle
   }
   Arguments results = arguments(described);
   std::vector<Tensor*> views{&results.hidden_states, &results.router_weights};
-  for (auto* list :
-       {&results.gate_up_weights, &results.down_weights, &results.gate_up_bias, &results.down_bias}) {
+  for (auto* list : {&results.gate_up_weights, &results.down_weights, &results.gate_up_bias,
+                     &results.down_bias, &results.gate_up_scale, &results.down_scale}) {
     for (Tensor& tensor : *list) views.push_back(&tensor);
   }
   for (size_t i = 0; i < views.size(); ++i) {

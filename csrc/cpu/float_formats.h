@@ -1,4 +1,4 @@
-// bf16 and fp16 in scalar code: what the vector code does for whole vectors, for single elements.
+// bf16, fp16 and fp8 in scalar code: what the vector code does for whole vectors, for single elements.
 #pragma once
 
 #include <cstdint>
@@ -48,6 +48,12 @@ inline uint16_t float_to_f16(float value) {
     return sign | static_cast<uint16_t>(float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f));
   }
   return sign | static_cast<uint16_t>((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+
+// fp16 of the same bits: the value of an fp8 e4m3 number times 2^-8, or a NaN.
+inline uint16_t fp8_to_half(uint8_t bits) {
+  const unsigned magnitude = bits & 0x7fu;
+  return static_cast<uint16_t>((bits & 0x80u) << 8 | (magnitude == 0x7f ? 0x7e00u : magnitude << 7));
 }
 
 }  // namespace cpu

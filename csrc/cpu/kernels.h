@@ -79,6 +79,7 @@ struct GemmTask {
   // first weights are packed meanwhile, which packed_ahead tells it. Needs packed_ahead.
   const GemmTask* next = nullptr;
   PackedAhead* packed_ahead = nullptr;
+  Scale scale[2] = {};  // of quantised weights, at their first column
 };
 
 // out[r, c] = activation(gate) * up, rounded to dtype and stored as an operand of the second GEMM.

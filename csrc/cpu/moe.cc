@@ -22,7 +22,7 @@ namespace {
 
 struct Layout {
   explicit Layout(const Problem& p, void* workspace, int threads)
-      : operand(operand_of(p.dtype)),
+      : operand(operand_of(p)),
         hidden_stride(operand_stride(p.hidden_size, operand)),
         inter_stride(operand_stride(p.intermediate_size, operand)),
         down_stride(sums_stride(round_up(p.hidden_size, 2 * kPackedColumns) / 2)) {
@@ -71,7 +71,7 @@ class Chunk {
 
   void run() {
     const int64_t bytes_per_expert =
-        3 * p_.hidden_size * p_.intermediate_size * static_cast<int64_t>(dtype_size(p_.dtype));
+        3 * p_.hidden_size * p_.intermediate_size * static_cast<int64_t>(dtype_size(p_.weight_dtype));
     const int64_t useful = 1 + active_experts_ * bytes_per_expert / kWeightBytesPerThread;
     parallel(static_cast<int>(std::min<int64_t>({threads_, useful, num_tasks_})),
              [this](int thread) { work(thread); });
@@ -145,16 +145,23 @@ class Chunk {
   bool is_gemm(int64_t i) const { return i >= copy_tasks_ && i < second_end(); }
 
   GemmTask gemm_task(int64_t i, const ThreadScratch& scratch) const {
-    if (i < first_end()) {
-      const GemmBlock& block = first_[i - copy_tasks_];
-      return gate_up_gemm(w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes, w_.hidden_stride,
-                          p_, block, scratch);
+    const bool first = i < first_end();
+    const GemmBlock& block = first ? first_[i - copy_tasks_] : second_[i - first_end()];
+    GemmTask task =
+        first ? gate_up_gemm(w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes,
+                             w_.hidden_stride, p_, block, scratch)
+              : neighbours_gemm(w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes,
+                                w_.inter_stride, p_.intermediate_size, w_.operand,
+                                p_.experts[block.expert].down, p_.weight_dtype, block,
+                                w_.down_rows + block.first_row * w_.down_stride + block.first_column,
+                                w_.down_stride, scratch);
+    if (!p_.scales.empty()) {
+      const ExpertScales& scales = p_.scales[block.expert];
+      task.scale[0] = from_column(first ? scales.gate : scales.down, block.first_column);
+      task.scale[1] =
+          first ? from_column(scales.up, block.first_column) : from_column(task.scale[0], task.columns[0]);
     }
-    const GemmBlock& block = second_[i - first_end()];
-    return neighbours_gemm(w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes, w_.inter_stride,
-                           p_.intermediate_size, w_.operand, p_.experts[block.expert].down, p_.dtype, block,
-                           w_.down_rows + block.first_row * w_.down_stride + block.first_column,
-                           w_.down_stride, scratch);
+    return task;
   }
 
   void run_task(int64_t i, const GemmTask& gemm, const ThreadScratch& scratch) {

@@ -40,6 +40,11 @@ inline Operand operand_of(DType dtype) {
   return dtype == DType::kBFloat16 && kernels().bf16_dot ? Operand::kBf16Pairs : Operand::kFloat32;
 }
 
+// Quantised weights become fp32: their products with scales do not fit bf16.
+inline Operand operand_of(const Problem& p) {
+  return is_quantised(p.weight_dtype) ? Operand::kFloat32 : operand_of(p.dtype);
+}
+
 // The local expert of slot i, or -1.
 inline int32_t local_expert(const Problem& p, int64_t i) {
   const int64_t id = p.routing_table_dtype == DType::kInt64 ? static_cast<const int64_t*>(p.routing_table)[i]
@@ -136,15 +141,20 @@ inline GemmTask gate_up_gemm(const void* rows, int64_t row_stride, const Problem
           row_stride,
           block.num_rows,
           p.hidden_size,
-          operand_of(p.dtype),
-          p.dtype,
-          {from_column(expert.gate, block.first_column, p.dtype),
-           from_column(expert.up, block.first_column, p.dtype)},
+          operand_of(p),
+          p.weight_dtype,
+          {from_column(expert.gate, block.first_column, p.weight_dtype),
+           from_column(expert.up, block.first_column, p.weight_dtype)},
           {block.num_columns, block.num_columns},
           block.width,
           scratch.result,
           sums_stride(block.width),
           scratch.gemm};
+}
+
+inline Scale from_column(Scale scale, int64_t column) {
+  scale.first_out += column;
+  return scale;
 }
 
 // A block's rows x two neighbouring blocks of columns of one weight.

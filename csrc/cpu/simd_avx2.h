@@ -29,6 +29,25 @@ struct Simd {
   static V load_f16(const uint16_t* p) {
     return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  // Two vectors.
+  static void load_int8(const int8_t* p, V (&two)[2]) {
+    for (int i = 0; i < 2; ++i) {
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i * kLanes));
+      two[i] = (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    }
+  }
+  // Two vectors of fp8 e4m3 times 2^-8: fp16 of the same bits, whose exponents mean that much less, so that
+  // subnormal numbers are right whatever the processor's modes are. All bits of a NaN are set.
+  static void load_fp8(const uint8_t* p, V (&two)[2]) {
+    const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i with_signs = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 1);
+    const __m256i numbers = _mm256_and_si256(with_signs, _mm256_set1_epi16(-0x4001));
+    const __m256i nan = _mm256_set1_epi16(0x3f80);
+    const __m256i is_nan = _mm256_cmpeq_epi16(_mm256_and_si256(numbers, nan), nan);
+    const __m256i halves = _mm256_or_si256(numbers, is_nan);
+    two[0] = (V)_mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+    two[1] = (V)_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+  }
   static __m128i low_halves(VI v) {
     const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));

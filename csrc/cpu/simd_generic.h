@@ -29,6 +29,13 @@ struct Simd {
   static V load_f16(const uint16_t* p) {
     return V{f16_to_float(p[0]), f16_to_float(p[1]), f16_to_float(p[2]), f16_to_float(p[3])};
   }
+  // Two vectors; fp8 e4m3 times 2^-8, the value of fp16 of the same bits.
+  static void load_int8(const int8_t* p, V (&two)[2]) {
+    for (int i = 0; i < 2 * kLanes; ++i) two[i / kLanes][i % kLanes] = static_cast<float>(p[i]);
+  }
+  static void load_fp8(const uint8_t* p, V (&two)[2]) {
+    for (int i = 0; i < 2 * kLanes; ++i) two[i / kLanes][i % kLanes] = f16_to_float(fp8_to_half(p[i]));
+  }
   static void store_low_halves(uint16_t* p, VI v) {
     for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint16_t>(v[i]);
   }

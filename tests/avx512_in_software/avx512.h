@@ -92,6 +92,20 @@ inline __m512i _mm512_cvtepu16_epi32(__m256i halves) {
   return v;
 }
 
+inline __m512i _mm512_cvtepi8_epi32(__m128i bytes) {
+  const Elements<int8_t, 16> from = bytes;
+  Ints16 v;
+  for (int i = 0; i < 16; ++i) v[i] = static_cast<uint32_t>(from[i]);
+  return v;
+}
+
+inline __m512 _mm512_cvtepi32_ps(__m512i ints) {
+  const Ints16 from = ints;
+  Floats16 v;
+  for (int i = 0; i < 16; ++i) v[i] = static_cast<float>(static_cast<int32_t>(from[i]));
+  return v;
+}
+
 inline __m256i _mm512_cvtepi32_epi16(__m512i ints) {
   const Ints16 from = ints;
   Halves16 v;

@@ -112,6 +112,15 @@ void integers() {
                             bits_as<Ints16>(eight));
   check_equal<uint32_t, 16>("slli 32", _mm512_slli_epi32(wide, 32), Ints16(__m512i{}));
   check_equal<uint16_t, 16>("cvtepi32", _mm512_cvtepi32_epi16(wide), low);
+  Elements<int8_t, 16> bytes;
+  Floats16 floats;
+  for (int i = 0; i < 16; ++i) {
+    bytes[i] = static_cast<int8_t>(17 * i - 128);
+    wide[i] = static_cast<uint32_t>(17 * i - 128);
+    floats[i] = static_cast<float>(17 * i - 128);
+  }
+  check_equal<uint32_t, 16>("cvtepi8", _mm512_cvtepi8_epi32(bytes), wide);
+  check_equal<float, 16>("cvtepi32_ps", _mm512_cvtepi32_ps(wide), floats);
 }
 
 // Every fp16 number, and between two neighbours the middle and what lies on its sides.

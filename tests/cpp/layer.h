@@ -137,7 +137,53 @@ struct Layer {
     }
   }
 
+  // The same layer with weights of an 8-bit dtype: +-64, and scales +-1/64 of random groups, so that nothing
+  // is rounded.
+  void quantise(Random& random, paddle_moe::DType type) {
+    arguments.gate_up_scale = quantise(random, type, &arguments.gate_up_weights, hidden,
+                                       layout == Layout::kSeparate ? inter : 2 * inter);
+    arguments.down_scale = quantise(random, type, &arguments.down_weights, inter, hidden);
+  }
+
  private:
+  std::vector<paddle_moe::Tensor> quantise(Random& random, paddle_moe::DType type,
+                                           std::vector<paddle_moe::Tensor>* weights, int64_t in,
+                                           int64_t out) {
+    const int granularity = pick(random, 0, 3);
+    const int64_t in_groups = granularity < 2 ? 1 : (in + 127) / 128;
+    const int64_t out_groups = granularity == 0 ? 1 : granularity == 3 ? (out + 127) / 128 : out;
+    auto group_of = [](int64_t i, int64_t groups, int64_t size) {
+      return groups == 1 ? 0 : groups == size ? i : i / 128;
+    };
+    std::vector<paddle_moe::Tensor> scales;
+    for (paddle_moe::Tensor& tensor : *weights) {
+      const int64_t matrices = layout == Layout::kStacked ? num_experts : 1;
+      Numbers scale(static_cast<size_t>(matrices * in_groups * out_groups));
+      for (float& value : scale) value = pick(random, 0, 1) ? 1.0f / 64 : -1.0f / 64;
+      std::vector<unsigned char> bytes(static_cast<size_t>(matrices * in * out));
+      for (size_t n = 0; n < bytes.size(); ++n) {
+        const int64_t first = static_cast<int64_t>(n) / (permuted ? in : out) % (permuted ? out : in);
+        const int64_t second = static_cast<int64_t>(n) % (permuted ? in : out);
+        const int64_t i = group_of(permuted ? second : first, in_groups, in);
+        const int64_t o = group_of(permuted ? first : second, out_groups, out);
+        const int64_t at = permuted ? o * in_groups + i : i * out_groups + o;
+        const float value = get(static_cast<const unsigned char*>(tensor.data), dtype, n) /
+                            scale[static_cast<int64_t>(n) / (in * out) * in_groups * out_groups + at];
+        // 64 is 1.000 x 2^6 with an exponent bias of 7.
+        const int fp8 = value == 0 ? 0 : 13 << 3 | (value < 0 ? 0x80 : 0);
+        bytes[n] =
+            static_cast<unsigned char>(type == paddle_moe::DType::kInt8 ? static_cast<int>(value) : fp8);
+      }
+      storage.push_back(std::move(bytes));
+      tensor = {storage.back().data(), type, tensor.shape, {}};
+      std::vector<int64_t> groups = shape(in_groups, out_groups);
+      if (granularity == 1 && pick(random, 0, 1)) groups = {out};
+      if (layout == Layout::kStacked) groups.insert(groups.begin(), num_experts);
+      scales.push_back(store(scale, paddle_moe::DType::kFloat32, groups));
+    }
+    return scales;
+  }
+
   paddle_moe::Tensor store(const Numbers& numbers, paddle_moe::DType type, std::vector<int64_t> shape) {
     storage.emplace_back(numbers.size() * paddle_moe::dtype_size(type));
     for (size_t i = 0; i < numbers.size(); ++i) put(storage.back(), type, i, numbers[i]);

@@ -52,6 +52,29 @@ void past_block_sizes() {
   }
 }
 
+void quantised() {
+  Random random(5);
+  for (DType type : {DType::kInt8, DType::kFloat8E4M3}) {
+    for (bool permuted : {false, true}) {
+      for (int hidden : {1, 7, 16, 33, 127, 128, 129, 300}) {
+        for (int inter : {1, 9, 64, 65, 130, 257}) {
+          for (int most_tokens : {3, 70}) {
+            Layer layer(random, pick(random, 1, most_tokens), hidden, inter, 2, 1,
+                        kDTypes[pick(random, 0, 2)], static_cast<Layout>(pick(random, 0, 2)), permuted);
+            layer.quantise(random, type);
+            CHECK(count_differences(layer, run(layer, 2)) == 0, "T=%d H=%d I=%d %s %s layout %d permuted %d",
+                  layer.tokens, hidden, inter, paddle_moe::dtype_name(layer.dtype),
+                  paddle_moe::dtype_name(type), static_cast<int>(layer.layout), permuted);
+          }
+        }
+      }
+      Layer deep(random, 9, 1300, 6, 1, 1, DType::kFloat32, Layout::kList, permuted);
+      deep.quantise(random, type);
+      CHECK(count_differences(deep, run(deep, 1)) == 0, "deep %s", paddle_moe::dtype_name(type));
+    }
+  }
+}
+
 void ids_at_the_limits() {
   Random random(3);
   Layer layer(random, 64, 9, 7, 3, 2, DType::kFloat32, Layout::kList, false);
@@ -91,6 +114,7 @@ int main() {
   on_every_isa([] {
     small_shapes();
     past_block_sizes();
+    quantised();
     ids_at_the_limits();
     chunks();
   });

@@ -1,0 +1,382 @@
+"""Weights of 8 bits: mixture_of_experts with scales, quantize() and FusedMoE.quantize_()."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import paddle
+import pytest
+from checks import (
+    assert_amax_close,
+    assert_close,
+    assert_same_bits,
+    expected_moe,
+    per_layout,
+    per_permuted,
+    random_tokens,
+    relative_l2,
+)
+from layer_cases import EVERYTHING, HIDDEN, TOP_K, Shard, dense_weights, tokens
+from training_cases import autocast
+
+import paddle_moe
+from paddle_moe import FusedMoE, reference
+from paddle_moe import core as kernels
+from paddle_moe.reference import dequantise, to_float64
+
+GRANULARITIES = ("tensor", "channel", "group", "block")
+KINDS = ("int8", "float8_e4m3fn")
+per_kind = pytest.mark.parametrize("kind", KINDS)
+per_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
+
+
+def groups(size: int) -> int:
+    return -(-size // 128)
+
+
+def random_weights(rng, num_experts: int, rows: int, columns: int, kind: str, granularity: str):
+    """(8-bit numbers [E, in, out], scales [E, ...]) of weights near 1 / sqrt(in)."""
+    shape = (num_experts, rows, columns)
+    if kind == "int8":
+        bits = rng.integers(-127, 127, shape, endpoint=True).astype(np.int8)
+    else:
+        bits = reference.to_fp8_bits(rng.standard_normal(shape) * 60)
+    scales = {
+        "tensor": (1,),
+        "channel": (columns,),
+        "group": (groups(rows), columns),
+        "block": (groups(rows), groups(columns)),
+    }
+    scale = rng.uniform(0.5, 1.5, (num_experts, *scales[granularity])) / (60 * np.sqrt(rows))
+    return bits, scale.astype(np.float32)
+
+
+def quantized_case(
+    num_tokens=9, hidden=300, inter=140, num_experts=4, top_k=2, dtype="float32", *,
+    kind="int8", granularity="channel", layout="stacked", permuted=False, seed=0, **options,
+) -> dict:  # fmt: skip
+    rng = np.random.default_rng(seed)
+
+    def stored(pair):
+        bits, scale = (np.swapaxes(a, 1, 2) if permuted and a.ndim == 3 else a for a in pair)
+        arrays = np.ascontiguousarray(bits), np.ascontiguousarray(scale)
+        return arrays if layout == "stacked" else tuple(map(list, arrays))
+
+    if layout == "separate":
+        halves = [
+            stored(random_weights(rng, num_experts, hidden, inter, kind, granularity)) for _ in range(2)
+        ]
+        gate_up, gate_up_scale = ([*gates, *ups] for gates, ups in zip(*halves))
+    else:
+        pair = random_weights(rng, num_experts, hidden, 2 * inter, kind, granularity)
+        gate_up, gate_up_scale = stored(pair)
+    down, down_scale = stored(random_weights(rng, num_experts, inter, hidden, kind, granularity))
+    return {
+        **random_tokens(rng, num_tokens, hidden, top_k, num_experts, dtype),
+        "gate_up_weights": gate_up,
+        "down_weights": down,
+        "gate_up_scale": gate_up_scale,
+        "down_scale": down_scale,
+        "permuted_weights": permuted,
+        **options,
+    }
+
+
+def dequantised(case: dict) -> dict:
+    """The same call with float32 weights, each the product with its scale rounded once."""
+    result = {name: value for name, value in case.items() if not name.endswith("_scale")}
+    for kind in ("gate_up", "down"):
+        pairs = zip(case[f"{kind}_weights"], case[f"{kind}_scale"])
+        result[f"{kind}_weights"] = [
+            np.ascontiguousarray(dequantise(*pair, case["permuted_weights"]), np.float32) for pair in pairs
+        ]
+    return result
+
+
+# ---------------------------------------------------------------- the operator
+
+
+@per_kind
+@per_granularity
+@per_layout
+@per_permuted
+def test_against_the_reference(backend, kind, granularity, layout, permuted):
+    for dtype, num_tokens in (("float32", 9), ("bfloat16", 70), ("float16", 1)):
+        case = quantized_case(
+            num_tokens, dtype=dtype, kind=kind, granularity=granularity, layout=layout, permuted=permuted,
+            measurement_mode=True,
+        )  # fmt: skip
+        out, amax = backend.mixture_of_experts(**case)
+        expected, expected_amax = expected_moe(case)
+        assert_close(out, expected)
+        assert_amax_close(amax, expected_amax)
+
+
+@per_kind
+@per_permuted
+@pytest.mark.parametrize(("hidden", "inter"), [(1, 1), (5, 3), (127, 129), (256, 257), (1030, 20)])
+def test_sizes(core, kind, permuted, hidden, inter):
+    for granularity in GRANULARITIES:
+        for num_tokens in (1, 4, 13):
+            case = quantized_case(
+                num_tokens, hidden, inter, 2, 1, kind=kind, granularity=granularity, permuted=permuted
+            )
+            assert_close(core.mixture_of_experts(**case), expected_moe(case))
+
+
+@per_kind
+@pytest.mark.parametrize("num_tokens", [1, 3, 40, 200])
+@pytest.mark.parametrize(
+    ("granularity", "permuted"),
+    [("channel", False), ("group", False), ("group", True), ("block", False), ("block", True)],
+)
+def test_the_bits_of_dequantised_weights(core, kind, num_tokens, granularity, permuted):
+    """Where scales change along the depth, or weights are stored [in, out]: nothing but memory is saved."""
+    case = quantized_case(num_tokens, kind=kind, granularity=granularity, permuted=permuted)
+    assert_same_bits(core.mixture_of_experts(**case), core.mixture_of_experts(**dequantised(case)))
+
+
+@per_kind
+@per_granularity
+@per_permuted
+def test_bits_of_a_token_do_not_depend_on_the_others(core, kind, granularity, permuted):
+    case = quantized_case(50, num_experts=2, top_k=1, kind=kind, granularity=granularity, permuted=permuted)
+    whole = core.mixture_of_experts(**case)
+    per_token = ("hidden_states", "routing_table", "router_weights")
+    for count in (1, 2, 5, 9, 14, 30):
+        some = {**case, **{name: case[name][-count:] for name in per_token}}
+        assert_same_bits(core.mixture_of_experts(**some), whole[-count:])
+    assert_same_bits(core.mixture_of_experts(**case, chunk_size=7), whole)
+    try:
+        kernels.set_num_threads(1)
+        assert_same_bits(core.mixture_of_experts(**case), whole)
+    finally:
+        kernels.set_num_threads(0)
+
+
+@per_kind
+@per_permuted
+def test_every_number(core, kind, permuted):
+    """down = all 256 numbers; the intermediate is 1."""
+    bits = np.arange(256, dtype=np.uint8).reshape(1, 1, 256)
+    if kind == "int8":
+        bits = bits.view(np.int8)
+    one = np.ones([1, 256, 2] if not permuted else [1, 2, 256], np.int8 if kind == "int8" else np.uint8)
+    if kind != "int8":
+        one *= 0x38
+    for num_tokens in (1, 2, 30):
+        out = core.mixture_of_experts(
+            hidden_states=np.full((num_tokens, 256), 1 / 256, np.float32),
+            routing_table=np.zeros((num_tokens, 1), np.int32),
+            router_weights=np.ones((num_tokens, 1), np.float32),
+            gate_up_weights=one,
+            down_weights=np.swapaxes(bits, 1, 2).copy() if permuted else bits,
+            gate_up_scale=np.ones((1, 1), np.float32),
+            down_scale=np.full((1, 1), 0.125, np.float32),
+            permuted_weights=permuted,
+            activation="relu",
+        )
+        expected = np.repeat(to_float64(bits).reshape(1, 256) / 8, num_tokens, 0)
+        if kind != "int8":
+            assert np.isnan(expected[:, [0x7F, 0xFF]]).all() and np.isnan(out[:, [0x7F, 0xFF]]).all()
+        np.testing.assert_array_equal(out, expected)
+
+
+def test_a_scale_that_is_no_number(core):
+    """It makes its own channel NaN and no other."""
+    case = quantized_case(40, permuted=True)
+    case["down_scale"][:, 7] = np.nan
+    out = core.mixture_of_experts(**case)
+    assert np.isnan(out[:, 7]).all() and np.isfinite(np.delete(out, 7, 1)).all()
+
+
+def test_strided_arrays(core):
+    """Any strides of weights and scales, as NumPy arrays may have them."""
+    case = quantized_case(30, granularity="group")
+    expected = core.mixture_of_experts(**case)
+    for name in ("gate_up_weights", "down_weights", "gate_up_scale", "down_scale"):
+        wide = np.zeros([2 * size for size in case[name].shape], case[name].dtype)
+        wide[::2, 1::2, ::2] = case[name]
+        case[name] = wide[::2, 1::2, ::2]
+    assert_same_bits(core.mixture_of_experts(**case), expected)
+
+
+def test_fused_gate_moe(backend):
+    case = quantized_case(21, granularity="block")
+    del case["routing_table"], case["router_weights"]
+    gate_weight = np.random.default_rng(1).standard_normal((300, 4)).astype(np.float32)
+    out, table, weights = backend.fused_gate_moe(
+        **case, gate_weight=gate_weight, top_k=2, return_routing=True
+    )
+    case.update(routing_table=table, router_weights=weights)
+    assert_close(out, expected_moe(case))
+    assert_same_bits(out, backend.mixture_of_experts(**case))
+
+
+def test_paddle_takes_its_own_fp8():
+    if not hasattr(paddle, "float8_e4m3fn"):
+        pytest.skip("this Paddle has no fp8")
+    case = quantized_case(kind="float8_e4m3fn", granularity="block", permuted=True)
+    arrays = {name: paddle.to_tensor(a) if isinstance(a, np.ndarray) else a for name, a in case.items()}
+    as_bits = paddle_moe.mixture_of_experts(**arrays)
+    for name in ("gate_up_weights", "down_weights"):
+        arrays[name] = arrays[name].view("float8_e4m3fn")
+    assert_same_bits(paddle_moe.mixture_of_experts(**arrays).numpy(), as_bits.numpy())
+
+
+def test_autocast_leaves_scales_alone():
+    case = quantized_case(dtype="bfloat16", granularity="group")
+    arrays = {name: paddle.to_tensor(a) if isinstance(a, np.ndarray) else a for name, a in case.items()}
+    expected = paddle_moe.mixture_of_experts(**arrays).astype("float32").numpy()
+    arrays["hidden_states"] = arrays["hidden_states"].astype("float32")
+    with autocast("O2", "bfloat16"):
+        out = paddle_moe.mixture_of_experts(**arrays)
+    assert out.dtype == paddle.bfloat16
+    assert_same_bits(out.astype("float32").numpy(), expected)
+
+
+def test_there_is_no_gradient():
+    case = quantized_case()
+    arrays = {name: paddle.to_tensor(a) if isinstance(a, np.ndarray) else a for name, a in case.items()}
+    arrays["hidden_states"].stop_gradient = False
+    out = paddle_moe.mixture_of_experts(**arrays)
+    with pytest.raises(
+        ValueError, match="must not be quantised where a gradient is wanted, got the dtype int8"
+    ):
+        out.sum().backward()
+
+
+# ---------------------------------------------------------------- quantize
+
+
+def as_numpy(tensor: paddle.Tensor) -> np.ndarray:
+    return tensor.numpy() if tensor.dtype in (paddle.int8, paddle.float32) else tensor.view("uint8").numpy()
+
+
+@per_kind
+@per_granularity
+@per_permuted
+@pytest.mark.parametrize("shape", [(3, 300, 257), (130, 64)])
+def test_quantize(kind, granularity, permuted, shape):
+    weight = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+    weight[..., 0, :] = 0
+    quantised, scale = (
+        as_numpy(tensor)
+        for tensor in paddle_moe.quantize(paddle.to_tensor(weight), kind, granularity, permuted=permuted)
+    )
+    assert quantised.shape == shape and scale.dtype == np.float32
+    largest = {"int8": 127, "float8_e4m3fn": 448}[kind]
+    matrices = [a.reshape(-1, *a.shape[-2:]) for a in (weight, quantised, scale)]
+    for one, bits, scales in zip(*matrices):
+        spread = dequantise(np.ones(one.shape), scales, permuted).astype(np.float32)
+        ratio = one / spread
+        assert np.abs(ratio).max() <= largest * (1 + 1e-6)
+        rounded = np.rint(ratio) if kind == "int8" else to_float64(reference.to_fp8_bits(ratio))
+        np.testing.assert_array_equal(to_float64(bits), rounded)
+        # Each group has an element with the largest magnitude, unless all of it is zero.
+        tops = np.unique(scales[np.nonzero(scales != 1)]).size
+        assert np.unique(spread[np.abs(to_float64(bits)) == largest]).size >= tops
+
+
+def test_quantize_zeros_and_almost_nothing():
+    for value in (0.0, 1e-44):
+        quantised, scale = paddle_moe.quantize(paddle.full([4, 3], value))
+        assert not quantised.numpy().any() and bool((scale == 1).all())
+
+
+def test_quantize_refuses():
+    weight = paddle.ones([4, 4])
+    with pytest.raises(ValueError, match="weight must be finite, got infinity or NaN in it"):
+        paddle_moe.quantize(paddle.full([4, 4], float("inf")))
+    with pytest.raises(ValueError, match=r"weight must be float32, .* got int32 \[4, 4\]"):
+        paddle_moe.quantize(weight.astype("int32"))
+    with pytest.raises(ValueError, match="dtype must be 'int8' or 'float8_e4m3fn', got 'int4'"):
+        paddle_moe.quantize(weight, "int4")
+    with pytest.raises(
+        ValueError, match="granularity must be 'tensor', 'channel', 'group' or 'block', got 'row'"
+    ):
+        paddle_moe.quantize(weight, granularity="row")
+
+
+# ---------------------------------------------------------------- FusedMoE
+
+
+@per_kind
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer(kind, dtype):
+    layer = FusedMoE.from_dense(**dense_weights(dtype, **EVERYTHING), top_k=TOP_K)
+    x = paddle.to_tensor(tokens(dtype))
+    with paddle.no_grad():
+        exact = layer(x).astype("float32").numpy()
+        twin = copy.deepcopy(layer)
+        assert twin.quantize_(kind, "group") is twin
+        output = twin(x)
+        assert output.dtype == x.dtype
+        error = relative_l2(output.astype("float32").numpy(), exact)
+        assert 1e-3 < error < {"int8": 0.02, "float8_e4m3fn": 0.08}[kind]
+        assert_same_bits(layer(x).astype("float32").numpy(), exact)  # the other is left alone
+        again = copy.deepcopy(twin)(x)
+        assert bool((again == output).all())
+    stored = {name for name, value in twin.state_dict().items() if value.dtype in (paddle.int8, paddle.uint8)}
+    names = ("gate_up_weight", "down_weight", "shared_gate_up_weight", "shared_down_weight")
+    assert stored == set(names)
+    assert not any(name in names for name, _ in twin.named_parameters())
+    assert f"dtype={'int8' if kind == 'int8' else 'uint8'}" in repr(twin)
+
+
+@per_kind
+@pytest.mark.parametrize(("ep_size", "tp_size"), [(2, 1), (7, 1), (1, 3), (2, 2)])
+def test_shards_of_a_layer(kind, ep_size, tp_size):
+    """Their sum; with ep_size 7 two of them have no expert."""
+    dense = dense_weights(bias=True, shared=tp_size > 1)
+    whole, x = FusedMoE.from_dense(**dense, top_k=TOP_K), paddle.to_tensor(tokens())
+    with paddle.no_grad():
+        routing = whole.route(x)
+        if tp_size == 1:  # each expert is quantised alone, whoever has it
+            whole.quantize_(kind)
+        total = np.zeros(x.shape)
+        for rank in range(ep_size * tp_size):
+            shard = Shard(rank // tp_size, ep_size, rank % tp_size, tp_size)
+            part = FusedMoE.from_dense(**dense, top_k=TOP_K, parallel=shard).quantize_(kind)
+            total += part.partial_output(x, *routing).numpy()
+        error = relative_l2(total, whole.partial_output(x, *routing).numpy())
+    assert error < (1e-6 if tp_size == 1 else {"int8": 0.02, "float8_e4m3fn": 0.08}[kind])
+
+
+@per_kind
+def test_layer_is_saved_loaded_and_compiled(kind, tmp_path):
+    layers = [FusedMoE(HIDDEN, 48, 6, TOP_K, seed=seed).quantize_(kind) for seed in (1, 2)]
+    for layer in layers:
+        layer.eval()
+    paddle.save(layers[0].state_dict(), str(tmp_path / "state"))
+    missing, unexpected = layers[1].set_state_dict(paddle.load(str(tmp_path / "state")))
+    assert not missing and not unexpected
+    x = paddle.to_tensor(tokens())
+    with paddle.no_grad():
+        expected = layers[0](x).numpy()
+        assert_same_bits(layers[1](x).numpy(), expected)
+    paddle.jit.save(layers[1], str(tmp_path / "program"), [paddle.static.InputSpec([None, HIDDEN])])
+    assert_same_bits(paddle.jit.load(str(tmp_path / "program"))(x).numpy(), expected)
+
+
+def test_layer_says_what_it_cannot_do(tmp_path):
+    layer = FusedMoE(HIDDEN, 48, 6, TOP_K).quantize_()
+    with pytest.raises(RuntimeError, match="the expert weights of this layer are int8 already"):
+        layer.quantize_()
+    with pytest.raises(RuntimeError, match="are int8 since quantize_.., .* save and load before quantize_"):
+        paddle_moe.save_checkpoint(str(tmp_path / "checkpoint"), layer)
+    with pytest.raises(ValueError, match="must not be quantised where a gradient is wanted"):
+        layer(paddle.to_tensor(tokens())).sum().backward()
+
+
+def test_mistakes_are_seen():
+    """What a wrong index of scales would give is far from the right result."""
+    case = quantized_case(granularity="block")
+    right = expected_moe(case)
+    wrong = [{**case, "gate_up_scale": np.roll(case["gate_up_scale"], 1, axis)} for axis in (0, 1, 2)] + [
+        {**case, "down_scale": np.roll(case["down_scale"], 1, axis)} for axis in (0, 1, 2)
+    ]
+    for one in wrong:
+        with pytest.raises(AssertionError, match="relative L2 error"):
+            assert_close(expected_moe(one).astype(np.float32), right)
