@@ -222,72 +222,71 @@ int64_t scale_groups(int64_t size) {
   return known(size) ? (size + kScaleGroup - 1) >> kScaleGroupShift : size;
 }
 
-// Scales of matrices [in, out], in the last dimensions of an array whose first is the expert where weights
-// are stacked.
-class ScaleShape {
- public:
-  ScaleShape(int64_t num_experts, bool stacked, bool permuted, int64_t in, int64_t out)
-      : num_experts_(num_experts), stacked_(stacked), permuted_(permuted), in_(in), out_(out) {}
+bool agree(int64_t a, int64_t b) { return !known(a) || !known(b) || a == b; }
+
+// Matrices [in, out] that have scales; the first dimension of an array is the expert where they are stacked.
+struct ScaledMatrices {
+  int64_t num_experts;
+  bool stacked, permuted;
+  int64_t in, out;
+  int64_t parts;  // 2: gate and up side by side, each with blocks of its own
+
+  int64_t out_groups() const { return known(out) ? parts * scale_groups(out / parts) : out; }
 
   Scale read(const Name& name, const Tensor& tensor) const {
-    std::vector<int64_t> shape = tensor.shape, strides;
-    for (size_t i = 0; i < shape.size(); ++i) strides.push_back(stride(tensor, i));
-    bool fits = true;
-    if (stacked_) {
-      fits = !shape.empty() && agree(shape[0], num_experts_);
-      if (fits) shape.erase(shape.begin()), strides.erase(strides.begin());
-    }
+    const size_t rank = tensor.shape.size(), first = stacked ? 1 : 0, own = rank - std::min(rank, first);
+    const bool right = rank >= first && own <= 2 && (!stacked || agree(tensor.shape[0], num_experts));
+    if (!right) refuse(name, tensor);
     Scale scale;
     scale.data = static_cast<const float*>(tensor.data);
-    fits = fits && shape.size() <= 2;
-    if (!fits || shape.empty()) {
-      if (!fits) refuse(name, tensor);
-      return scale;
-    }
-    if (permuted_ && shape.size() == 2) std::swap(shape[0], shape[1]), std::swap(strides[0], strides[1]);
-    const size_t last = shape.size() - 1;
-    if (shape.size() == 2) fits = find(shape[0], in_, false, strides[0], &scale.in_stride, &scale.in_shift);
-    fits = fits && find(shape[last], out_, true, strides[last], &scale.out_stride, &scale.out_shift);
+    const size_t in_dim = first + (permuted ? 1 : 0), out_dim = own == 2 && !permuted ? first + 1 : first;
+    const bool fits =
+        (own < 2 || find(tensor, in_dim, scale_groups(in), -2, &scale.in_stride, &scale.in_shift)) &&
+        (own < 1 || find(tensor, out_dim, out_groups(), out, &scale.out_stride, &scale.out_shift));
     if (!fits) refuse(name, tensor);
     return scale;
   }
 
- private:
-  static bool agree(int64_t a, int64_t b) { return !known(a) || !known(b) || a == b; }
+  // In column 0 of part 1 the count of the columns before it, in whole groups.
+  int64_t first_out(const Scale& scale, int64_t part) const {
+    const int64_t columns = part * (out / parts);
+    return scale.out_shift == 0 ? columns : scale_groups(columns) << kScaleGroupShift;
+  }
 
+ private:
   // Along one dimension: one scale for all, one for each group, or one for each element.
-  static bool find(int64_t count, int64_t size, bool single, int64_t stride, int64_t* step, int* shift) {
+  static bool find(const Tensor& tensor, size_t dim, int64_t groups, int64_t elements, int64_t* step,
+                   int* shift) {
+    const int64_t count = tensor.shape[dim];
     if (count == 1) return true;
-    *step = stride;
-    if (agree(count, scale_groups(size))) *shift = kScaleGroupShift;
-    return agree(count, scale_groups(size)) || (single && count == size);
+    *step = stride(tensor, dim);
+    if (agree(count, groups)) *shift = kScaleGroupShift;
+    return agree(count, groups) || count == elements;
   }
 
   [[noreturn]] void refuse(const Name& name, const Tensor& tensor) const {
     auto text = [&](std::vector<int64_t> shape) {
-      if (permuted_) std::reverse(shape.begin(), shape.end());
-      if (stacked_) shape.insert(shape.begin(), num_experts_);
+      if (permuted) std::reverse(shape.begin(), shape.end());
+      if (stacked) shape.insert(shape.begin(), num_experts);
       return shape_text(shape);
     };
     const std::string group = std::to_string(kScaleGroup);
-    fail(name, " must have the shape ", text({1}), " (a scale per matrix), ", text({out_}), " (per output), ",
-         text({scale_groups(in_), out_}), " (per output and ", group, " inputs) or ",
-         text({scale_groups(in_), scale_groups(out_)}), " (per ", group, " x ", group, " block), got ",
-         shape_text(tensor.shape));
+    fail(name, " must have the shape ", text({1}), " (a scale per matrix), ", text({out}), " (per output), ",
+         text({scale_groups(in), out}), " (per output and ", group, " inputs) or ",
+         text({scale_groups(in), out_groups()}), " (per ", group, " x ", group, " block",
+         parts == 2 ? ", of gate and of up" : "", "), got ", shape_text(tensor.shape));
   }
-
-  int64_t num_experts_;
-  bool stacked_, permuted_;
-  int64_t in_, out_;
 };
 
-void check_scales(const char* name, const std::vector<Tensor>& scales, const char* weights_name,
-                  const std::vector<Tensor>& weights, const ScaleShape& shape) {
+// One for each tensor.
+std::vector<Scale> check_scales(const char* name, const std::vector<Tensor>& scales, const char* weights_name,
+                                const std::vector<Tensor>& weights, const ScaledMatrices& matrices) {
   const Tensor& first = weights[0];
+  std::vector<Scale> result;
   if (scales.empty()) {
     if (is_quantised(weight_dtype_of(first)))
       fail(name, " must be given: ", weights_name, " has the dtype ", dtype_text(first));
-    return;
+    return result;
   }
   if (first.dtype != DType::kUnknown && !is_quantised(weight_dtype_of(first))) {
     fail(name, " must not be given: ", weights_name,
@@ -298,11 +297,13 @@ void check_scales(const char* name, const std::vector<Tensor>& scales, const cha
     fail(name, " must hold as many tensors as ", weights_name, " (", weights.size(), "), got ",
          scales.size());
   }
+  result.reserve(scales.size());
   for (size_t i = 0; i < scales.size(); ++i) {
     const Name entry(name, i, scales.size());
     expect_dtype(entry, scales[i], DType::kFloat32);
-    shape.read(entry, scales[i]);
+    result.push_back(matrices.read(entry, scales[i]));
   }
+  return result;
 }
 
 // The parts of every expert, which are null where a tensor has no data.
@@ -336,24 +337,25 @@ std::vector<Expert> find_experts(const Arguments& a, const Layout& layout, DType
   return experts;
 }
 
-std::vector<ExpertScales> find_scales(const Arguments& a, const Layout& layout, const ScaleShape& gate_up,
-                                      const ScaleShape& down, int64_t inter) {
-  std::vector<ExpertScales> scales(a.down_scale.empty() ? 0 : layout.num_experts);
-  auto find = [](const ScaleShape& shape, const std::vector<Tensor>& list, bool stacked, int64_t i,
-                 int64_t first_out) {
-    const Tensor& tensor = list[stacked ? 0 : i];
-    Scale scale = shape.read("scale", tensor);
-    if (stacked) scale.data += i * stride(tensor, 0);
-    scale.first_out = first_out;
+// Of expert e, from those of the tensors that check_scales() read.
+ExpertScales scales_of_expert(const Arguments& a, const Layout& layout, const std::vector<Scale>& gate_up,
+                              const ScaledMatrices& gate_up_matrices, const std::vector<Scale>& down,
+                              int64_t e) {
+  auto find = [e](const std::vector<Scale>& scales, const Tensor& first, bool stacked, int64_t i) {
+    Scale scale = scales[stacked ? 0 : i];
+    if (stacked) scale.data += e * stride(first, 0);
     return scale;
   };
-  for (int64_t e = 0; e < static_cast<int64_t>(scales.size()); ++e) {
-    const int64_t up = layout.separate ? layout.num_experts + e : e;
-    scales[e] = {find(gate_up, a.gate_up_scale, layout.stacked_gate_up, e, 0),
-                 find(gate_up, a.gate_up_scale, layout.stacked_gate_up, up, layout.separate ? 0 : inter),
-                 find(down, a.down_scale, layout.stacked_down, e, 0)};
+  ExpertScales result;
+  result.gate = find(gate_up, a.gate_up_scale[0], layout.stacked_gate_up, e);
+  result.down = find(down, a.down_scale[0], layout.stacked_down, e);
+  if (layout.separate) {
+    result.up = gate_up[layout.num_experts + e];
+  } else {
+    result.up = result.gate;
+    result.up.first_out = gate_up_matrices.first_out(result.up, 1);
   }
-  return scales;
+  return result;
 }
 
 }  // namespace
@@ -497,10 +499,13 @@ Problem resolve(const Arguments& a) {
                 p.hidden_size, columns, gate_up_meaning);
   check_weights("down_weights", a.down_weights, t, p.weight_dtype, num_experts, layout.stacked_down, inter,
                 p.hidden_size, down_meaning);
-  const ScaleShape gate_up_scales(num_experts, layout.stacked_gate_up, t, p.hidden_size, columns);
-  const ScaleShape down_scales(num_experts, layout.stacked_down, t, inter, p.hidden_size);
-  check_scales("gate_up_scale", a.gate_up_scale, "gate_up_weights", a.gate_up_weights, gate_up_scales);
-  check_scales("down_scale", a.down_scale, "down_weights", a.down_weights, down_scales);
+  const ScaledMatrices gate_up{num_experts, layout.stacked_gate_up, t, p.hidden_size,
+                               columns,     layout.separate ? 1 : 2};
+  const ScaledMatrices down{num_experts, layout.stacked_down, t, inter, p.hidden_size, 1};
+  const std::vector<Scale> gate_up_scales =
+      check_scales("gate_up_scale", a.gate_up_scale, "gate_up_weights", a.gate_up_weights, gate_up);
+  const std::vector<Scale> down_scales =
+      check_scales("down_scale", a.down_scale, "down_weights", a.down_weights, down);
   check_bias("gate_up_bias", a.gate_up_bias, p.dtype, num_experts, known(inter) ? 2 * inter : -1, true,
              a.gate_up_bias.size() == 1 && a.gate_up_bias[0].shape.size() == 2 ? "[E_l, 2I]" : "[2I]");
   check_bias("down_bias", a.down_bias, p.dtype, num_experts, p.hidden_size, false,
@@ -540,7 +545,8 @@ Problem resolve(const Arguments& a) {
   if (!a.down_bias.empty()) p.bias_dtype = a.down_bias[0].dtype;
 
   p.experts = find_experts(a, layout, p.weight_dtype, inter);
-  p.scales = find_scales(a, layout, gate_up_scales, down_scales, inter);
+  for (int64_t e = 0; is_quantised(p.weight_dtype) && e < num_experts; ++e)
+    p.scales.push_back(scales_of_expert(a, layout, gate_up_scales, gate_up, down_scales, e));
   return p;
 }
 
@@ -551,7 +557,7 @@ BackwardProblem resolve_backward(const Arguments& arguments, const Tensor& grad_
   const Problem& p = b.forward;
   if (is_quantised(p.weight_dtype)) {
     fail("gate_up_weights and down_weights must not be quantised where a gradient is wanted, got the dtype ",
-         dtype_name(p.weight_dtype), "; compute under paddle.no_grad(), or with dequantised weights");
+         dtype_name(p.weight_dtype), "; compute without gradients, or with dequantised weights");
   }
   expect_shape("grad_out", grad_out, {p.num_tokens, p.hidden_size}, "[T, H]");
   expect_dtype("grad_out", grad_out, p.dtype);

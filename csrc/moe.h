@@ -22,10 +22,10 @@ enum class DType {
   kInt32,
   kInt64,
   kInt8,
-  kFloat8E4M3,  // these the operators compute with
+  kFloat8E4M3,
+  kUInt8,  // these the operators compute with
   kFloat64,
   kInt16,
-  kUInt8,
   kBool,
   kOther,  // these are for error messages only
 };
@@ -68,8 +68,8 @@ struct Arguments : ExpertsOptions {
   std::vector<Tensor> down_weights;  // E_l x [I, H], or one [E_l, I, H]
   std::vector<Tensor> gate_up_bias;  // empty, or E_l x [2I], or 2*E_l x [I], or one [E_l, 2I]
   std::vector<Tensor> down_bias;     // empty, or E_l x [H], or one [E_l, H]
-  // Of quantised weights, int8 or fp8 e4m3 (or its bits, uint8), and empty for all others; fp32, in the form of the weights: for
-  // each matrix one value, one per column, or one per group of kScaleGroup.
+  // Of quantised weights (int8, fp8 e4m3 or its bits as uint8), else empty. fp32, in the form of the weights:
+  // a value for each matrix, column, kScaleGroup inputs of a column, or block of kScaleGroup x kScaleGroup.
   std::vector<Tensor> gate_up_scale;
   std::vector<Tensor> down_scale;
 };

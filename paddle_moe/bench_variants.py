@@ -6,6 +6,7 @@ ImportError.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import importlib.util
@@ -17,6 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from paddle_moe import core, reference
+
+
+class NotSupported(Exception):
+    """A peer cannot run a case; the text says why."""
+
+
+QUANTISED = ("int8", "float8_e4m3fn")  # weights; the activations are float32
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,12 @@ class Case:
         )
 
     def weight_bytes(self, experts: int) -> int:
-        size = 4 if self.dtype == "float32" else 2
+        size = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}[self.dtype]
         return (3 if self.backward else 1) * experts * 3 * self.hidden_size * self.intermediate_size * size
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.dtype in QUANTISED
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
@@ -58,24 +70,42 @@ def _rounded(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     if dtype == "bfloat16":
         own = reference.to_bf16_bits(values)
         return own, reference.from_bf16_bits(own).astype(np.float32)
-    own = values.astype(dtype)
+    own = values.astype("float32" if dtype in QUANTISED else dtype)
     return own, own.astype(np.float32)
 
 
+def _quantised(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(int8 or the bits of fp8, their values in fp32, scales per channel) of weights [E, in, out].
+
+    The scales are fp16 numbers, which ggml's format holds too.
+    """
+    largest = 127 if dtype == "int8" else 448
+    scale = (np.abs(values).max(axis=1) / largest).astype(np.float16).astype(np.float32)
+    scaled = np.clip(values / scale[:, None], -largest, largest)
+    own = np.rint(scaled).astype(np.int8) if dtype == "int8" else reference.to_fp8_bits(scaled)
+    exact = own if dtype == "int8" else reference.from_fp8_bits(own)
+    return own, exact * scale[:, None], scale
+
+
 class Weights:
-    """Random weights of one shape and dtype; `fp32` holds the values after rounding to the dtype."""
+    """Random weights of one shape and dtype; `fp32` holds the values after rounding to the dtype.
+
+    scales: of quantised ones, [E, 2I] and [E, H]; else None.
+    """
 
     def __init__(self, case: Case, generator: np.random.Generator):
         e, h, i = case.num_experts, case.hidden_size, case.intermediate_size
-        self.own, self.fp32 = zip(
+        rounded = _quantised if case.is_quantised else _rounded
+        self.own, self.fp32, *scales = zip(
             *(
                 map(
                     _aligned,
-                    _rounded(generator.random(shape, dtype=np.float32) * (2 * bound) - bound, case.dtype),
+                    rounded(generator.random(shape, dtype=np.float32) * (2 * bound) - bound, case.dtype),
                 )
                 for shape, bound in (((e, h, 2 * i), h**-0.5), ((e, i, h), i**-0.5))
             )
         )
+        self.scales: tuple[np.ndarray, np.ndarray] | None = scales[0] if scales else None
 
     @functools.cached_property
     def swapped(self) -> list[np.ndarray]:
@@ -107,6 +137,9 @@ def _paddle_moe_core(inputs: Inputs, weights: Weights, layout: str = "stacked") 
         arrays = [[stack] for stack in weights.swapped]
     arguments = (inputs.own, inputs.table, inputs.weights, *arrays)
     options = {"permuted_weights": layout == "permuted"}
+    if weights.scales:
+        scales = [list(scale) if layout == "list" else [scale] for scale in weights.scales]
+        options.update(zip(("gate_up_scale", "down_scale"), scales))
     workspace = np.empty(core.workspace_size(*arguments, **options), np.uint8)
     out = np.empty_like(inputs.own)
     if inputs.grad is None:
@@ -126,6 +159,16 @@ def _paddle_moe_core(inputs: Inputs, weights: Weights, layout: str = "stacked") 
         return gradients.hidden_states
 
     return call
+
+
+def _bfloat16(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
+    """paddle_moe.core on the same numbers in bfloat16: what quantised weights are to be compared with."""
+    halves = copy.copy(inputs), copy.copy(weights)
+    halves[0].own = reference.to_bf16_bits(inputs.hidden)
+    halves[1].__dict__.pop("swapped", None)
+    halves[1].own = [_aligned(reference.to_bf16_bits(stack)) for stack in weights.fp32]
+    halves[1].scales = None
+    return _paddle_moe_core(*halves, layout="permuted")
 
 
 def _paddle_moe_one_thread(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
@@ -152,7 +195,10 @@ def _paddle_moe_op(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]
 
     arguments = [tensor(a) for a in (inputs.own, inputs.table, inputs.weights, *weights.own)]
     hidden, _, *trained = arguments
-    return _paddle_call(lambda: paddle_moe.mixture_of_experts(*arguments), inputs, [hidden, *trained])
+    scales = dict(zip(("gate_up_scale", "down_scale"), map(tensor, weights.scales or ())))
+    return _paddle_call(
+        lambda: paddle_moe.mixture_of_experts(*arguments, **scales), inputs, [hidden, *trained]
+    )
 
 
 def _paddle_call(forward: Callable, inputs: Inputs, trained: list) -> Callable:
@@ -365,16 +411,36 @@ class _GgmlInitParams(ctypes.Structure):
     _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
+# ggml's format for int8: blocks of 32 along the reduced dimension, each with a scale.
+_Q8_0 = np.dtype([("scale", np.float16), ("bytes", np.int8, 32)])
+
+
+def _q8_0(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """[E, out, in / 32] blocks of the same values as int8 [E, out, in] with scales [E, out]."""
+    if weight.dtype != np.int8 or weight.shape[2] % 32:
+        raise ImportError(
+            "ggml has no such format", name="ggml with fp8, or sizes that are not multiples of 32"
+        )
+    blocks = np.empty((*weight.shape[:2], weight.shape[2] // 32), _Q8_0)
+    blocks["scale"] = scale[:, :, None]
+    blocks["bytes"] = weight.reshape(*blocks.shape, 32)
+    return blocks
+
+
 def _ggml(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
     """The graph that llama.cpp makes of an MoE layer, with gate and up in one ggml_mul_mat_id."""
     gate_up, down = weights.swapped
     (t, k), h, i = inputs.table.shape, inputs.hidden.shape[1], down.shape[2]
+    if weights.scales:
+        gate_up, down = (_q8_0(w, scale) for w, scale in zip((gate_up, down), weights.scales))
     bytes_needed = gate_up.nbytes + down.nbytes + 4 * t * (k * (3 * i + 2 * h) + (k + 2) * h) + (16 << 20)
     context = _ggml_call("ggml_init", _GgmlInitParams(bytes_needed, None, False))
 
     def tensor(array: np.ndarray) -> int:
-        kind = {"float32": 0, "float16": 1, "int32": 26, "uint16": 30}[array.dtype.name]
+        kinds = {"float32": 0, "float16": 1, "int32": 26, "uint16": 30, _Q8_0.name: 8}
+        kind = kinds[array.dtype.name]
         sizes = [1] * (3 - array.ndim) + list(array.shape)
+        sizes[-1] *= _Q8_0["bytes"].shape[0] if array.dtype == _Q8_0 else 1
         made = _ggml_call("ggml_new_tensor_3d", context, kind, *sizes[::-1])
         to = (ctypes.c_char * array.nbytes).from_address(_ggml_call("ggml_get_data", made))
         np.frombuffer(to, array.dtype).reshape(array.shape)[...] = array
@@ -419,6 +485,8 @@ VARIANTS: dict[str, Callable[[Inputs, Weights], Callable[[], object]]] = {
     "paddle_moe.core list": functools.partial(_paddle_moe_core, layout="list"),
     "paddle_moe.core permuted": functools.partial(_paddle_moe_core, layout="permuted"),
     ONE_THREAD: _paddle_moe_one_thread,
+    "bfloat16 permuted": _bfloat16,
 }
-WITHOUT_BACKWARD = {"numpy loop", "vllm", "zentorch", "ggml"}
+WITHOUT_BACKWARD = {"numpy loop", "vllm", "zentorch", "ggml", "bfloat16 permuted"}
+WITHOUT_QUANTISED = {"vllm", "zentorch"}  # the loops multiply the dequantised weights
 DEFAULT_VARIANTS = "paddle_moe.core,paddle_moe,numpy loop,paddle loop,torch loop,torch grouped,vllm,ggml"

@@ -391,15 +391,17 @@ def mixture_of_experts(
         router_weights: [T, K], float32 or the dtype of ``hidden_states``.
         gate_up_weights: E_l tensors [H, 2I] (gate columns first, then up), or 2*E_l tensors [H, I] (all
             gates, then all ups), or one stacked tensor [E_l, H, 2I]; dtype of ``hidden_states``, or, with
-            scales and on a CPU, all weights int8, float8_e4m3fn or uint8 that holds its bits.
+            scales and on a CPU, all weights int8, float8_e4m3fn or uint8 that holds its bits (never integers
+            with a zero point).
         down_weights: E_l tensors [I, H], or one stacked tensor [E_l, I, H]; dtype of ``gate_up_weights``.
         gate_up_bias: E_l tensors [2I], or 2*E_l tensors [I], or one stacked tensor [E_l, 2I]; float32 or the
             dtype of ``hidden_states``.
         down_bias: E_l tensors [H], or one stacked tensor [E_l, H]; dtype of ``gate_up_bias``.
         gate_up_scale: of 8-bit weights, float32, in as many tensors as ``gate_up_weights``: what the elements
             of a matrix [in, out] are multiplied by. [1]: all of it; [out]: an output channel; [in / 128 or 1,
-            out]: 128 inputs of an output channel; [in / 128, out / 128]: a block; rounded up, with E_l in
-            front where stacked, transposed with ``permuted_weights``. See :func:`paddle_moe.quantize`.
+            out]: 128 inputs of an output channel; [in / 128, out / 128]: a block, of gate or of up; rounded
+            up, with E_l in front where stacked, transposed with ``permuted_weights``. See
+            :func:`paddle_moe.quantize`. backward() through such weights is a ValueError.
         down_scale: the same of ``down_weights``.
         permuted_weights: every weight matrix is stored transposed ([2I, H] and [H, I]), as PyTorch and
             Hugging Face do. Prefer this to passing ``weight.T``, which Paddle copies on each call.
@@ -418,8 +420,7 @@ def mixture_of_experts(
         float32 is the largest absolute intermediate of each expert before rounding, 0 where it got no token.
 
     Raises:
-        ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range, or a gradient
-            is wanted through 8-bit weights.
+        ValueError: an argument has a wrong type, rank, shape, dtype, device, length or range.
     """
     given = locals()
     options, weights = checked(EXPERTS_OPTIONS, given), checked(WEIGHTS, given)

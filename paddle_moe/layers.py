@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Callable, TypeVar
 import numpy as np
 import paddle
 from paddle import nn
-from paddle.base.framework import EagerParamBase
 
 from paddle_moe import _core, core, functional
 from paddle_moe._options import ROUTE_OPTIONS, at_least, checked, dtype_name, flag, one_of
@@ -26,7 +25,7 @@ from paddle_moe.params import (
     random_gate_weight,
     shard_range,
 )
-from paddle_moe.quantization import quantize
+from paddle_moe.quantization import check_options, quantize
 from paddle_moe.router import Router
 
 if TYPE_CHECKING:
@@ -58,15 +57,20 @@ def _now(tensor: paddle.Tensor) -> float:
 
 
 def _quantised_stack(
-    weight: paddle.Tensor, dtype: str | paddle.dtype, granularity: str
+    name: str, weight: paddle.Tensor, dtype: str, granularity: str, parts: int
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """quantize() of [E, in, out] as [E, out, in], one expert at a time for the sake of memory."""
+    stored = "int8" if dtype == "int8" else "uint8"  # Paddle can neither stack nor save fp8
     if 0 in weight.shape:  # this rank has no experts, or no columns of the shared one
         experts, rows, columns = weight.shape
-        return paddle.zeros([experts, columns, rows], "int8"), paddle.zeros([experts, 1, 1], "float32")
-    pairs = [quantize(one.t(), dtype, granularity, permuted=True) for one in weight]
-    if dtype_name(dtype) != "int8":  # Paddle can neither stack nor save fp8
-        pairs = [(quantised.view("uint8"), scale) for quantised, scale in pairs]
+        return paddle.zeros([experts, columns, rows], stored), paddle.zeros([experts, 1, 1], "float32")
+    pairs = []
+    for expert, one in enumerate(weight):
+        try:
+            quantised, scale = quantize(one.t(), dtype, granularity, permuted=True, parts=parts)
+        except ValueError as error:
+            raise ValueError(f"{name}[{expert}]: {error}") from None
+        pairs.append((quantised.view(stored), scale))
     return tuple(paddle.stack(tensors) for tensors in zip(*pairs))
 
 
@@ -454,16 +458,21 @@ class FusedMoE(nn.Layer):
         color = {"color": "moe_expert", "group": self.parallel.dp_group}
         experts = [self.gate_up_weight, self.down_weight, self.gate_up_bias, self.down_bias]
         shared = [self.shared_gate_up_weight, self.shared_down_weight]
+        if self.quantized is not None:  # buffers, which wrappers broadcast too
+            experts += [self.gate_up_scale, self.down_scale]
+            if self.shared_intermediate_size:
+                shared += [self.shared_gate_up_scale, self.shared_down_scale]
         if self.dispatch == "replicated":
             experts += shared
         elif self.tp_size > 1:
-            for parameter in (p for p in shared if isinstance(p, EagerParamBase)):
+            for parameter in (p for p in shared if p is not None):
                 parameter.is_distributed = parameter.no_sync = True
                 parameter.shard_group = "tp"
-        for parameter in (p for p in experts if isinstance(p, EagerParamBase)):  # not one that was quantised
+        for parameter in (p for p in experts if p is not None):
             parameter.is_distributed = parameter.expert = parameter.no_sync = True
             parameter.shard_group = "grid"
-            parameter.color = color
+            if getattr(parameter, "color", None) is None:  # which is set once
+                parameter.color = color
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedMoE:
         """With weights of its own; the groups and the logger are shared."""
@@ -516,8 +525,9 @@ class FusedMoE(nn.Layer):
         Afterwards gate_up_weight [E_l, 2 I_l, H], down_weight [E_l, H, I_l] and those of the shared expert
         are buffers, int8 or the bits of fp8 as uint8, stored transposed because few tokens read them fastest
         so, beside buffers gate_up_scale, down_scale, shared_gate_up_scale and shared_down_scale. Router,
-        gates and biases stay as they are. There is no way back and no gradient. With TP, scales belong to a
-        rank's slice.
+        gates and biases stay as they are. There is no way back, and no gradient, not even of hidden_states.
+        With TP, scales belong to a rank's slice. To load a saved state_dict(), make a layer, quantise it with
+        the same arguments, and load.
 
         Args:
             dtype, granularity: see paddle_moe.quantize.
@@ -526,20 +536,27 @@ class FusedMoE(nn.Layer):
             The layer.
 
         Raises:
-            ValueError: see paddle_moe.quantize.
-            RuntimeError: the weights are quantised already.
+            ValueError: see paddle_moe.quantize; the layer is left as it was.
+            RuntimeError: the weights are quantised already, or not initialised.
         """
         if self.quantized is not None:
             raise RuntimeError(f"the expert weights of this layer are {self.quantized} already")
-        for name in ("gate_up", "down", "shared_gate_up", "shared_down"):
+        dtype = check_options(dtype, granularity)  # here, so that ranks without experts refuse it too
+        quantised = {}
+        for name, parts in (("gate_up", 2), ("down", 1), ("shared_gate_up", 2), ("shared_down", 1)):
             weight = getattr(self, f"{name}_weight")
-            if weight is None:
-                continue
-            quantised, scale = _quantised_stack(weight, dtype, granularity)
+            if weight is not None:
+                if weight.size and not weight._is_initialized():
+                    raise RuntimeError(
+                        f"{name}_weight has no values, as under paddle.LazyGuard; call its initialize() first"
+                    )
+                quantised[name] = _quantised_stack(f"{name}_weight", weight, dtype, granularity, parts)
+        for name, tensors in quantised.items():
             delattr(self, f"{name}_weight")
-            self.register_buffer(f"{name}_weight", quantised)
-            self.register_buffer(f"{name}_scale", scale)
-        self.quantized = dtype_name(dtype)
+            for what, tensor in zip(("weight", "scale"), tensors):
+                self.register_buffer(f"{name}_{what}", tensor)
+        self.quantized = dtype
+        self._mark_parameters()
         return self
 
     def _scales(self, prefix: str = "") -> dict[str, Any]:

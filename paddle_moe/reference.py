@@ -84,6 +84,8 @@ def dequantise(weight: np.ndarray, scale: np.ndarray, permuted: bool = False) ->
     scale = scale.reshape((1, 1, *scale.shape)[-2:])
     for axis, size in enumerate(values.shape):
         if scale.shape[axis] not in (1, size):
+            if scale.shape[axis] != -(-size // 128):
+                raise ValueError(f"scale must fit the weight {values.shape}, got the shape {scale.shape}")
             scale = np.take(scale, np.arange(size) // 128, axis)
     return values * scale
 
@@ -223,6 +225,18 @@ def _gates_and_ups(gate_up: Sequence[np.ndarray], num_experts: int, axis: int) -
     return [gate for gate, _ in halves], [up for _, up in halves]
 
 
+def _scales_of_halves(scales, num_experts: int, axis: int) -> tuple[list, list]:
+    """Those of all gates and of all ups; where they are side by side a scale may be that of both."""
+    if len(scales) == 2 * num_experts:
+        return list(scales[:num_experts]), list(scales[num_experts:])
+    halves = []
+    for scale in map(np.asarray, scales):
+        out = axis if scale.ndim == 2 else 0
+        shared = scale.ndim == 0 or scale.shape[out] == 1
+        halves.append((scale, scale) if shared else np.split(scale, 2, out))
+    return [gate for gate, _ in halves], [up for _, up in halves]
+
+
 @np.errstate(all="ignore")
 def mixture_of_experts(
     hidden_states: np.ndarray,
@@ -263,10 +277,12 @@ def mixture_of_experts(
         out [T, H], not rounded, or (out, amax).
     """
     if gate_up_scale is not None:
-        gate_up_weights, down_weights = (
-            [dequantise(*pair, permuted_weights) for pair in zip(weights, scales)]
-            for weights, scales in ((gate_up_weights, gate_up_scale), (down_weights, down_scale))
+        count, axis = len(down_weights), 0 if permuted_weights else 1
+        halves = zip(
+            _gates_and_ups(gate_up_weights, count, axis), _scales_of_halves(gate_up_scale, count, axis)
         )
+        gate_up_weights = [dequantise(*pair, permuted_weights) for half in halves for pair in zip(*half)]
+        down_weights = [dequantise(*pair, permuted_weights) for pair in zip(down_weights, down_scale)]
     num_experts = len(down_weights)
     if experts_max not in (None, experts_min + num_experts - 1):
         raise ValueError(f"experts_max must be {experts_min + num_experts - 1}, got {experts_max}")

@@ -131,7 +131,7 @@ MISUSES = [
      "gate_up_scale must hold as many tensors as gate_up_weights (1), got 4"),
     ("mixture_of_experts", INT8 | {"gate_up_scale": zeros(E, 2 * I + 1)},
      "gate_up_scale must have the shape [4, 1] (a scale per matrix), [4, 12] (per output), [4, 1, 12] (per "
-     "output and 128 inputs) or [4, 1, 1] (per 128 x 128 block), got [4, 13]"),
+     "output and 128 inputs) or [4, 1, 2] (per 128 x 128 block, of gate and of up), got [4, 13]"),
     ("mixture_of_experts", INT8 | {"down_scale": zeros(E - 1, H)},
      "down_scale must have the shape [4, 1] (a scale per matrix), [4, 8] (per output), [4, 1, 8] (per output "
      "and 128 inputs) or [4, 1, 1] (per 128 x 128 block), got [3, 8]"),

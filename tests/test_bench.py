@@ -83,15 +83,28 @@ def test_results_of_another_machine_are_not_merged():
         bench._report({**bench._report(None, []), "processor": "that"}, [])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_peers_are_right_or_said_to_be_missing(tmp_path, dtype):
     out = tmp_path / "bench.json"
     options = ["--shapes", "4x2x64x128", "--dtypes", dtype, "--variants", "torch grouped,vllm,ggml"]
     done = run(*TINY, *options, "--out", out)
     assert done.returncode == 0, done.stderr
     for result in json.loads(out.read_text())["results"]:
-        assert len(result["variants"]) + len(result["left_out"]) == 3
+        assert len(result["variants"]) + len(result["left_out"]) == (2 if dtype == "int8" else 3)
         assert all("not installed" in str(why) for why in result["left_out"].values()), result["left_out"]
+
+
+def test_quantised_weights(tmp_path):
+    out = tmp_path / "bench.json"
+    ours = "paddle_moe,paddle_moe.core,paddle_moe.core list,paddle_moe.core permuted"
+    variants = f"{ours},bfloat16 permuted,paddle loop"
+    done = run(*TINY, "--dtypes", "int8,float8_e4m3fn", "--variants", variants, "--out", out)
+    assert done.returncode == 0, done.stderr
+    for result in json.loads(out.read_text())["results"]:
+        errors = {name: figures["relative_error"] for name, figures in result["variants"].items()}
+        assert set(errors) == set(variants.split(",")), result["left_out"]
+        assert all(errors[name] < 2e-6 for name in ours.split(","))
+        assert 1e-4 < errors["bfloat16 permuted"] < 1e-2
 
 
 def test_backward(tmp_path):
@@ -134,6 +147,7 @@ def test_a_wrong_peer_is_not_timed_and_a_wrong_operator_fails(monkeypatch, capsy
         (["--dtypes", "int4"], "; got int4"),
         (["--variants", "abacus"], "; got abacus"),
         (["--rounds", "0"], "--shapes must be like"),
+        (["--backward", "--dtypes", "float32,int8"], "--backward: quantised weights have no gradient"),
         (["--threads=-2"], "--threads: n must be from 0 (the default) to 4096, got -2"),
         (["--out", "."], "--out must be a file in a directory that exists, got ."),
         (["--picture", "no/a.png"], "--picture must be a file in a directory that exists, got no/a.png"),

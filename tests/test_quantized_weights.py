@@ -18,6 +18,8 @@ from checks import (
     relative_l2,
 )
 from layer_cases import EVERYTHING, HIDDEN, TOP_K, Shard, dense_weights, tokens
+from paddle.distributed import parallel
+from paddle.distributed.parallel import sync_params_buffers
 from training_cases import autocast
 
 import paddle_moe
@@ -35,7 +37,9 @@ def groups(size: int) -> int:
     return -(-size // 128)
 
 
-def random_weights(rng, num_experts: int, rows: int, columns: int, kind: str, granularity: str):
+def random_weights(
+    rng, num_experts: int, rows: int, columns: int, kind: str, granularity: str, parts: int = 1
+):
     """(8-bit numbers [E, in, out], scales [E, ...]) of weights near 1 / sqrt(in)."""
     shape = (num_experts, rows, columns)
     if kind == "int8":
@@ -46,14 +50,14 @@ def random_weights(rng, num_experts: int, rows: int, columns: int, kind: str, gr
         "tensor": (1,),
         "channel": (columns,),
         "group": (groups(rows), columns),
-        "block": (groups(rows), groups(columns)),
+        "block": (groups(rows), parts * groups(columns // parts)),
     }
     scale = rng.uniform(0.5, 1.5, (num_experts, *scales[granularity])) / (60 * np.sqrt(rows))
     return bits, scale.astype(np.float32)
 
 
 def quantized_case(
-    num_tokens=9, hidden=300, inter=140, num_experts=4, top_k=2, dtype="float32", *,
+    num_tokens=9, hidden=300, inter=200, num_experts=4, top_k=2, dtype="float32", *,
     kind="int8", granularity="channel", layout="stacked", permuted=False, seed=0, **options,
 ) -> dict:  # fmt: skip
     rng = np.random.default_rng(seed)
@@ -69,7 +73,7 @@ def quantized_case(
         ]
         gate_up, gate_up_scale = ([*gates, *ups] for gates, ups in zip(*halves))
     else:
-        pair = random_weights(rng, num_experts, hidden, 2 * inter, kind, granularity)
+        pair = random_weights(rng, num_experts, hidden, 2 * inter, kind, granularity, parts=2)
         gate_up, gate_up_scale = stored(pair)
     down, down_scale = stored(random_weights(rng, num_experts, inter, hidden, kind, granularity))
     return {
@@ -86,11 +90,20 @@ def quantized_case(
 def dequantised(case: dict) -> dict:
     """The same call with float32 weights, each the product with its scale rounded once."""
     result = {name: value for name, value in case.items() if not name.endswith("_scale")}
-    for kind in ("gate_up", "down"):
-        pairs = zip(case[f"{kind}_weights"], case[f"{kind}_scale"])
-        result[f"{kind}_weights"] = [
-            np.ascontiguousarray(dequantise(*pair, case["permuted_weights"]), np.float32) for pair in pairs
-        ]
+    permuted, count = case["permuted_weights"], len(case["down_weights"])
+    axis = 0 if permuted else 1
+    halves = zip(
+        reference._gates_and_ups(case["gate_up_weights"], count, axis),
+        reference._scales_of_halves(case["gate_up_scale"], count, axis),
+    )
+    gates, ups = ([dequantise(*pair, permuted) for pair in zip(*half)] for half in halves)
+    pairs = zip(case["down_weights"], case["down_scale"])
+    weights = {
+        "gate_up_weights": [np.concatenate(pair, axis) for pair in zip(gates, ups)],
+        "down_weights": [dequantise(*pair, permuted) for pair in pairs],
+    }
+    for name, matrices in weights.items():
+        result[name] = [np.ascontiguousarray(matrix, np.float32) for matrix in matrices]
     return result
 
 
@@ -191,6 +204,39 @@ def test_a_scale_that_is_no_number(core):
     assert np.isnan(out[:, 7]).all() and np.isfinite(np.delete(out, 7, 1)).all()
 
 
+def test_gate_and_up_may_share_their_scales_in_different_ways(core):
+    case = quantized_case(30, granularity="channel", layout="separate", permuted=True)
+    one_scale = [scale[:1] for scale in case["gate_up_scale"][:4]]
+    case["gate_up_scale"] = [*one_scale, *case["gate_up_scale"][4:]]
+    assert_close(core.mixture_of_experts(**case), expected_moe(case))
+
+
+@per_permuted
+def test_side_by_side_or_apart(core, permuted):
+    """Blocks belong to gate or to up: the same numbers and scales in both layouts."""
+    case = quantized_case(30, inter=200, granularity="block", layout="separate", permuted=permuted)
+    expected = core.mixture_of_experts(**case)
+    for name in ("gate_up_weights", "gate_up_scale"):
+        gates, ups = case[name][:4], case[name][4:]
+        case[name] = [np.concatenate(pair, 0 if permuted else 1) for pair in zip(gates, ups)]
+    assert_same_bits(core.mixture_of_experts(**case), expected)
+
+
+@per_permuted
+@pytest.mark.parametrize("shape", [(), (1, 1), (1, 2), (3, 1), (1, 200)])
+def test_other_forms_of_scales(core, permuted, shape):
+    """Those of down [200, 300] that the granularities do not have, as views without strides too."""
+    case = quantized_case(30, hidden=200, inter=300, permuted=permuted)
+    scale = np.random.default_rng(1).uniform(1e-3, 2e-3, (4, *shape)).astype(np.float32)
+    if permuted and len(shape) == 2:
+        scale = np.swapaxes(scale, 1, 2)
+    case["down_scale"] = scale
+    expected = expected_moe(case)
+    assert_close(core.mixture_of_experts(**case), expected)
+    case["down_scale"] = np.broadcast_to(scale[:1], scale.shape)
+    assert_close(core.mixture_of_experts(**case), expected_moe(case))
+
+
 def test_strided_arrays(core):
     """Any strides of weights and scales, as NumPy arrays may have them."""
     case = quantized_case(30, granularity="group")
@@ -277,6 +323,39 @@ def test_quantize(kind, granularity, permuted, shape):
         # Each group has an element with the largest magnitude, unless all of it is zero.
         tops = np.unique(scales[np.nonzero(scales != 1)]).size
         assert np.unique(spread[np.abs(to_float64(bits)) == largest]).size >= tops
+
+
+@per_permuted
+def test_numbers_of_a_file_come_back(permuted):
+    """fp8 in blocks, dequantised while loading: the same bits, where each block uses the whole range."""
+    rng = np.random.default_rng(3)
+    bits, scale = random_weights(rng, 2, 256, 384, "float8_e4m3fn", "block")
+    bits[:, ::128, 5::128] = 0x7E  # 448
+    if permuted:
+        bits, scale = (np.ascontiguousarray(np.swapaxes(a, 1, 2)) for a in (bits, scale))
+    weight = np.stack([dequantise(*pair, permuted) for pair in zip(bits, scale)]).astype(np.float32)
+    again, scale_again = paddle_moe.quantize(
+        paddle.to_tensor(weight), "float8_e4m3fn", "block", permuted=permuted
+    )
+    np.testing.assert_array_equal(to_float64(as_numpy(again)), to_float64(bits))
+    np.testing.assert_allclose(scale_again.numpy(), scale, rtol=2e-7)
+
+
+@per_kind
+def test_quantize_parts(kind):
+    """Blocks of the two halves, as if they had been quantised alone."""
+    weight = paddle.randn([2, 130, 2 * 200])
+    both, scale = paddle_moe.quantize(weight, kind, "block", parts=2)
+    for half, bits, scales in zip(weight.chunk(2, 2), np.split(as_numpy(both), 2, 2), scale.chunk(2, 2)):
+        alone, scales_alone = paddle_moe.quantize(half.contiguous(), kind, "block")
+        np.testing.assert_array_equal(bits, as_numpy(alone))
+        np.testing.assert_array_equal(scales.numpy(), scales_alone.numpy())
+
+
+def test_quantize_nothing():
+    for shape in ([0, 4], [4, 0], [2, 0, 3], [0, 4, 4]):
+        for granularity in GRANULARITIES:
+            assert paddle_moe.quantize(paddle.zeros(shape), "int8", granularity)[0].shape == shape
 
 
 def test_quantize_zeros_and_almost_nothing():
@@ -368,6 +447,54 @@ def test_layer_says_what_it_cannot_do(tmp_path):
         paddle_moe.save_checkpoint(str(tmp_path / "checkpoint"), layer)
     with pytest.raises(ValueError, match="must not be quantised where a gradient is wanted"):
         layer(paddle.to_tensor(tokens())).sum().backward()
+
+
+def test_a_layer_that_cannot_be_quantised_is_left_alone():
+    layer = FusedMoE(HIDDEN, 48, 6, TOP_K)
+    with paddle.no_grad():
+        layer.down_weight[3, 0, 0] = float("nan")
+    before = {name: value.numpy() for name, value in layer.state_dict().items()}
+    with pytest.raises(ValueError, match=r"down_weight\[3\]: weight must be finite"):
+        layer.quantize_()
+    assert layer.quantized is None and set(before) == set(layer.state_dict())
+    for name, value in layer.state_dict().items():
+        assert_same_bits(value.numpy(), before[name])
+
+
+def test_ranks_without_experts_refuse_the_same():
+    layer = FusedMoE.from_dense(**dense_weights(), top_k=TOP_K, parallel=Shard(6, 7, 0, 1))
+    with pytest.raises(ValueError, match="dtype must be 'int8' or 'float8_e4m3fn', got 'int4'"):
+        layer.quantize_("int4")
+    with pytest.raises(ValueError, match="granularity must be"):
+        layer.quantize_(granularity="row")
+    layer.quantize_("float8_e4m3fn")
+    assert layer.gate_up_weight.dtype == paddle.uint8 and layer.gate_up_weight.shape[0] == 0
+
+
+def test_lazy_layer():
+    with paddle.LazyGuard():
+        layer = FusedMoE(HIDDEN, 48, 6, TOP_K)
+    with pytest.raises(RuntimeError, match="gate_up_weight has no values, as under paddle.LazyGuard"):
+        layer.quantize_()
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_wrappers_leave_quantised_shards_alone(monkeypatch, twin):
+    """What paddle.DataParallel would send from one rank to the others: the gates only."""
+    layer = FusedMoE.from_dense(**dense_weights(**EVERYTHING), top_k=TOP_K, parallel=Shard(0, 2, 0, 2))
+    sent = []
+
+    def synchronized(layer) -> list[str]:
+        sent.clear()
+        sync_params_buffers(layer, is_model_parallel=True)
+        places = {tensor.data_ptr() for tensor in sent}
+        return sorted(name for name, value in layer.state_dict().items() if value.data_ptr() in places)
+
+    monkeypatch.setattr(parallel, "build_groups", lambda tensors, size: sent.extend(tensors) or [])
+    before = synchronized(layer)
+    assert "gate_weight" in before and "down_weight" not in before
+    layer.quantize_()
+    assert synchronized(copy.deepcopy(layer) if twin else layer) == before
 
 
 def test_mistakes_are_seen():

@@ -15,11 +15,11 @@ from paddle_moe import functional
 def _refuse_quantisation(quant_method: str, **scales: paddle.Tensor | None) -> None:
     if quant_method not in ("None", "none"):
         raise ValueError(
-            f"quant_method must be 'None' (quantised weights are not supported yet), got {quant_method!r}"
+            f"quant_method must be 'None' (this function takes no quantised weights), got {quant_method!r}"
         )
     for name, scale in scales.items():
         if scale is not None:
-            raise ValueError(f"{name} must be None (quantised weights are not supported yet), got a tensor")
+            raise ValueError(f"{name} must be None (this function takes no quantised weights), got a tensor")
 
 
 def _flat_bias(bias: paddle.Tensor | None) -> paddle.Tensor | None:
@@ -68,7 +68,7 @@ def fused_moe(
             this.)
         ffn1_weight: [E, d_model, 2 * d_ffn], gate columns first. ffn2_weight: [E, d_ffn, d_model].
         ffn1_bias: [E, 1, 2 * d_ffn]. ffn2_bias: [E, 1, d_model].
-        ffn1_scale, ffn2_scale, quant_method: None, None and "None": quantised weights are not supported yet.
+        ffn1_scale, ffn2_scale, quant_method: None, None and "None": this function takes no quantised weights.
         moe_topk: experts per token.
         norm_topk_prob: divide the chosen probabilities by their sum.
         group_moe: split the experts into moe_topk equal groups and take the best of each, scored by a

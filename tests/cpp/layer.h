@@ -140,21 +140,19 @@ struct Layer {
   // The same layer with weights of an 8-bit dtype: +-64, and scales +-1/64 of random groups, so that nothing
   // is rounded.
   void quantise(Random& random, paddle_moe::DType type) {
-    arguments.gate_up_scale = quantise(random, type, &arguments.gate_up_weights, hidden,
-                                       layout == Layout::kSeparate ? inter : 2 * inter);
-    arguments.down_scale = quantise(random, type, &arguments.down_weights, inter, hidden);
+    arguments.gate_up_scale = quantise(random, type, &arguments.gate_up_weights, hidden, inter,
+                                       layout == Layout::kSeparate ? 1 : 2);
+    arguments.down_scale = quantise(random, type, &arguments.down_weights, inter, hidden, 1);
   }
 
  private:
   std::vector<paddle_moe::Tensor> quantise(Random& random, paddle_moe::DType type,
                                            std::vector<paddle_moe::Tensor>* weights, int64_t in,
-                                           int64_t out) {
+                                           int64_t part_out, int64_t parts) {
     const int granularity = pick(random, 0, 3);
+    const int64_t out = part_out * parts, blocks = (part_out + 127) / 128;
     const int64_t in_groups = granularity < 2 ? 1 : (in + 127) / 128;
-    const int64_t out_groups = granularity == 0 ? 1 : granularity == 3 ? (out + 127) / 128 : out;
-    auto group_of = [](int64_t i, int64_t groups, int64_t size) {
-      return groups == 1 ? 0 : groups == size ? i : i / 128;
-    };
+    const int64_t out_groups = granularity == 0 ? 1 : granularity == 3 ? parts * blocks : out;
     std::vector<paddle_moe::Tensor> scales;
     for (paddle_moe::Tensor& tensor : *weights) {
       const int64_t matrices = layout == Layout::kStacked ? num_experts : 1;
@@ -164,8 +162,11 @@ struct Layer {
       for (size_t n = 0; n < bytes.size(); ++n) {
         const int64_t first = static_cast<int64_t>(n) / (permuted ? in : out) % (permuted ? out : in);
         const int64_t second = static_cast<int64_t>(n) % (permuted ? in : out);
-        const int64_t i = group_of(permuted ? second : first, in_groups, in);
-        const int64_t o = group_of(permuted ? first : second, out_groups, out);
+        const int64_t column = permuted ? first : second, block = column % part_out / 128;
+        const int64_t i = granularity < 2 ? 0 : (permuted ? second : first) / 128;
+        const int64_t o = granularity == 0   ? 0
+                          : granularity == 3 ? column / part_out * blocks + block
+                                             : column;
         const int64_t at = permuted ? o * in_groups + i : i * out_groups + o;
         const float value = get(static_cast<const unsigned char*>(tensor.data), dtype, n) /
                             scale[static_cast<int64_t>(n) / (in * out) * in_groups * out_groups + at];

@@ -74,6 +74,14 @@ def test_fewer_experts_than_ranks(job):
     assert relative_l2(results["three experts"], expected) < 1e-6
 
 
+def test_quantized_weights(job):
+    _, (results, *_) = job
+    expected, _ = expected_output(tokens(), dense_weights(**EVERYTHING))
+    assert 1e-4 < relative_l2(results["quantized"], expected) < 0.02
+    expected, _ = expected_output(tokens(), dense_weights(bias=True, num_experts=3))
+    assert 1e-4 < relative_l2(results["three experts in fp8"], expected) < 0.08
+
+
 def test_drawn_weights_are_those_of_one_process(job):
     _, (results, *_) = job
     layer = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, shared_intermediate_size=SHARED, seed=3)

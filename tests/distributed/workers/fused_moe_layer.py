@@ -72,6 +72,12 @@ record("no tokens", plain(paddle.zeros([0, HIDDEN])))
 few = FusedMoE.from_dense(**dense_weights(bias=True, num_experts=3), top_k=TOP_K, parallel=parallel)
 record("three experts", few(paddle.to_tensor(tokens())))
 
+with paddle.no_grad():
+    quantized = FusedMoE.from_dense(**dense_weights(**EVERYTHING), top_k=TOP_K, parallel=parallel).quantize_()
+    record("quantized", quantized(paddle.to_tensor(tokens())))
+    few.quantize_("float8_e4m3fn")
+    record("three experts in fp8", few(paddle.to_tensor(tokens())))
+
 drawn = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, parallel=parallel, shared_intermediate_size=SHARED, seed=3)
 record("drawn", drawn(paddle.to_tensor(tokens())))
 state = drawn.state_dict()
