@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
+import checks
 import numpy as np
 import paddle
 import pytest
@@ -26,6 +30,18 @@ import paddle_moe
 from paddle_moe import FusedMoE, reference
 from paddle_moe import core as kernels
 from paddle_moe.reference import dequantise, to_float64
+
+
+@pytest.fixture
+def core():
+    """Not on a GPU, which refuses 8-bit weights."""
+    return checks.Core()
+
+
+@pytest.fixture(params=["core", "paddle"])
+def backend(request):
+    return checks.Core() if request.param == "core" else checks.Paddle()
+
 
 GRANULARITIES = ("tensor", "channel", "group", "block")
 KINDS = ("int8", "float8_e4m3fn")
@@ -269,6 +285,44 @@ def test_paddle_takes_its_own_fp8():
     for name in ("gate_up_weights", "down_weights"):
         arrays[name] = arrays[name].view("float8_e4m3fn")
     assert_same_bits(paddle_moe.mixture_of_experts(**arrays).numpy(), as_bits.numpy())
+
+
+STATIC_PROGRAM = """
+import sys, numpy as np, paddle, paddle_moe
+
+case = dict(np.load(sys.argv[1]))
+paddle.enable_static()
+with paddle.static.program_guard(paddle.static.Program()):
+    unknown = {"hidden_states": 0, "routing_table": 0, "router_weights": 0, "gate_up_scale": 1}
+    inputs = {}
+    for name, array in case.items():
+        shape = [-1 if unknown.get(name) == axis else size for axis, size in enumerate(array.shape)]
+        inputs[name] = paddle.static.data(name, shape, str(array.dtype))
+    out = paddle_moe.mixture_of_experts(**inputs, permuted_weights=True)
+    try:
+        del inputs["gate_up_scale"]
+        paddle_moe.mixture_of_experts(**inputs, permuted_weights=True)
+    except ValueError as error:
+        assert str(error) == "gate_up_scale must be given: gate_up_weights has the dtype uint8", error
+    else:
+        raise AssertionError("a missing scale was not seen")
+    (result,) = paddle.static.Executor().run(feed=case, fetch_list=[out])
+np.save(sys.argv[2], result)
+"""
+
+
+@pytest.mark.parametrize("pir", ["0", "1"], ids=["old_program", "pir"])
+def test_static_programs(pir, core, tmp_path):
+    case = quantized_case(kind="float8_e4m3fn", granularity="block", permuted=True)
+    expected = core.mixture_of_experts(**case)
+    del case["permuted_weights"]
+    np.savez(tmp_path / "case.npz", **case)
+    command = [sys.executable, "-c", STATIC_PROGRAM, str(tmp_path / "case.npz"), str(tmp_path / "out.npy")]
+    done = subprocess.run(
+        command, env={**os.environ, "FLAGS_enable_pir_api": pir}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_bits(np.load(tmp_path / "out.npy"), expected)
 
 
 def test_autocast_leaves_scales_alone():

@@ -259,6 +259,15 @@ def test_arrays_of_a_gpu_that_is_not_the_current_one():
     assert torch.cuda.current_device() == 0
 
 
+def test_8_bit_weights_are_refused():
+    case = random_case(4, 64, 32, 3, 2, layout="stacked")
+    for name, columns in (("gate_up", 64), ("down", 64)):
+        case[f"{name}_weights"] = np.ones(case[f"{name}_weights"].shape, np.int8)
+        case[f"{name}_scale"] = np.ones((3, columns), np.float32)
+    with pytest.raises(ValueError, match="must have the dtype float32 on a GPU, got int8"):
+        core.mixture_of_experts(**to_gpu(case))
+
+
 @half
 def test_nan_in_weights_that_nobody_uses_is_not_read(dtype):
     case = random_case(300, 128, 96, 8, 2, dtype, layout="stacked")
