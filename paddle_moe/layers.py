@@ -537,11 +537,16 @@ class FusedMoE(nn.Layer):
 
         Raises:
             ValueError: see paddle_moe.quantize; the layer is left as it was.
-            RuntimeError: the weights are quantised already, or not initialised.
+            RuntimeError: the weights are quantised already, or not initialised; Paddle is 2.6 and the layer
+                is one of several shards.
         """
         if self.quantized is not None:
             raise RuntimeError(f"the expert weights of this layer are {self.quantized} already")
         dtype = check_options(dtype, granularity)  # here, so that ranks without experts refuse it too
+        if self.ep_size * self.tp_size > 1 and not hasattr(paddle.zeros([1], "int8"), "__dict__"):
+            raise RuntimeError(  # the flags of _mark_parameters would have no place
+                f"quantize_ of a layer over several ranks needs a later Paddle than {paddle.__version__}"
+            )
         quantised = {}
         for name, parts in (("gate_up", 2), ("down", 1), ("shared_gate_up", 2), ("shared_down", 1)):
             weight = getattr(self, f"{name}_weight")
