@@ -156,6 +156,13 @@ def _backward(
     if out is not None and not isinstance(out, Gradients):
         raise ValueError(f"out must be of the type core.Gradients, got {type(out).__name__}")
     passed = inspect.signature(_experts).bind(*args, **kwargs).arguments
+    for name in ("gate_up_weights", "down_weights"):
+        first = passed[name][0] if isinstance(passed[name], (list, tuple)) and passed[name] else passed[name]
+        dtype = str(getattr(first, "dtype", None)).rpartition(".")[2]
+        if dtype in ("int8", "uint8", "float8_e4m3fn"):  # else scales would be asked for
+            raise ValueError(
+                f"{name} must not be quantised where a gradient is wanted, got the dtype {dtype}"
+            )
     passed = {name: passed[name] for name in Gradients._fields if passed.get(name) is not None}
     outs, places = [], {}
     for name, value in passed.items():

@@ -347,6 +347,15 @@ def test_there_is_no_gradient():
         out.sum().backward()
 
 
+@pytest.mark.parametrize("layout", ["stacked", "list"])
+def test_there_is_no_gradient_without_paddle(layout):
+    case = quantized_case(layout=layout)
+    del case["gate_up_scale"], case["down_scale"]
+    expected = "gate_up_weights must not be quantised where a gradient is wanted, got the dtype int8"
+    with pytest.raises(ValueError, match=expected):
+        kernels.mixture_of_experts_backward(case["hidden_states"], **case)
+
+
 # ---------------------------------------------------------------- quantize
 
 
