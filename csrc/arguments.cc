@@ -240,14 +240,16 @@ struct ScaledMatrices {
     Scale scale;
     scale.data = static_cast<const float*>(tensor.data);
     const size_t in_dim = first + (permuted ? 1 : 0), out_dim = own == 2 && !permuted ? first + 1 : first;
+    constexpr int64_t kNever = -2;  // no scale belongs to a single input
     const bool fits =
-        (own < 2 || find(tensor, in_dim, scale_groups(in), -2, &scale.in_stride, &scale.in_shift)) &&
+        (own < 2 || find(tensor, in_dim, scale_groups(in), kNever, &scale.in_stride, &scale.in_shift)) &&
         (own < 1 || find(tensor, out_dim, out_groups(), out, &scale.out_stride, &scale.out_shift));
     if (!fits) refuse(name, tensor);
     return scale;
   }
 
-  // In column 0 of part 1 the count of the columns before it, in whole groups.
+  // Scale::first_out of a part: the columns before it, counted in whole groups where it has blocks of its
+  // own.
   int64_t first_out(const Scale& scale, int64_t part) const {
     const int64_t columns = part * (out / parts);
     return scale.out_shift == 0 ? columns : scale_groups(columns) << kScaleGroupShift;

@@ -101,7 +101,7 @@ struct Scale {
   const float* data = nullptr;
   int64_t in_stride = 0, out_stride = 0;
   int in_shift = 0, out_shift = 0;
-  int64_t first_out = 0;
+  int64_t first_out = 0;  // of what o counts from: a part of a matrix, or a task's columns
 };
 
 constexpr int kScaleGroupShift = 7;

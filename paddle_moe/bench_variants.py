@@ -1,7 +1,7 @@
 """What `paddle_moe bench` times: cases, their random inputs, and the operator beside its peers.
 
 A variant is a function from inputs and weights to the call that is timed. One whose library is missing raises
-ImportError.
+ImportError, one whose library cannot run the case NotSupported.
 """
 
 from __future__ import annotations
@@ -418,9 +418,7 @@ _Q8_0 = np.dtype([("scale", np.float16), ("bytes", np.int8, 32)])
 def _q8_0(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """[E, out, in / 32] blocks of the same values as int8 [E, out, in] with scales [E, out]."""
     if weight.dtype != np.int8 or weight.shape[2] % 32:
-        raise ImportError(
-            "ggml has no such format", name="ggml with fp8, or sizes that are not multiples of 32"
-        )
+        raise NotSupported("no format for it: Q8_0 is int8 in blocks of 32")
     blocks = np.empty((*weight.shape[:2], weight.shape[2] // 32), _Q8_0)
     blocks["scale"] = scale[:, :, None]
     blocks["bytes"] = weight.reshape(*blocks.shape, 32)

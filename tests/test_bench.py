@@ -94,6 +94,12 @@ def test_peers_are_right_or_said_to_be_missing(tmp_path, dtype):
         assert all("not installed" in str(why) for why in result["left_out"].values()), result["left_out"]
 
 
+def test_a_peer_without_the_format_says_so(tmp_path):
+    done = run(*TINY, "--dtypes", "float8_e4m3fn", "--variants", "paddle_moe.core,ggml")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("  ggml: no format for it: Q8_0 is int8 in blocks of 32") == 2
+
+
 def test_quantised_weights(tmp_path):
     out = tmp_path / "bench.json"
     ours = "paddle_moe,paddle_moe.core,paddle_moe.core list,paddle_moe.core permuted"
