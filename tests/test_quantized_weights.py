@@ -534,6 +534,17 @@ def test_ranks_without_experts_refuse_the_same():
     assert layer.gate_up_weight.dtype == paddle.uint8 and layer.gate_up_weight.shape[0] == 0
 
 
+@per_kind
+def test_blocks_of_a_layer_hold_columns_of_gate_or_of_up(kind):
+    """I = 200: blocks that go over both would be as many, and meet the wrong scales."""
+    layer, x = FusedMoE(64, 200, 3, 2, seed=1), paddle.randn([20, 64])
+    with paddle.no_grad():
+        layer.gate_up_weight[:, :, 200:256] *= 50  # so that the next scale does not do for them
+        exact = layer(x).numpy()
+        layer.quantize_(kind, "block")
+        assert relative_l2(layer(x).numpy(), exact) < {"int8": 0.03, "float8_e4m3fn": 0.08}[kind]
+
+
 def test_lazy_layer():
     with paddle.LazyGuard():
         layer = FusedMoE(HIDDEN, 48, 6, TOP_K)
