@@ -115,13 +115,19 @@ void expect_contiguous(const Name& name, const Tensor& tensor, size_t first_dim 
 
 const void* offset(const void* data, DType dtype, int64_t elements) {
   if (data == nullptr) return nullptr;
-  return static_cast<const char*>(data) + elements * static_cast<int64_t>(dtype_size(dtype));
+  return static_cast<const char*>(data) + dtype_bytes(dtype, elements);
+}
+
+// In elements of a weight.
+int64_t stride(const Tensor& tensor, size_t dim, DType dtype) {
+  return stride(tensor, dim) * (dtype == DType::kInt4 ? kInt4InWord : 1);
 }
 
 // The last two dimensions of a weight as [in, out], whichever way it is stored.
-Matrix as_matrix(const Tensor& weight, bool permuted) {
+Matrix as_matrix(const Tensor& weight, bool permuted, DType dtype = DType::kUnknown) {
   const size_t rank = weight.shape.size();
-  const int64_t first = stride(weight, rank - 2), second = stride(weight, rank - 1);
+  const int64_t first = stride(weight, rank - 2, dtype);
+  const int64_t second = dtype == DType::kInt4 ? 1 : stride(weight, rank - 1);
   return {weight.data, permuted ? second : first, permuted ? first : second};
 }
 
@@ -162,20 +168,28 @@ Layout find_layout(const Arguments& a) {
   return layout;
 }
 
-// Few libraries store and load fp8, so its bits are taken as well.
+// Few libraries store and load fp8, so its bits are taken as well; none has int4.
 DType weight_dtype_of(const Tensor& weight) {
-  return weight.dtype == DType::kUInt8 ? DType::kFloat8E4M3 : weight.dtype;
+  return weight.dtype == DType::kUInt8   ? DType::kFloat8E4M3
+         : weight.dtype == DType::kInt32 ? DType::kInt4
+                                         : weight.dtype;
 }
 
-// Reads the expert matrices of one kind: sizes `in` and `out` are completed from the shapes.
+// What `in` elements of a column take in the last dimension of int4 weights.
+int64_t int4_words(int64_t in) {
+  return known(in) ? (in + kInt4Run - 1) / kInt4Run * (kInt4Run / kInt4InWord) : in;
+}
+
+// Checks the expert matrices of one kind. `in`: of the array.
 void check_weights(const char* name, const std::vector<Tensor>& weights, bool permuted, DType dtype,
-                   int64_t num_experts, bool stacked, int64_t in, int64_t out, const char* meaning) {
+                   int64_t num_experts, bool stacked, int64_t in, int64_t out, const std::string& meaning) {
   std::vector<int64_t> expected = permuted ? std::vector<int64_t>{out, in} : std::vector<int64_t>{in, out};
   if (stacked) expected.insert(expected.begin(), num_experts);
   for (size_t i = 0; i < weights.size(); ++i) {
     const Name entry(name, i, weights.size());
-    expect_shape(entry, weights[i], expected, meaning);
+    expect_shape(entry, weights[i], expected, meaning.c_str());
     if (weight_dtype_of(weights[i]) != dtype) expect_dtype(entry, weights[i], dtype);
+    if (dtype == DType::kInt4) expect_contiguous(entry, weights[i], expected.size() - 1);
   }
 }
 
@@ -215,6 +229,8 @@ const void* bias_of(const std::vector<Tensor>& bias, int64_t e, int64_t num_expe
 DType find_weight_dtype(const Arguments& a, DType dtype) {
   const Tensor& first = a.gate_up_weights[0];
   const DType found = weight_dtype_of(first.dtype == DType::kUnknown ? a.down_weights[0] : first);
+  if (found == DType::kInt4 && a.gate_up_scale.empty())  // else its shape would be refused, as that of int4
+    fail("gate_up_scale must be given: gate_up_weights has the dtype ", dtype_text(first));
   return found == DType::kUnknown || is_quantised(found) ? found : dtype;
 }
 
@@ -292,7 +308,7 @@ std::vector<Scale> check_scales(const char* name, const std::vector<Tensor>& sca
   }
   if (first.dtype != DType::kUnknown && !is_quantised(weight_dtype_of(first))) {
     fail(name, " must not be given: ", weights_name,
-         " is not quantised (int8, float8_e4m3fn or its bits as uint8) but has the dtype ",
+         " is not quantised (int8, int4 in int32, float8_e4m3fn or its bits as uint8) but has the dtype ",
          dtype_text(first));
   }
   if (scales.size() != weights.size()) {
@@ -316,18 +332,18 @@ std::vector<Expert> find_experts(const Arguments& a, const Layout& layout, DType
   for (int64_t e = 0; e < num_experts; ++e) {
     Expert& expert = experts[e];
     if (layout.stacked_down) {
-      expert.down = as_matrix(a.down_weights[0], t);
-      expert.down.data = offset(expert.down.data, dtype, e * stride(a.down_weights[0], 0));
+      expert.down = as_matrix(a.down_weights[0], t, dtype);
+      expert.down.data = offset(expert.down.data, dtype, e * stride(a.down_weights[0], 0, dtype));
     } else {
-      expert.down = as_matrix(a.down_weights[e], t);
+      expert.down = as_matrix(a.down_weights[e], t, dtype);
     }
     if (layout.separate) {
-      expert.gate = as_matrix(a.gate_up_weights[e], t);
-      expert.up = as_matrix(a.gate_up_weights[num_experts + e], t);
+      expert.gate = as_matrix(a.gate_up_weights[e], t, dtype);
+      expert.up = as_matrix(a.gate_up_weights[num_experts + e], t, dtype);
     } else {
-      expert.gate = as_matrix(a.gate_up_weights[layout.stacked_gate_up ? 0 : e], t);
+      expert.gate = as_matrix(a.gate_up_weights[layout.stacked_gate_up ? 0 : e], t, dtype);
       if (layout.stacked_gate_up) {
-        expert.gate.data = offset(expert.gate.data, dtype, e * stride(a.gate_up_weights[0], 0));
+        expert.gate.data = offset(expert.gate.data, dtype, e * stride(a.gate_up_weights[0], 0, dtype));
       }
       expert.up = expert.gate;
       expert.up.data = offset(expert.gate.data, dtype, inter * expert.gate.out_stride);
@@ -380,6 +396,8 @@ const char* dtype_name(DType dtype) {
       return "int16";
     case DType::kInt8:
       return "int8";
+    case DType::kInt4:
+      return "int4 in int32";
     case DType::kFloat8E4M3:
       return "float8_e4m3fn";
     case DType::kUInt8:
@@ -414,7 +432,13 @@ size_t dtype_size(DType dtype) {
   }
 }
 
-bool is_quantised(DType dtype) { return dtype == DType::kInt8 || dtype == DType::kFloat8E4M3; }
+int64_t dtype_bytes(DType dtype, int64_t elements) {
+  return dtype == DType::kInt4 ? elements / 2 : elements * static_cast<int64_t>(dtype_size(dtype));
+}
+
+bool is_quantised(DType dtype) {
+  return dtype == DType::kInt8 || dtype == DType::kFloat8E4M3 || dtype == DType::kInt4;
+}
 
 ActivationSpec parse_activation(const std::string& text) {
   static const std::pair<const char*, Activation> names[] = {
@@ -481,7 +505,23 @@ Problem resolve(const Arguments& a) {
   expect_rank({"down_weights", 0, a.down_weights.size()}, first_down, layout.stacked_down ? 3 : 2,
               layout.stacked_down ? (t ? "[E_l, H, I]" : "[E_l, I, H]") : (t ? "[H, I]" : "[I, H]"));
   const std::vector<int64_t>& down_shape = first_down.shape;
-  p.intermediate_size = down_shape[down_shape.size() - (t ? 1 : 2)];
+  p.weight_dtype = find_weight_dtype(a, p.dtype);
+  const bool packed = p.weight_dtype == DType::kInt4;
+  // While a static graph is being built, dtypes are not known.
+  const bool maybe_packed = p.weight_dtype == DType::kUnknown && t && !a.gate_up_scale.empty();
+  if (packed && !t) {
+    fail("permuted_weights must be True with int4 weights, whose words hold numbers along the inputs: ",
+         "[2I, 8 * ceil(H / 64)] and [H, 8 * ceil(I / 64)]; got False");
+  }
+  if (packed || maybe_packed) {
+    const Tensor& gate_up = a.gate_up_weights[0];
+    expect_rank({"gate_up_weights", 0, a.gate_up_weights.size()}, gate_up, layout.stacked_gate_up ? 3 : 2,
+                layout.stacked_gate_up ? "[E_l, 2I, 8 * ceil(H / 64)]" : "[2I, 8 * ceil(H / 64)]");
+    const int64_t columns = gate_up.shape[gate_up.shape.size() - 2];
+    p.intermediate_size = layout.separate || !known(columns) ? columns : columns / 2;
+  } else {
+    p.intermediate_size = down_shape[down_shape.size() - (t ? 1 : 2)];
+  }
   p.hidden_size = a.hidden_states.shape[1];
   unify(&p.hidden_size, down_shape[down_shape.size() - (t ? 2 : 1)]);
   if (p.hidden_size == 0)
@@ -491,16 +531,16 @@ Problem resolve(const Arguments& a) {
     fail("down_weights must have an intermediate dimension I >= 1, got the shape ", shape_text(down_shape));
   const int64_t inter = p.intermediate_size;
   const int64_t columns = layout.separate || !known(inter) ? inter : 2 * inter;
-  const char* gate_up_meaning = layout.stacked_gate_up ? (t ? "[E_l, 2I, H]" : "[E_l, H, 2I]")
-                                : layout.separate      ? (t ? "[I, H]" : "[H, I]")
-                                                       : (t ? "[2I, H]" : "[H, 2I]");
-  const char* down_meaning =
-      layout.stacked_down ? (t ? "[E_l, H, I]" : "[E_l, I, H]") : (t ? "[H, I]" : "[I, H]");
-  p.weight_dtype = find_weight_dtype(a, p.dtype);
+  const auto meaning = [&](bool stacked, const std::string& in, const std::string& out) {
+    const std::string stored = packed ? "8 * ceil(" + in + " / 64)" : in;
+    return (stacked ? "[E_l, " : "[") + (t ? out + ", " + stored : stored + ", " + out) + "]";
+  };
+  const auto stored = [&](int64_t in) { return packed ? int4_words(in) : maybe_packed ? -1 : in; };
   check_weights("gate_up_weights", a.gate_up_weights, t, p.weight_dtype, num_experts, layout.stacked_gate_up,
-                p.hidden_size, columns, gate_up_meaning);
-  check_weights("down_weights", a.down_weights, t, p.weight_dtype, num_experts, layout.stacked_down, inter,
-                p.hidden_size, down_meaning);
+                stored(p.hidden_size), columns,
+                meaning(layout.stacked_gate_up, "H", layout.separate ? "I" : "2I"));
+  check_weights("down_weights", a.down_weights, t, p.weight_dtype, num_experts, layout.stacked_down,
+                stored(inter), p.hidden_size, meaning(layout.stacked_down, "I", "H"));
   const ScaledMatrices gate_up{num_experts, layout.stacked_gate_up, t, p.hidden_size,
                                columns,     layout.separate ? 1 : 2};
   const ScaledMatrices down{num_experts, layout.stacked_down, t, inter, p.hidden_size, 1};

@@ -23,6 +23,7 @@ enum class DType {
   kInt64,
   kInt8,
   kFloat8E4M3,
+  kInt4,   // kInt4InWord numbers in an int32
   kUInt8,  // these the operators compute with
   kFloat64,
   kInt16,
@@ -30,8 +31,9 @@ enum class DType {
   kOther,  // these are for error messages only
 };
 
-const char* dtype_name(DType dtype);  // of every one but kOther
-size_t dtype_size(DType dtype);
+const char* dtype_name(DType dtype);                 // of every one but kOther
+size_t dtype_size(DType dtype);                      // bytes; of every one but kInt4
+int64_t dtype_bytes(DType dtype, int64_t elements);  // elements of kInt4: a multiple of kInt4InWord
 bool is_quantised(DType dtype);
 
 // A strided array. While a static graph is being built sizes may be -1, the dtype kUnknown and data null:
@@ -103,6 +105,11 @@ struct Scale {
   int in_shift = 0, out_shift = 0;
   int64_t first_out = 0;  // of what o counts from: a part of a matrix, or a task's columns
 };
+
+// int4 weights: element i of a run of kInt4Run along the depth is number i / 16 of the i % 16th half of the
+// run's words, so that whole vectors of neighbours are cut out of all halves by one shift. The last run of a
+// column is complete.
+constexpr int64_t kInt4InWord = 8, kInt4Run = 64;
 
 constexpr int kScaleGroupShift = 7;
 constexpr int64_t kScaleGroup = 1 << kScaleGroupShift;

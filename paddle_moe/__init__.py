@@ -39,6 +39,7 @@ _HOME = {
     "load_checkpoint": "checkpoint",
     "load_moe_weights": "pretrained",
     "mixture_of_experts": "functional",
+    "pack_int4": "quantization",
     "quantize": "quantization",
     "rank_grid": "distributed",
     "release_memory": "functional",

@@ -5,8 +5,9 @@ measures the limits (a loop of multiply-adds, a loop of reads) and then every va
 with warm ones; the tables show medians over the rounds with their spread. Inputs are random. A variant whose
 result is wrong is not timed.
 
-Weights of the dtypes int8 and float8_e4m3fn have a scale per output channel, and the activations are float32.
-ggml runs the same numbers as Q8_0; it rounds activations to 8 bits. Loops run the dequantised weights.
+Weights of the dtypes int8 and float8_e4m3fn have a scale per output channel, those of int4 one per 128 inputs
+of a channel, and are always stored [out, in]; the activations are bfloat16. ggml runs the same numbers as Q8_0
+and Q4_0; it rounds activations to 8 bits. Loops run the dequantised weights in float32.
 
 The floor of a call is max(FLOPs / FLOP limit, bytes of the active experts' weights / read limit). With
 --backward a call is forward and backward, three times the FLOPs and bytes, and gives all gradients. The FLOP
@@ -56,7 +57,7 @@ WAKE_SECONDS = 3e-3
 SETTLE_SECONDS = 0.22
 CHECKED_TOKENS = 4
 # Relative L2 against fp64 on the rounded inputs; what is accepted of a peer, which may quantise activations.
-TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3, **dict.fromkeys(QUANTISED, 2e-6)}
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3, **dict.fromkeys(QUANTISED, 1e-2)}
 PEER_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2, **dict.fromkeys(QUANTISED, 5e-2)}
 
 
@@ -335,7 +336,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtypes",
         default="float32",
-        help="float32,bfloat16,float16,int8,float8_e4m3fn (default: %(default)s)",
+        help="float32,bfloat16,float16,int8,int4,float8_e4m3fn (default: %(default)s)",
     )
     parser.add_argument(
         "--variants",

@@ -24,7 +24,9 @@ class NotSupported(Exception):
     """A peer cannot run a case; the text says why."""
 
 
-QUANTISED = ("int8", "float8_e4m3fn")  # weights; the activations are float32
+QUANTISED = ("int8", "int4", "float8_e4m3fn")  # weights; the activations are bfloat16
+LARGEST = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
+GROUP = 128  # inputs that share a scale in int4
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,11 @@ class Case:
         )
 
     def weight_bytes(self, experts: int) -> int:
-        size = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}[self.dtype]
-        return (3 if self.backward else 1) * experts * 3 * self.hidden_size * self.intermediate_size * size
+        bits = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4, "float8_e4m3fn": 8}[
+            self.dtype
+        ]
+        numbers = (3 if self.backward else 1) * experts * 3 * self.hidden_size * self.intermediate_size
+        return numbers * bits // 8
 
     @property
     def is_quantised(self) -> bool:
@@ -67,33 +72,38 @@ def _aligned(array: np.ndarray) -> np.ndarray:
 
 def _rounded(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """(values in the dtype, bf16 as uint16 bits; the same values in fp32)."""
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" or dtype in QUANTISED:
         own = reference.to_bf16_bits(values)
         return own, reference.from_bf16_bits(own).astype(np.float32)
-    own = values.astype("float32" if dtype in QUANTISED else dtype)
+    own = values.astype(dtype)
     return own, own.astype(np.float32)
 
 
 def _quantised(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(int8 or the bits of fp8, their values in fp32, scales per channel) of weights [E, in, out].
+    """(int8, also for int4, or the bits of fp8; their values in fp32; scales) of weights [E, in, out].
 
-    The scales are fp16 numbers, which ggml's format holds too.
+    Scales are per channel [E, out], of int4 per group [E, in / 128, out], and fp16 numbers, which ggml's
+    formats hold too.
     """
-    largest = 127 if dtype == "int8" else 448
-    scale = (np.abs(values).max(axis=1) / largest).astype(np.float16).astype(np.float32)
-    scaled = np.clip(values / scale[:, None], -largest, largest)
-    own = np.rint(scaled).astype(np.int8) if dtype == "int8" else reference.to_fp8_bits(scaled)
-    exact = own if dtype == "int8" else reference.from_fp8_bits(own)
-    return own, exact * scale[:, None], scale
+    largest, (experts, rows, columns) = LARGEST[dtype], values.shape
+    grouped = dtype == "int4" and rows % GROUP == 0
+    groups = values.reshape(experts, -1, GROUP if grouped else rows, columns)
+    scale = (np.abs(groups).max(axis=2) / largest).astype(np.float16).astype(np.float32)
+    scaled = np.clip(groups / scale[:, :, None], -largest, largest)
+    own = reference.to_fp8_bits(scaled) if dtype == "float8_e4m3fn" else np.rint(scaled).astype(np.int8)
+    exact = reference.from_fp8_bits(own) if dtype == "float8_e4m3fn" else own
+    shaped = [array.reshape(values.shape) for array in (own, exact * scale[:, :, None])]
+    return *shaped, scale if grouped else scale[:, 0]
 
 
 class Weights:
     """Random weights of one shape and dtype; `fp32` holds the values after rounding to the dtype.
 
-    scales: of quantised ones, [E, 2I] and [E, H]; else None.
+    scales: of quantised ones, as _quantised() gives them; else None.
     """
 
     def __init__(self, case: Case, generator: np.random.Generator):
+        self.dtype = case.dtype
         e, h, i = case.num_experts, case.hidden_size, case.intermediate_size
         rounded = _quantised if case.is_quantised else _rounded
         self.own, self.fp32, *scales = zip(
@@ -111,6 +121,11 @@ class Weights:
     def swapped(self) -> list[np.ndarray]:
         """gate_up [E, 2I, H] and down [E, H, I], for those who want the reduced dimension last."""
         return [_aligned(stack.swapaxes(1, 2)) for stack in self.own]
+
+    @functools.cached_property
+    def packed(self) -> list[np.ndarray]:
+        """The same as the words of int4."""
+        return [_aligned(reference.pack_int4(stack)) for stack in self.swapped]
 
 
 class Inputs:
@@ -130,15 +145,19 @@ class Inputs:
 
 
 def _paddle_moe_core(inputs: Inputs, weights: Weights, layout: str = "stacked") -> Callable[[], np.ndarray]:
+    if weights.dtype == "int4":
+        layout = "permuted"  # it has no other
     arrays = [[stack] for stack in weights.own]
     if layout == "list":
         arrays = [[_aligned(w) for w in stack] for stack in weights.own]
     elif layout == "permuted":
-        arrays = [[stack] for stack in weights.swapped]
+        arrays = [[stack] for stack in (weights.packed if weights.dtype == "int4" else weights.swapped)]
     arguments = (inputs.own, inputs.table, inputs.weights, *arrays)
     options = {"permuted_weights": layout == "permuted"}
     if weights.scales:
         scales = [list(scale) if layout == "list" else [scale] for scale in weights.scales]
+        if layout == "permuted":
+            scales = [[_aligned(scale.swapaxes(1, 2)) if scale.ndim == 3 else scale] for (scale,) in scales]
         options.update(zip(("gate_up_scale", "down_scale"), scales))
     workspace = np.empty(core.workspace_size(*arguments, **options), np.uint8)
     out = np.empty_like(inputs.own)
@@ -166,6 +185,7 @@ def _bfloat16(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
     halves = copy.copy(inputs), copy.copy(weights)
     halves[0].own = reference.to_bf16_bits(inputs.hidden)
     halves[1].__dict__.pop("swapped", None)
+    halves[1].dtype = "bfloat16"
     halves[1].own = [_aligned(reference.to_bf16_bits(stack)) for stack in weights.fp32]
     halves[1].scales = None
     return _paddle_moe_core(*halves, layout="permuted")
@@ -193,11 +213,15 @@ def _paddle_moe_op(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]
         # Paddle takes a uint16 array for bfloat16 bits.
         return paddle.to_tensor(array, place=paddle.CPUPlace())
 
-    arguments = [tensor(a) for a in (inputs.own, inputs.table, inputs.weights, *weights.own)]
+    int4 = weights.dtype == "int4"
+    stacks, scales = weights.packed if int4 else weights.own, weights.scales or ()
+    if int4:
+        scales = [scale.swapaxes(1, 2) if scale.ndim == 3 else scale for scale in scales]
+    arguments = [tensor(a) for a in (inputs.own, inputs.table, inputs.weights, *stacks)]
     hidden, _, *trained = arguments
-    scales = dict(zip(("gate_up_scale", "down_scale"), map(tensor, weights.scales or ())))
+    options = dict(zip(("gate_up_scale", "down_scale"), map(tensor, scales)), permuted_weights=int4)
     return _paddle_call(
-        lambda: paddle_moe.mixture_of_experts(*arguments, **scales), inputs, [hidden, *trained]
+        lambda: paddle_moe.mixture_of_experts(*arguments, **options), inputs, [hidden, *trained]
     )
 
 
@@ -411,17 +435,25 @@ class _GgmlInitParams(ctypes.Structure):
     _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
-# ggml's format for int8: blocks of 32 along the reduced dimension, each with a scale.
+# ggml's formats for int8 and int4: blocks of 32 along the reduced dimension, each with a scale. A byte of int4
+# has element j of the block in its low half and element j + 16 in its high one, both plus 8.
 _Q8_0 = np.dtype([("scale", np.float16), ("bytes", np.int8, 32)])
+_Q4_0 = np.dtype([("scale", np.float16), ("bytes", np.uint8, 16)])
 
 
-def _q8_0(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """[E, out, in / 32] blocks of the same values as int8 [E, out, in] with scales [E, out]."""
-    if weight.dtype != np.int8 or weight.shape[2] % 32:
-        raise NotSupported("no format for it: Q8_0 is int8 in blocks of 32")
-    blocks = np.empty((*weight.shape[:2], weight.shape[2] // 32), _Q8_0)
-    blocks["scale"] = scale[:, :, None]
-    blocks["bytes"] = weight.reshape(*blocks.shape, 32)
+def _ggml_blocks(weight: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:
+    """[E, out, in / 32] blocks of the same values as integers [E, out, in] with their scales."""
+    if dtype not in ("int8", "int4") or weight.shape[2] % 32:
+        raise NotSupported("no format for it: Q8_0 and Q4_0 are integers in blocks of 32")
+    blocks = np.empty((*weight.shape[:2], weight.shape[2] // 32), _Q8_0 if dtype == "int8" else _Q4_0)
+    scale = scale[:, :, None] if scale.ndim == 2 else scale.swapaxes(1, 2)
+    blocks["scale"] = scale.repeat(blocks.shape[2] // scale.shape[2], axis=2)
+    numbers = weight.reshape(*blocks.shape, 32)
+    if dtype == "int8":
+        blocks["bytes"] = numbers
+    else:
+        plus_8 = (numbers + 8).astype(np.uint8)
+        blocks["bytes"] = plus_8[..., :16] | plus_8[..., 16:] << 4
     return blocks
 
 
@@ -430,15 +462,17 @@ def _ggml(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
     gate_up, down = weights.swapped
     (t, k), h, i = inputs.table.shape, inputs.hidden.shape[1], down.shape[2]
     if weights.scales:
-        gate_up, down = (_q8_0(w, scale) for w, scale in zip((gate_up, down), weights.scales))
+        gate_up, down = (
+            _ggml_blocks(w, scale, weights.dtype) for w, scale in zip((gate_up, down), weights.scales)
+        )
     bytes_needed = gate_up.nbytes + down.nbytes + 4 * t * (k * (3 * i + 2 * h) + (k + 2) * h) + (16 << 20)
     context = _ggml_call("ggml_init", _GgmlInitParams(bytes_needed, None, False))
 
     def tensor(array: np.ndarray) -> int:
-        kinds = {"float32": 0, "float16": 1, "int32": 26, "uint16": 30, _Q8_0.name: 8}
+        kinds = {"float32": 0, "float16": 1, "int32": 26, "uint16": 30, _Q8_0.name: 8, _Q4_0.name: 2}
         kind = kinds[array.dtype.name]
         sizes = [1] * (3 - array.ndim) + list(array.shape)
-        sizes[-1] *= _Q8_0["bytes"].shape[0] if array.dtype == _Q8_0 else 1
+        sizes[-1] *= 32 if array.dtype in (_Q8_0, _Q4_0) else 1
         made = _ggml_call("ggml_new_tensor_3d", context, kind, *sizes[::-1])
         to = (ctypes.c_char * array.nbytes).from_address(_ggml_call("ggml_get_data", made))
         np.frombuffer(to, array.dtype).reshape(array.shape)[...] = array

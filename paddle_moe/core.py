@@ -159,7 +159,7 @@ def _backward(
     for name in ("gate_up_weights", "down_weights"):
         first = passed[name][0] if isinstance(passed[name], (list, tuple)) and passed[name] else passed[name]
         dtype = str(getattr(first, "dtype", None)).rpartition(".")[2]
-        if dtype in ("int8", "uint8", "float8_e4m3fn"):  # else scales would be asked for
+        if dtype in ("int8", "int32", "uint8", "float8_e4m3fn"):  # else scales would be asked for
             raise ValueError(
                 f"{name} must not be quantised where a gradient is wanted, got the dtype {dtype}"
             )

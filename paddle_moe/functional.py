@@ -381,6 +381,9 @@ def mixture_of_experts(
 
     Products accumulate in float32, the intermediate is rounded to the dtype of ``hidden_states``, and the sum
     over k runs in float32 in the order of k: equal inputs give equal bits, whatever else is in the batch.
+    int4 weights, and int8 ones that are stored [out, in] beside activations of half precision, are multiplied
+    as integers: of 64 neighbouring activations each is rounded to 2^-16 of the largest, or 2^-30 in float32,
+    so that bfloat16 ones stay exact down to 2^-7 of it, and NaN or infinity in one makes all of them NaN.
 
     T tokens, hidden size H, intermediate size I, K experts per token, E_l local experts.
 
@@ -391,16 +394,17 @@ def mixture_of_experts(
         router_weights: [T, K], float32 or the dtype of ``hidden_states``.
         gate_up_weights: E_l tensors [H, 2I] (gate columns first, then up), or 2*E_l tensors [H, I] (all
             gates, then all ups), or one stacked tensor [E_l, H, 2I]; dtype of ``hidden_states``, or, with
-            scales and on a CPU, all weights int8, float8_e4m3fn or uint8 that holds its bits (never integers
-            with a zero point).
+            scales and on a CPU, all weights int8, or float8_e4m3fn or uint8 that holds its bits, or int4 in
+            int32 as :func:`paddle_moe.pack_int4` packs it, [..., 2I, 8 * ceil(H / 64)], with
+            ``permuted_weights``. Never integers with a zero point.
         down_weights: E_l tensors [I, H], or one stacked tensor [E_l, I, H]; dtype of ``gate_up_weights``.
         gate_up_bias: E_l tensors [2I], or 2*E_l tensors [I], or one stacked tensor [E_l, 2I]; float32 or the
             dtype of ``hidden_states``.
         down_bias: E_l tensors [H], or one stacked tensor [E_l, H]; dtype of ``gate_up_bias``.
-        gate_up_scale: of 8-bit weights, float32, in as many tensors as ``gate_up_weights``: what the elements
-            of a matrix [in, out] are multiplied by. [1]: all of it; [out]: an output channel; [in / 128 or 1,
-            out]: 128 inputs of an output channel; [in / 128, out / 128]: a block, of gate or of up; rounded
-            up, with E_l in front where stacked, transposed with ``permuted_weights``. See
+        gate_up_scale: of quantised weights, float32, in as many tensors as ``gate_up_weights``: what the
+            elements of a matrix [in, out] are multiplied by. [1]: all of it; [out]: an output channel;
+            [in / 128 or 1, out]: 128 inputs of an output channel; [in / 128, out / 128]: a block, of gate or
+            of up; rounded up, with E_l in front where stacked, transposed with ``permuted_weights``. See
             :func:`paddle_moe.quantize`. backward() through such weights is a ValueError.
         down_scale: the same of ``down_weights``.
         permuted_weights: every weight matrix is stored transposed ([2I, H] and [H, I]), as PyTorch and

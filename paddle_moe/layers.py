@@ -60,9 +60,12 @@ def _quantised_stack(
     name: str, weight: paddle.Tensor, dtype: str, granularity: str, parts: int
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """quantize() of [E, in, out] as [E, out, in], one expert at a time for the sake of memory."""
-    stored = "int8" if dtype == "int8" else "uint8"  # Paddle can neither stack nor save fp8
+    # Paddle can neither stack nor save fp8.
+    stored = {"int8": "int8", "int4": "int32", "float8_e4m3fn": "uint8"}[dtype]
     if 0 in weight.shape:  # this rank has no experts, or no columns of the shared one
         experts, rows, columns = weight.shape
+        if dtype == "int4":
+            rows = 8 * -(-rows // 64)
         return paddle.zeros([experts, columns, rows], stored), paddle.zeros([experts, 1, 1], "float32")
     pairs = []
     for expert, one in enumerate(weight):
@@ -519,15 +522,15 @@ class FusedMoE(nn.Layer):
         return {name: part for name, part in parts.items() if name in held}
 
     @paddle.no_grad()
-    def quantize_(self, dtype: str | paddle.dtype = "int8", granularity: str = "channel") -> FusedMoE:
-        """Turns the weights of this rank's experts, and of the shared one, into 8-bit numbers for inference.
+    def quantize_(self, dtype: str | paddle.dtype = "int8", granularity: str | None = None) -> FusedMoE:
+        """Turns the weights of this rank's experts, and of the shared one, into 8- or 4-bit numbers.
 
-        Afterwards gate_up_weight [E_l, 2 I_l, H], down_weight [E_l, H, I_l] and those of the shared expert
-        are buffers, int8 or the bits of fp8 as uint8, stored transposed because few tokens read them fastest
-        so, beside buffers gate_up_scale, down_scale, shared_gate_up_scale and shared_down_scale. Router,
-        gates and biases stay as they are. There is no way back, and no gradient, not even of hidden_states.
-        With TP, scales belong to a rank's slice. To load a saved state_dict(), make a layer, quantise it with
-        the same arguments, and load.
+        For inference. Afterwards gate_up_weight [E_l, 2 I_l, H], down_weight [E_l, H, I_l] and those of the
+        shared expert are buffers, int8, int4 as paddle_moe.pack_int4 packs it, or the bits of fp8 as uint8,
+        stored transposed because few tokens read them fastest so, beside buffers gate_up_scale, down_scale,
+        shared_gate_up_scale and shared_down_scale. Router, gates and biases stay as they are. There is no way
+        back, and no gradient, not even of hidden_states. With TP, scales belong to a rank's slice. To load a
+        saved state_dict(), make a layer, quantise it with the same arguments, and load.
 
         Args:
             dtype, granularity: see paddle_moe.quantize.
@@ -542,7 +545,9 @@ class FusedMoE(nn.Layer):
         """
         if self.quantized is not None:
             raise RuntimeError(f"the expert weights of this layer are {self.quantized} already")
-        dtype = check_options(dtype, granularity)  # here, so that ranks without experts refuse it too
+        dtype, granularity = check_options(
+            dtype, granularity
+        )  # here, so that ranks without experts refuse it too
         if self.ep_size * self.tp_size > 1 and not hasattr(paddle.zeros([1], "int8"), "__dict__"):
             raise RuntimeError(  # the flags of _mark_parameters would have no place
                 f"quantize_ of a layer over several ranks needs a later Paddle than {paddle.__version__}"

@@ -1,61 +1,95 @@
-"""8-bit weights for inference, as mixture_of_experts takes them with gate_up_scale and down_scale.
+"""Weights of 8 or 4 bits for inference, as mixture_of_experts takes them with gate_up_scale and down_scale.
 
-A weight is its 8-bit number times a scale, which stands for the whole matrix, an output channel, a group of
-128 input channels of an output channel, or a block of 128 x 128. Nothing else is quantised: activations stay
-as they are, and products accumulate in float32.
+A weight is its number times a scale, which stands for the whole matrix, an output channel, a group of 128
+input channels of an output channel, or a block of 128 x 128.
 """
 
 from __future__ import annotations
 
 import paddle
 
+from paddle_moe import reference
 from paddle_moe._options import at_least, dtype_name, flag, one_of
 
-__all__ = ["quantize"]
+__all__ = ["pack_int4", "quantize"]
 
 GROUP = 128
-# The largest number of each dtype.
-LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+# The largest magnitude of each dtype.
+LARGEST = {"int8": 127.0, "int4": 8.0, "float8_e4m3fn": 448.0}
 # The input and the output channels that share a scale; None: all of them.
 GRANULARITIES = {"tensor": (None, None), "channel": (None, 1), "group": (GROUP, 1), "block": (GROUP, GROUP)}
 
 
-def check_options(dtype: str | paddle.dtype, granularity: str) -> str:
-    """The name of `dtype`; a ValueError if it or `granularity` is none that quantize() has."""
+def check_options(dtype: str | paddle.dtype, granularity: str | None) -> tuple[str, str]:
+    """The names of both, None replaced; a ValueError if one is none that quantize() has."""
     name = one_of(*LARGEST)("dtype", dtype_name(dtype))
+    if granularity is None:
+        granularity = "group" if name == "int4" else "channel"
     one_of(*GRANULARITIES)("granularity", granularity)
-    if name != "int8" and not hasattr(paddle, name):
+    if name == "float8_e4m3fn" and not hasattr(paddle, name):
         raise ValueError(f"dtype {name!r} needs a later Paddle than {paddle.__version__}; use 'int8'")
-    return name
+    return name, granularity
+
+
+def pack_int4(numbers: paddle.Tensor) -> paddle.Tensor:
+    """The int4 numbers of weights stored [out, in], as :func:`paddle_moe.mixture_of_experts` takes them.
+
+    Element i of each 64 neighbours along the inputs, the last of them completed with zeros, becomes the bits
+    4 (i // 16) to 4 (i // 16) + 3 of the int16 i % 16 of 16, of which every two, the first one low, are an
+    int32.
+
+    Args:
+        numbers: [..., out, in], of an integer dtype, from -8 to 7.
+
+    Returns:
+        int32 [..., out, 8 * ceil(in / 64)].
+
+    Raises:
+        ValueError: another dtype, or a number out of range.
+    """
+    if not isinstance(numbers, paddle.Tensor) or not dtype_name(numbers.dtype).lstrip("u").startswith("int"):
+        got = dtype_name(numbers.dtype) if isinstance(numbers, paddle.Tensor) else type(numbers).__name__
+        raise ValueError(f"numbers must be a paddle.Tensor of integers, got {got}")
+    array = numbers.numpy()
+    if array.size and not (-8 <= array.min() and array.max() <= 7):
+        raise ValueError(f"numbers must be from -8 to 7, got {array.min()} to {array.max()}")
+    return paddle.to_tensor(reference.pack_int4(array), place=numbers.place)
 
 
 def quantize(
     weight: paddle.Tensor,
     dtype: str | paddle.dtype = "int8",
-    granularity: str = "channel",
+    granularity: str | None = None,
     *,
     permuted: bool = False,
     parts: int = 1,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Rounds weights to 8 bits, symmetrically: the largest of each group becomes 127, or 448 in fp8.
+    """Rounds weights to 8 or 4 bits, without a zero point.
+
+    The largest magnitude of each group becomes 127, or 448 in fp8. In int4 it becomes -8, whichever its sign
+    is, which the scale then carries: the one number more is worth an eighth of the error.
 
     Args:
         weight: [..., in, out], float32, bfloat16 or float16; all of it finite.
-        dtype: "int8" or "float8_e4m3fn" (Micikevicius et al., "FP8 Formats for Deep Learning", 2022).
+        dtype: "int8", "int4" or "float8_e4m3fn" (Micikevicius et al., "FP8 Formats for Deep Learning", 2022).
         granularity: what shares a scale: "tensor", a matrix; "channel", a column of it; "group", 128
-            neighbours in a column; "block", 128 x 128 (as in DeepSeek-V3).
-        permuted: `weight` and both results are transposed, [..., out, in].
+            neighbours in a column; "block", 128 x 128 (as in DeepSeek-V3). None: "group" for int4, else
+            "channel".
+        permuted: `weight` and both results are transposed, [..., out, in]; int4 needs it.
         parts: 2 for gate and up side by side: no block then holds columns of both.
 
     Returns:
-        The quantised weight, in the shape of `weight`, and its scales, float32 [..., groups of in, groups of
-        out]: what to pass as weights and scale to :func:`paddle_moe.mixture_of_experts`.
+        The quantised weight, in the shape of `weight` (int4 as :func:`paddle_moe.pack_int4` gives it), and
+        its scales, float32 [..., groups of in, groups of out]: what to pass as weights and scale to
+        :func:`paddle_moe.mixture_of_experts`.
 
     Raises:
         ValueError: `weight` is not finite, has another dtype or less than two dimensions; an unknown option.
     """
-    dtype = check_options(dtype, granularity)
+    dtype, granularity = check_options(dtype, granularity)
     flag("permuted", permuted)
+    if dtype == "int4" and not permuted:
+        raise ValueError("permuted must be True for int4, which is stored [out, in], got False")
     if not isinstance(weight, paddle.Tensor):
         raise ValueError(f"weight must be a paddle.Tensor, got {type(weight).__name__}")
     if weight.ndim < 2 or dtype_name(weight.dtype) not in ("float32", "bfloat16", "float16"):
@@ -69,9 +103,12 @@ def quantize(
             return _quantize(weight, dtype, granularity, permuted)
         axis = weight.ndim - (2 if permuted else 1)
         pieces = [_quantize(piece, dtype, granularity, permuted) for piece in weight.chunk(parts, axis)]
-        # Paddle cannot join fp8.
-        joined = paddle.concat([quantised.view("uint8") for quantised, _ in pieces], axis).view(dtype)
-        return joined, paddle.concat([scale for _, scale in pieces], axis)
+        numbers, scales = zip(*pieces)
+        if dtype == "float8_e4m3fn":  # Paddle cannot join it
+            joined = paddle.concat([one.view("uint8") for one in numbers], axis).view(dtype)
+        else:
+            joined = paddle.concat(numbers, axis)
+        return joined, paddle.concat(scales, axis)
 
 
 def _quantize(
@@ -86,10 +123,14 @@ def _quantize(
         raise ValueError("weight must be finite, got infinity or NaN in it")
     scale = largest / LARGEST[dtype]
     scale = paddle.where(scale > 0, scale, paddle.ones_like(scale))  # of zeros, or nearly
+    if dtype == "int4":
+        scale = paddle.where(_largest_of_groups(weight, group) == largest, -scale, scale)
     spread = scale
     for axis, (size, count) in enumerate(zip(sizes, group), start=weight.ndim - 2):
         spread = spread.repeat_interleave(count, axis).slice([axis], [0], [size])
-    scaled = (weight / spread).clip(-LARGEST[dtype], LARGEST[dtype])
+    scaled = (weight / spread).clip(-LARGEST[dtype], 7.0 if dtype == "int4" else LARGEST[dtype])
+    if dtype == "int4":
+        return pack_int4(scaled.round().astype("int8")), scale
     return (scaled.round() if dtype == "int8" else scaled).astype(dtype), scale
 
 

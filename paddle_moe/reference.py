@@ -1,8 +1,8 @@
 """What the kernels compute, in NumPy and double precision, one readable function per kernel stage.
 
 Arrays may be float64, float32, float16, or uint16 that holds the bits of bfloat16 numbers; quantised weights
-int8, or uint8 that holds the bits of fp8 e4m3 numbers. Every function computes in float64 and returns
-float64, so a comparison shows the error of the kernel alone.
+int8, uint8 that holds the bits of fp8 e4m3 numbers, or int32 that holds int4 numbers. Every function computes
+in float64 and returns float64, so a comparison shows the error of the kernel alone.
 Overflow gives inf and inf - inf gives NaN, as in the kernels, without a warning.
 Nothing here is fast, and nothing imports Paddle.
 """
@@ -55,6 +55,26 @@ def to_fp8_bits(values: np.ndarray) -> np.ndarray:
     return (bits + 128 * np.signbit(values)).astype(np.uint8)
 
 
+def pack_int4(numbers: np.ndarray) -> np.ndarray:
+    """int32 [..., 8 * ceil(n / 64)] from integers [..., n], -8 to 7; see paddle_moe.pack_int4."""
+    *leading, size = numbers.shape
+    runs = -(-size // 64)
+    completed = np.zeros((*leading, 64 * runs), np.int32)
+    completed[..., :size] = numbers
+    parts = np.moveaxis(completed.reshape(*leading, runs, 4, 16) & 15, -2, 0)
+    halves = parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12
+    return (halves[..., ::2] | halves[..., 1::2] << 16).reshape(*leading, 8 * runs)
+
+
+def unpack_int4(words: np.ndarray, size: int) -> np.ndarray:
+    """The first `size` int4 numbers of each row of words, int8 [..., size]; see paddle_moe.pack_int4."""
+    words = np.asarray(words, dtype=np.int32)
+    i = np.arange(size)
+    shifts = 16 * (i % 2) + 4 * (i % 64 // 16)
+    numbers = words[..., i // 64 * 8 + i % 16 // 2] >> shifts & 15
+    return (numbers - (numbers > 7) * 16).astype(np.int8)
+
+
 @np.errstate(all="ignore")
 def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
     """Rounds to "float32", "float16" or "bfloat16" (uint16 bits): ties to even, too large becomes inf."""
@@ -69,7 +89,7 @@ def to_float64(array: np.ndarray) -> np.ndarray:
     return (from_bf16_bits(array) if array.dtype == np.uint16 else array).astype(np.float64)
 
 
-def dequantise(weight: np.ndarray, scale: np.ndarray, permuted: bool = False) -> np.ndarray:
+def dequantise(weight: np.ndarray, scale: np.ndarray, permuted: bool = False, inputs: int = 0) -> np.ndarray:
     """weight [in, out] times its scales.
 
     Each stands for all, for one, or for a group of 128 along a dimension.
@@ -77,7 +97,10 @@ def dequantise(weight: np.ndarray, scale: np.ndarray, permuted: bool = False) ->
     Args:
         scale: [], [1], [out], [in or in / 128 or 1, out or out / 128 or 1], rounded up.
         permuted: the two matrices are transposed.
+        inputs: in, of int4 weights, which are transposed.
     """
+    if weight.dtype == np.int32:
+        weight = unpack_int4(weight, inputs)
     values, scale = to_float64(weight), to_float64(scale)
     if permuted:
         return dequantise(values.T, scale.T).T
@@ -281,8 +304,12 @@ def mixture_of_experts(
         halves = zip(
             _gates_and_ups(gate_up_weights, count, axis), _scales_of_halves(gate_up_scale, count, axis)
         )
-        gate_up_weights = [dequantise(*pair, permuted_weights) for half in halves for pair in zip(*half)]
-        down_weights = [dequantise(*pair, permuted_weights) for pair in zip(down_weights, down_scale)]
+        hidden = np.shape(hidden_states)[1]
+        gate_up_weights = [
+            dequantise(*pair, permuted_weights, hidden) for half in halves for pair in zip(*half)
+        ]
+        inter = gate_up_weights[0].shape[0 if permuted_weights else 1]
+        down_weights = [dequantise(*pair, permuted_weights, inter) for pair in zip(down_weights, down_scale)]
     num_experts = len(down_weights)
     if experts_max not in (None, experts_min + num_experts - 1):
         raise ValueError(f"experts_max must be {experts_min + num_experts - 1}, got {experts_max}")

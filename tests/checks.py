@@ -86,10 +86,10 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, slack: float = 1.0) -
         assert errors[worst] <= tolerance, f"row {worst}: error {errors[worst]:.2e} above {tolerance:.1e}"
 
 
-def assert_amax_close(actual: np.ndarray, expected: np.ndarray) -> None:
+def assert_amax_close(actual: np.ndarray, expected: np.ndarray, slack: float = 1.0) -> None:
     """amax is fp32, never rounded to half precision. Tensor cores cut sums off, here by up to 1.4e-6 as
     the emulator models it; the fast exponential of a GPU adds a few units in the last place."""
-    np.testing.assert_allclose(actual, expected, rtol=5e-6)
+    np.testing.assert_allclose(actual, expected, rtol=slack * 5e-6)
 
 
 def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:

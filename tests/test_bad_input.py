@@ -125,8 +125,8 @@ MISUSES = [
     ("mixture_of_experts", INT8 | {"down_weights": zeros(E, I, H, dtype="uint8")},
      "down_weights must have the dtype int8, got uint8"),
     ("mixture_of_experts", {"gate_up_scale": zeros(E, 1)},
-     "gate_up_scale must not be given: gate_up_weights is not quantised (int8, float8_e4m3fn or its bits as "
-     "uint8) but has the dtype float32"),
+     "gate_up_scale must not be given: gate_up_weights is not quantised (int8, int4 in int32, float8_e4m3fn "
+     "or its bits as uint8) but has the dtype float32"),
     ("mixture_of_experts", INT8 | {"gate_up_scale": [zeros(1)] * E},
      "gate_up_scale must hold as many tensors as gate_up_weights (1), got 4"),
     ("mixture_of_experts", INT8 | {"gate_up_scale": zeros(E, 2 * I + 1)},

@@ -83,34 +83,33 @@ def test_results_of_another_machine_are_not_merged():
         bench._report({**bench._report(None, []), "processor": "that"}, [])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_peers_are_right_or_said_to_be_missing(tmp_path, dtype):
     out = tmp_path / "bench.json"
     options = ["--shapes", "4x2x64x128", "--dtypes", dtype, "--variants", "torch grouped,vllm,ggml"]
     done = run(*TINY, *options, "--out", out)
     assert done.returncode == 0, done.stderr
     for result in json.loads(out.read_text())["results"]:
-        assert len(result["variants"]) + len(result["left_out"]) == (2 if dtype == "int8" else 3)
+        assert len(result["variants"]) + len(result["left_out"]) == (2 if dtype.startswith("int") else 3)
         assert all("not installed" in str(why) for why in result["left_out"].values()), result["left_out"]
 
 
 def test_a_peer_without_the_format_says_so(tmp_path):
     done = run(*TINY, "--dtypes", "float8_e4m3fn", "--variants", "paddle_moe.core,ggml")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("  ggml: no format for it: Q8_0 is int8 in blocks of 32") == 2
+    assert done.stdout.count("  ggml: no format for it: Q8_0 and Q4_0 are integers in blocks of 32") == 2
 
 
 def test_quantised_weights(tmp_path):
     out = tmp_path / "bench.json"
     ours = "paddle_moe,paddle_moe.core,paddle_moe.core list,paddle_moe.core permuted"
     variants = f"{ours},bfloat16 permuted,paddle loop"
-    done = run(*TINY, "--dtypes", "int8,float8_e4m3fn", "--variants", variants, "--out", out)
+    done = run(*TINY, "--dtypes", "int8,int4,float8_e4m3fn", "--variants", variants, "--out", out)
     assert done.returncode == 0, done.stderr
     for result in json.loads(out.read_text())["results"]:
         errors = {name: figures["relative_error"] for name, figures in result["variants"].items()}
         assert set(errors) == set(variants.split(",")), result["left_out"]
-        assert all(errors[name] < 2e-6 for name in ours.split(","))
-        assert 1e-4 < errors["bfloat16 permuted"] < 1e-2
+        assert all(1e-4 < errors[name] < 4e-3 for name in [*ours.split(","), "bfloat16 permuted"])
 
 
 def test_backward(tmp_path):

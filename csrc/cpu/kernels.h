@@ -11,10 +11,32 @@ namespace cpu {
 
 // How a GEMM reads its operands: in units of four bytes along the reduced dimension, each an fp32 value or a
 // pair of neighbouring bf16 values (only where the processor multiplies such pairs; VDPBF16PS takes subnormal
-// bf16 values, below 1.2e-38, for zero).
-enum class Operand { kFloat32, kBf16Pairs };
+// bf16 values, below 1.2e-38, for zero). For integer weights stored column by column also pairs of int16
+// values, which integers are multiplied with exactly: see Int16Row.
+enum class Operand { kFloat32, kBf16Pairs, kInt16, kTwoInt16 };
 
 constexpr int64_t kUnitBytes = 4;
+
+// A row of activations as integers: kInt16Group neighbours are multiples of one power of two, the largest of
+// them below 2^15 of it; with kTwoInt16 below 2^14, and a second plane of integers holds what that leaves, in
+// multiples of 2^-kSecondPlaneBits of that power. Behind the planes lie the powers, one for each group. So
+// bf16 values are exact down to 2^-7 of the largest in their group, where a float32 row with its two planes
+// is within 2^-30 of it.
+constexpr int64_t kInt16Group = 64;
+constexpr int kSecondPlaneBits = 15;
+
+struct Int16Row {
+  Int16Row(int64_t elements, Operand operand)
+      : groups((elements + kInt16Group - 1) / kInt16Group), planes(operand == Operand::kTwoInt16 ? 2 : 1) {}
+  int64_t groups, planes;
+  int64_t plane_bytes() const { return groups * kInt16Group * 2; }
+  int64_t powers_at() const { return planes * plane_bytes(); }
+  int64_t units() const { return powers_at() / kUnitBytes + groups; }
+};
+
+inline bool is_integer(Operand operand) {
+  return operand == Operand::kInt16 || operand == Operand::kTwoInt16;
+}
 
 // Units reduced in registers before the partial sum is added to the result. A constant of the contract, not
 // only of the cache: every result is the sum, in order, of such blocks, each summed in order, whatever the
@@ -94,9 +116,11 @@ struct ActivateTask {
   ActivationSpec activation;
   DType dtype;
   Operand operand;
-  void* out;           // at the first column, or null where only saved_gate and saved_up are wanted
-  int64_t out_stride;  // units
-  uint32_t amax_bits;  // raised to the bits of max |value before rounding|; NaN is the largest
+  void* out;            // at the first column, or null where only saved_gate and saved_up are wanted
+  int64_t out_stride;   // units
+  float* powers;        // of an Int16Row, at the group of the first column; in steps of out_stride too
+  int64_t plane_bytes;  // of an Int16Row
+  uint32_t amax_bits;   // raised to the bits of max |value before rounding|; NaN is the largest
   // Where gate and up, with their biases, are kept as dtype for the backward; or null.
   void* saved_gate = nullptr;
   void* saved_up = nullptr;

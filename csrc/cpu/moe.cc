@@ -70,8 +70,7 @@ class Chunk {
   }
 
   void run() {
-    const int64_t bytes_per_expert =
-        3 * p_.hidden_size * p_.intermediate_size * static_cast<int64_t>(dtype_size(p_.weight_dtype));
+    const int64_t bytes_per_expert = dtype_bytes(p_.weight_dtype, 3 * p_.hidden_size * p_.intermediate_size);
     const int64_t useful = 1 + active_experts_ * bytes_per_expert / kWeightBytesPerThread;
     parallel(static_cast<int>(std::min<int64_t>({threads_, useful, num_tasks_})),
              [this](int thread) { work(thread); });
@@ -149,7 +148,7 @@ class Chunk {
     const GemmBlock& block = first ? first_[i - copy_tasks_] : second_[i - first_end()];
     GemmTask task =
         first ? gate_up_gemm(w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes,
-                             w_.hidden_stride, p_, block, scratch)
+                             w_.hidden_stride, p_, w_.operand, block, scratch)
               : neighbours_gemm(w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes,
                                 w_.inter_stride, p_.intermediate_size, w_.operand,
                                 p_.experts[block.expert].down, p_.weight_dtype, block,
@@ -198,9 +197,11 @@ class Chunk {
 
   void activate(const GemmBlock& block, const ThreadScratch& scratch) {
     const Expert& expert = p_.experts[block.expert];
-    const int64_t out_bytes = w_.operand == Operand::kBf16Pairs ? 2 : kUnitBytes;
-    char* out =
-        w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes + block.first_column * out_bytes;
+    const int64_t out_bytes = w_.operand == Operand::kFloat32 ? kUnitBytes : 2;
+    char* row = w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes;
+    const Int16Row integers(p_.intermediate_size, w_.operand);
+    static_assert(kPackedColumns % kInt16Group == 0, "blocks of columns are whole groups");
+    float* powers = reinterpret_cast<float*>(row + integers.powers_at()) + block.first_column / kInt16Group;
     auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p_.bias_dtype) : nullptr; };
     ActivateTask activate{scratch.result,
                           scratch.result + block.width,
@@ -213,8 +214,10 @@ class Chunk {
                           p_.activation,
                           p_.dtype,
                           w_.operand,
-                          out,
+                          row + block.first_column * out_bytes,
                           w_.inter_stride,
+                          powers,
+                          integers.plane_bytes(),
                           0};
     if (saved_->rows) {
       const int64_t inter = p_.intermediate_size;

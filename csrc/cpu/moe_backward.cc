@@ -366,7 +366,7 @@ class Chunk {
   void recompute(const GemmBlock& block, const ThreadScratch& scratch) {
     const Expert& expert = p_.experts[block.expert];
     const GemmTask gemm = gate_up_gemm(w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes,
-                                       w_.hidden_stride, p_, block, scratch);
+                                       w_.hidden_stride, p_, w_.operand, block, scratch);
     kernels().gemm(gemm);
     auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p_.bias_dtype) : nullptr; };
     ActivateTask activate{};

@@ -40,9 +40,17 @@ inline Operand operand_of(DType dtype) {
   return dtype == DType::kBFloat16 && kernels().bf16_dot ? Operand::kBf16Pairs : Operand::kFloat32;
 }
 
-// Quantised weights become fp32: their products with scales do not fit bf16.
+// Integer weights stored column by column are multiplied as integers. int8 with fp32 activations, which would
+// take two planes, and all other quantised weights become fp32: their products with scales do not fit bf16.
 inline Operand operand_of(const Problem& p) {
-  return is_quantised(p.weight_dtype) ? Operand::kFloat32 : operand_of(p.dtype);
+  if (!is_quantised(p.weight_dtype)) return operand_of(p.dtype);
+  if (p.weight_dtype == DType::kInt4)
+    return p.dtype == DType::kFloat32 ? Operand::kTwoInt16 : Operand::kInt16;
+  const bool in_columns = std::all_of(p.experts.begin(), p.experts.end(), [](const Expert& e) {
+    return storage_of(e.gate, e.up) == Storage::kColumns && storage_of(e.down) == Storage::kColumns;
+  });
+  const bool integer = p.weight_dtype == DType::kInt8 && p.dtype != DType::kFloat32 && in_columns;
+  return integer ? Operand::kInt16 : Operand::kFloat32;
 }
 
 // The local expert of slot i, or -1.
@@ -134,14 +142,14 @@ void cut_into_blocks(int64_t expert, int64_t begin, int64_t end, int64_t columns
 }
 
 // A block's rows x the same columns of gate and up; the two results lie side by side in scratch.result.
-inline GemmTask gate_up_gemm(const void* rows, int64_t row_stride, const Problem& p, const GemmBlock& block,
-                             const ThreadScratch& scratch) {
+inline GemmTask gate_up_gemm(const void* rows, int64_t row_stride, const Problem& p, Operand operand,
+                             const GemmBlock& block, const ThreadScratch& scratch) {
   const Expert& expert = p.experts[block.expert];
   return {rows,
           row_stride,
           block.num_rows,
           p.hidden_size,
-          operand_of(p),
+          operand,
           p.weight_dtype,
           {from_column(expert.gate, block.first_column, p.weight_dtype),
            from_column(expert.up, block.first_column, p.weight_dtype)},

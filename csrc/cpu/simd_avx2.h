@@ -36,6 +36,20 @@ struct Simd {
       two[i] = (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
     }
   }
+  // Vectors of twice kLanes int16.
+  static VI widen_int8(const int8_t* p) {
+    return (VI)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static VI widen_int4(const int32_t* run, int v) {
+    const __m256i halves = (__m256i)load(run);
+    return (VI)_mm256_srai_epi16(_mm256_slli_epi16(halves, 12 - 4 * v), 12);
+  }
+  // Adds the products of neighbouring pairs.
+  static VI multiply_add_int16(VI a, VI b, VI c) {
+    c += (VI)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    asm("" : "+x"(c));  // GCC would add later, and run out of registers for what is to be added
+    return c;
+  }
   // Two vectors of fp8 e4m3 times 2^-8: fp16 of the same bits, whose exponents mean that much less, so that
   // subnormal numbers are right whatever the processor's modes are. All bits of a NaN are set.
   static void load_fp8(const uint8_t* p, V (&two)[2]) {

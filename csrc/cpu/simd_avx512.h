@@ -45,6 +45,19 @@ struct Simd {
       two[i] = (V)_mm512_cvtph_ps(_mm256_or_si256(numbers, is_nan));
     }
   }
+  // Vectors of twice kLanes int16.
+  static VI widen_int8(const int8_t* p) {
+    return (VI)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static VI widen_int4(const int32_t* run, int v) {
+    typedef int16_t VH __attribute__((vector_size(64)));
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(run));
+    const VH shifts = {12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 12,
+                       8,  8,  8,  8,  8,  8,  8,  8,  8,  8,  8,  8,  8,  8,  8,  8};
+    return (VI)((VH)_mm512_broadcast_i64x4(halves) << (shifts - static_cast<int16_t>(8 * v)) >> 12);
+  }
+  // Adds the products of neighbouring pairs.
+  static VI multiply_add_int16(VI a, VI b, VI c) { return (VI)_mm512_madd_epi16((__m512i)a, (__m512i)b) + c; }
   static void store_low_halves(uint16_t* p, VI v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)v));
   }

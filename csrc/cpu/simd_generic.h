@@ -36,6 +36,23 @@ struct Simd {
   static void load_fp8(const uint8_t* p, V (&two)[2]) {
     for (int i = 0; i < 2 * kLanes; ++i) two[i / kLanes][i % kLanes] = f16_to_float(fp8_to_half(p[i]));
   }
+  // Vectors of twice kLanes int16.
+  typedef int16_t VH __attribute__((vector_size(16)));
+  static VI widen_int8(const int8_t* p) {
+    VH halves;
+    for (int i = 0; i < 2 * kLanes; ++i) halves[i] = p[i];
+    return (VI)halves;
+  }
+  static VI widen_int4(const int32_t* run, int v) {
+    const VH halves = (VH)load(run + v % 2 * kLanes);
+    return (VI)(halves << (12 - v / 2 * 4) >> 12);
+  }
+  // Adds the products of neighbouring pairs.
+  static VI multiply_add_int16(VI a, VI b, VI c) {
+    for (int i = 0; i < kLanes; ++i)
+      c[i] += ((VH)a)[2 * i] * ((VH)b)[2 * i] + ((VH)a)[2 * i + 1] * ((VH)b)[2 * i + 1];
+    return c;
+  }
   static void store_low_halves(uint16_t* p, VI v) {
     for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint16_t>(v[i]);
   }

@@ -13,7 +13,7 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 inline const void* advance(const void* data, int64_t elements, DType dtype) {
-  return static_cast<const char*>(data) + elements * static_cast<int64_t>(dtype_size(dtype));
+  return static_cast<const char*>(data) + dtype_bytes(dtype, elements);
 }
 
 inline Matrix from_column(Matrix m, int64_t column, DType dtype) {
@@ -24,6 +24,7 @@ inline Matrix from_column(Matrix m, int64_t column, DType dtype) {
 // Whole cache lines, and one more so that rows do not all fall into the same cache sets when the size is a
 // power of two.
 inline int64_t operand_stride(int64_t elements, Operand operand) {
+  if (is_integer(operand)) return round_up(Int16Row(elements, operand).units(), 16) + 16;
   return round_up(operand == Operand::kBf16Pairs ? divide_up(elements, 2) : elements, 16) + 16;
 }
 

@@ -83,12 +83,34 @@ inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
   return v;
 }
 
+// Neighbouring products are added; only -2^15 * -2^15 twice wraps around.
+inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
+  const Elements<int16_t, 32> x = a, y = b;
+  Ints16 v;
+  for (int i = 0; i < 16; ++i)
+    v[i] = static_cast<uint32_t>(x[2 * i] * y[2 * i]) + static_cast<uint32_t>(x[2 * i + 1] * y[2 * i + 1]);
+  return v;
+}
+
+inline __m512i _mm512_broadcast_i64x4(__m256i a) {
+  __m512i twice;
+  for (int i = 0; i < 2; ++i) std::memcpy(reinterpret_cast<char*>(&twice) + 32 * i, &a, sizeof a);
+  return twice;
+}
+
 // ---------------------------------------------------------------- conversions
 
 inline __m512i _mm512_cvtepu16_epi32(__m256i halves) {
   const Halves16 from = halves;
   Ints16 v;
   for (int i = 0; i < 16; ++i) v[i] = from[i];
+  return v;
+}
+
+inline __m512i _mm512_cvtepi8_epi16(__m256i bytes) {
+  const Elements<int8_t, 32> from = bytes;
+  Halves32 v;
+  for (int i = 0; i < 32; ++i) v[i] = static_cast<uint16_t>(from[i]);
   return v;
 }
 

@@ -121,6 +121,28 @@ void integers() {
   }
   check_equal<uint32_t, 16>("cvtepi8", _mm512_cvtepi8_epi32(bytes), wide);
   check_equal<float, 16>("cvtepi32_ps", _mm512_cvtepi32_ps(wide), floats);
+
+  Elements<int8_t, 32> many;
+  Elements<int16_t, 32> a, b;
+  for (int i = 0; i < 32; ++i) {
+    many[i] = static_cast<int8_t>(8 * i - 128);
+    a[i] = static_cast<int16_t>(2117 * i - 32768);
+    b[i] = static_cast<int16_t>(32767 - 1999 * i);
+  }
+  __m256i of_a[2], of_b[2], expected[2];
+  std::memcpy(of_a, &a, sizeof a);
+  std::memcpy(of_b, &b, sizeof b);
+  for (int i = 0; i < 2; ++i) {
+    __m128i part;
+    std::memcpy(&part, &many[16 * i], sizeof part);
+    expected[i] = _mm256_cvtepi8_epi16(part);
+  }
+  check_equal<uint16_t, 32>("cvtepi8_epi16", _mm512_cvtepi8_epi16(many), bits_as<Halves32>(expected));
+  for (int i = 0; i < 2; ++i) expected[i] = _mm256_madd_epi16(of_a[i], of_b[i]);
+  check_equal<uint32_t, 16>("madd_epi16", _mm512_madd_epi16(a, b), bits_as<Ints16>(expected));
+  for (__m256i& half : expected) half = of_a[1];
+  check_equal<uint32_t, 16>("broadcast_i64x4", _mm512_broadcast_i64x4(expected[0]),
+                            bits_as<Ints16>(expected));
 }
 
 // Every fp16 number, and between two neighbours the middle and what lies on its sides.

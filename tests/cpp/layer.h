@@ -137,8 +137,8 @@ struct Layer {
     }
   }
 
-  // The same layer with weights of an 8-bit dtype: +-64, and scales +-1/64 of random groups, so that nothing
-  // is rounded.
+  // The same layer with weights of a quantised dtype: +-64, or +-4 of int4, and scales +-1/64, or +-1/4, of
+  // random groups, so that nothing is rounded.
   void quantise(Random& random, paddle_moe::DType type) {
     arguments.gate_up_scale = quantise(random, type, &arguments.gate_up_weights, hidden, inter,
                                        layout == Layout::kSeparate ? 1 : 2);
@@ -153,13 +153,16 @@ struct Layer {
     const int64_t out = part_out * parts, blocks = (part_out + 127) / 128;
     const int64_t in_groups = granularity < 2 ? 1 : (in + 127) / 128;
     const int64_t out_groups = granularity == 0 ? 1 : granularity == 3 ? parts * blocks : out;
+    const bool int4 = type == paddle_moe::DType::kInt4;
+    const float unit = int4 ? 1.0f / 4 : 1.0f / 64;
+    const int64_t words = (in + 63) / 64 * 8;  // of an int4 column
     std::vector<paddle_moe::Tensor> scales;
     for (paddle_moe::Tensor& tensor : *weights) {
       const int64_t matrices = layout == Layout::kStacked ? num_experts : 1;
       Numbers scale(static_cast<size_t>(matrices * in_groups * out_groups));
-      for (float& value : scale) value = pick(random, 0, 1) ? 1.0f / 64 : -1.0f / 64;
-      std::vector<unsigned char> bytes(static_cast<size_t>(matrices * in * out));
-      for (size_t n = 0; n < bytes.size(); ++n) {
+      for (float& value : scale) value = pick(random, 0, 1) ? unit : -unit;
+      std::vector<unsigned char> bytes(static_cast<size_t>(matrices * out * (int4 ? 4 * words : in)));
+      for (size_t n = 0; n < static_cast<size_t>(matrices * in * out); ++n) {
         const int64_t first = static_cast<int64_t>(n) / (permuted ? in : out) % (permuted ? out : in);
         const int64_t second = static_cast<int64_t>(n) % (permuted ? in : out);
         const int64_t column = permuted ? first : second, block = column % part_out / 128;
@@ -170,13 +173,22 @@ struct Layer {
         const int64_t at = permuted ? o * in_groups + i : i * out_groups + o;
         const float value = get(static_cast<const unsigned char*>(tensor.data), dtype, n) /
                             scale[static_cast<int64_t>(n) / (in * out) * in_groups * out_groups + at];
+        if (int4) {
+          // Little-endian: half i % 16 of a run is two bytes, each of two numbers.
+          const size_t byte =
+              static_cast<size_t>((static_cast<int64_t>(n) / in * words + second / 64 * 8) * 4 +
+                                  second % 16 * 2 + second % 64 / 32);
+          bytes[byte] |= static_cast<unsigned char>((static_cast<int>(value) & 15) << second % 32 / 16 * 4);
+          continue;
+        }
         // 64 is 1.000 x 2^6 with an exponent bias of 7.
         const int fp8 = value == 0 ? 0 : 13 << 3 | (value < 0 ? 0x80 : 0);
         bytes[n] =
             static_cast<unsigned char>(type == paddle_moe::DType::kInt8 ? static_cast<int>(value) : fp8);
       }
       storage.push_back(std::move(bytes));
-      tensor = {storage.back().data(), type, tensor.shape, {}};
+      tensor = {storage.back().data(), int4 ? paddle_moe::DType::kInt32 : type, tensor.shape, {}};
+      if (int4) tensor.shape.back() = words;
       std::vector<int64_t> groups = shape(in_groups, out_groups);
       if (granularity == 1 && pick(random, 0, 1)) groups = {out};
       if (layout == Layout::kStacked) groups.insert(groups.begin(), num_experts);

@@ -54,8 +54,9 @@ void past_block_sizes() {
 
 void quantised() {
   Random random(5);
-  for (DType type : {DType::kInt8, DType::kFloat8E4M3}) {
+  for (DType type : {DType::kInt8, DType::kFloat8E4M3, DType::kInt4}) {
     for (bool permuted : {false, true}) {
+      if (type == DType::kInt4 && !permuted) continue;
       for (int hidden : {1, 7, 16, 33, 127, 128, 129, 300}) {
         for (int inter : {1, 9, 64, 65, 130, 257}) {
           for (int most_tokens : {3, 70}) {
@@ -68,9 +69,13 @@ void quantised() {
           }
         }
       }
-      Layer deep(random, 9, 1300, 6, 1, 1, DType::kFloat32, Layout::kList, permuted);
-      deep.quantise(random, type);
-      CHECK(count_differences(deep, run(deep, 1)) == 0, "deep %s", paddle_moe::dtype_name(type));
+      for (DType dtype : kDTypes) {
+        for (int tokens : {1, 5, 9}) {
+          Layer deep(random, tokens, 2304, 6, 1, 1, dtype, Layout::kList, permuted);
+          deep.quantise(random, type);
+          CHECK(count_differences(deep, run(deep, 1)) == 0, "deep %s", paddle_moe::dtype_name(type));
+        }
+      }
     }
   }
 }
