@@ -5,9 +5,9 @@ measures the limits (a loop of multiply-adds, a loop of reads) and then every va
 with warm ones; the tables show medians over the rounds with their spread. Inputs are random. A variant whose
 result is wrong is not timed.
 
-Weights of the dtypes int8 and float8_e4m3fn have a scale per output channel, those of int4 one per 128 inputs
-of a channel, and are always stored [out, in]; the activations are bfloat16. ggml runs the same numbers as Q8_0
-and Q4_0; it rounds activations to 8 bits. Loops run the dequantised weights in float32.
+Weights of the dtypes int8 and float8_e4m3fn have a scale per output channel, those of int4 one per 128
+inputs of a channel, and are always stored [out, in]; the activations are bfloat16. ggml runs the same numbers
+as Q8_0 and Q4_0; it rounds activations to 8 bits. Loops run the dequantised weights in float32.
 
 The floor of a call is max(FLOPs / FLOP limit, bytes of the active experts' weights / read limit). With
 --backward a call is forward and backward, three times the FLOPs and bytes, and gives all gradients. The FLOP

@@ -435,14 +435,14 @@ class _GgmlInitParams(ctypes.Structure):
     _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
-# ggml's formats for int8 and int4: blocks of 32 along the reduced dimension, each with a scale. A byte of int4
-# has element j of the block in its low half and element j + 16 in its high one, both plus 8.
+# ggml's formats for int8 and int4: blocks of 32 along the reduced dimension, each with a scale. A byte of
+# int4 has element j of a block in its low half and element j + 16 in its high one, both plus 8.
 _Q8_0 = np.dtype([("scale", np.float16), ("bytes", np.int8, 32)])
 _Q4_0 = np.dtype([("scale", np.float16), ("bytes", np.uint8, 16)])
 
 
 def _ggml_blocks(weight: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:
-    """[E, out, in / 32] blocks of the same values as integers [E, out, in] with their scales."""
+    """[E, out, in / 32] blocks of the same values as integers [E, out, in]."""
     if dtype not in ("int8", "int4") or weight.shape[2] % 32:
         raise NotSupported("no format for it: Q8_0 and Q4_0 are integers in blocks of 32")
     blocks = np.empty((*weight.shape[:2], weight.shape[2] // 32), _Q8_0 if dtype == "int8" else _Q4_0)

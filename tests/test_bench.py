@@ -109,7 +109,8 @@ def test_quantised_weights(tmp_path):
     for result in json.loads(out.read_text())["results"]:
         errors = {name: figures["relative_error"] for name, figures in result["variants"].items()}
         assert set(errors) == set(variants.split(",")), result["left_out"]
-        assert all(1e-4 < errors[name] < 4e-3 for name in [*ours.split(","), "bfloat16 permuted"])
+        assert all(1e-4 < errors[name] < 4e-3 for name in ours.split(","))
+        assert 1e-4 < errors["bfloat16 permuted"] < 1e-2  # which rounds the weights too
 
 
 def test_backward(tmp_path):
@@ -149,7 +150,7 @@ def test_a_wrong_peer_is_not_timed_and_a_wrong_operator_fails(monkeypatch, capsy
         (["--tokens", "many"], "--shapes must be like"),
         (["--tokens", "0"], "--shapes must be like"),
         (["--tokens=-1"], "--shapes must be like"),
-        (["--dtypes", "int4"], "; got int4"),
+        (["--dtypes", "int2"], "; got int2"),
         (["--variants", "abacus"], "; got abacus"),
         (["--rounds", "0"], "--shapes must be like"),
         (["--backward", "--dtypes", "float32,int8"], "--backward: quantised weights have no gradient"),
