@@ -25,7 +25,7 @@ from paddle_moe.params import (
     random_gate_weight,
     shard_range,
 )
-from paddle_moe.quantization import check_options, quantize
+from paddle_moe.quantization import check_options, check_shards, quantize_stack
 from paddle_moe.router import Router
 
 if TYPE_CHECKING:
@@ -49,32 +49,21 @@ _CHECKS = {
 }
 
 
+def keep_dtypes(func: Callable, kept: Any) -> Callable:
+    """The conversion that nn.Layer._apply is given, but for these tensors without another dtype."""
+    places = {tensor.data_ptr() for tensor in kept}
+
+    def convert(tensor, device, dtype, blocking):
+        return func(tensor, device, tensor.dtype if tensor.data_ptr() in places else dtype, blocking)
+
+    return convert
+
+
 def _now(tensor: paddle.Tensor) -> float:
     """Seconds, after everything queued on the device of `tensor` has run."""
     if tensor.place.is_gpu_place():
         paddle.device.synchronize()
     return time.perf_counter()
-
-
-def _quantised_stack(
-    name: str, weight: paddle.Tensor, dtype: str, granularity: str, parts: int
-) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """quantize() of [E, in, out] as [E, out, in], one expert at a time for the sake of memory."""
-    # Paddle can neither stack nor save fp8.
-    stored = {"int8": "int8", "int4": "int32", "float8_e4m3fn": "uint8"}[dtype]
-    if 0 in weight.shape:  # this rank has no experts, or no columns of the shared one
-        experts, rows, columns = weight.shape
-        if dtype == "int4":
-            rows = 8 * -(-rows // 64)
-        return paddle.zeros([experts, columns, rows], stored), paddle.zeros([experts, 1, 1], "float32")
-    pairs = []
-    for expert, one in enumerate(weight):
-        try:
-            quantised, scale = quantize(one.t(), dtype, granularity, permuted=True, parts=parts)
-        except ValueError as error:
-            raise ValueError(f"{name}[{expert}]: {error}") from None
-        pairs.append((quantised.view(stored), scale))
-    return tuple(paddle.stack(tensors) for tensors in zip(*pairs))
 
 
 def _tensor(value: Any) -> paddle.Tensor:
@@ -493,12 +482,7 @@ class FusedMoE(nn.Layer):
             gates = (self.gate_weight, self.gate_bias, self.shared_gate_weight)
             gates = [gate for gate in gates if gate is not None]
             kept += gates + [gate.grad for gate in gates if gate.grad is not None]
-        places = {tensor.data_ptr() for tensor in kept}
-
-        def convert(tensor, device, dtype, blocking):
-            return func(tensor, device, tensor.dtype if tensor.data_ptr() in places else dtype, blocking)
-
-        super()._apply(convert, device, dtype, blocking, include_sublayers)
+        super()._apply(keep_dtypes(func, kept), device, dtype, blocking, include_sublayers)
 
     def parts(self, *, dense: bool = False) -> dict[str, Part]:
         """Which part of the dense weights each parameter and buffer is; with dense, on a single rank.
@@ -548,10 +532,7 @@ class FusedMoE(nn.Layer):
         dtype, granularity = check_options(
             dtype, granularity
         )  # here, so that ranks without experts refuse it too
-        if self.ep_size * self.tp_size > 1 and not hasattr(paddle.zeros([1], "int8"), "__dict__"):
-            raise RuntimeError(  # the flags of _mark_parameters would have no place
-                f"quantize_ of a layer over several ranks needs a later Paddle than {paddle.__version__}"
-            )
+        check_shards("quantize_", self.ep_size * self.tp_size)
         quantised = {}
         for name, parts in (("gate_up", 2), ("down", 1), ("shared_gate_up", 2), ("shared_down", 1)):
             weight = getattr(self, f"{name}_weight")
@@ -560,7 +541,7 @@ class FusedMoE(nn.Layer):
                     raise RuntimeError(
                         f"{name}_weight has no values, as under paddle.LazyGuard; call its initialize() first"
                     )
-                quantised[name] = _quantised_stack(f"{name}_weight", weight, dtype, granularity, parts)
+                quantised[name] = quantize_stack(f"{name}_weight", weight, dtype, granularity, parts)
         for name, tensors in quantised.items():
             delattr(self, f"{name}_weight")
             for what, tensor in zip(("weight", "scale"), tensors):

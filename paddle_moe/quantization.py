@@ -134,6 +134,47 @@ def _quantize(
     return (scaled.round() if dtype == "int8" else scaled).astype(dtype), scale
 
 
+def check_shards(function: str, ranks: int) -> None:
+    """A RuntimeError where tensors cannot carry the flags by which wrappers know what ranks do not share."""
+    if ranks > 1 and not hasattr(paddle.zeros([1], "int8"), "__dict__"):
+        raise RuntimeError(
+            f"{function} of a layer over several ranks needs a later Paddle than {paddle.__version__}"
+        )
+
+
+# How layers keep each dtype: Paddle can neither stack nor save fp8.
+_STORED = {"int8": "int8", "int4": "int32", "float8_e4m3fn": "uint8"}
+
+
+def quantize_stored(
+    name: str, weight: paddle.Tensor, dtype: str, granularity: str, parts: int
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """quantize() of [in, out] as [out, in], fp8 as its bits; errors call the weight `name`."""
+    try:
+        quantised, scale = quantize(weight.t(), dtype, granularity, permuted=True, parts=parts)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return quantised.view(_STORED[dtype]), scale
+
+
+def quantize_stack(
+    name: str, weight: paddle.Tensor, dtype: str, granularity: str, parts: int
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """The same of [E, in, out] as [E, out, in], one expert at a time for the sake of memory."""
+    if 0 in weight.shape:  # this rank has no experts, or no columns of the shared one
+        experts, rows, columns = weight.shape
+        if dtype == "int4":
+            rows = 8 * -(-rows // 64)
+        return paddle.zeros([experts, columns, rows], _STORED[dtype]), paddle.zeros(
+            [experts, 1, 1], "float32"
+        )
+    pairs = [
+        quantize_stored(f"{name}[{expert}]", one, dtype, granularity, parts)
+        for expert, one in enumerate(weight)
+    ]
+    return tuple(paddle.stack(tensors) for tensors in zip(*pairs))
+
+
 def _largest_of_groups(values: paddle.Tensor, group: list[int]) -> paddle.Tensor:
     """[..., m, n] to [..., m / group[0], n / group[1]], rounded up."""
     for axis, count in zip((-2, -1), group):

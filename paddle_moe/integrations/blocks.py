@@ -24,7 +24,9 @@ from paddle_moe import functional
 from paddle_moe.all_to_all import all_to_all_experts
 from paddle_moe.collectives import enter_shards, leave_shards, no_contribution
 from paddle_moe.distributed import ParallelContext
+from paddle_moe.layers import keep_dtypes
 from paddle_moe.params import Part, shard_range
+from paddle_moe.quantization import quantize_stack, quantize_stored
 
 Tensor = paddle.Tensor
 _MISSING = ...  # stays itself in a copy
@@ -61,10 +63,57 @@ class Weights:
     down: Any
     gate_up_bias: Any = None
     down_bias: Any = None
+    gate_up_scale: Any = None  # of quantised ones, which are stored [out, in]
+    down_scale: Any = None
+
+
+class QuantisedWeight(nn.Layer):
+    """What MoEBlock.quantize() puts in the place of a Linear layer, or of stacked weights [E, in, out].
+
+    Buffers weight, [out, in] as paddle_moe.quantize gives it, and scale; the bias as it was. `before`: the
+    parameter whose flags they get.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, before: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.bias = bias
+        self._flags = {name: getattr(before, name) for name in _FLAGS if hasattr(before, name)}
+        self._mark()
+
+    def _mark(self) -> None:
+        for tensor in (self.weight, self.scale):
+            for name, value in self._flags.items():
+                setattr(tensor, name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantisedWeight:
+        twin = memo[id(self)] = copy.copy(self)
+        for name in ("_parameters", "_buffers"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        if self.bias is not None:  # Paddle copies no attributes of parameters
+            for name in _FLAGS:
+                if hasattr(self.bias, name):
+                    setattr(twin.bias, name, getattr(self.bias, name))
+        twin._mark()
+        return twin
+
+    def _apply(self, func, device, dtype, blocking, include_sublayers=True):
+        convert = keep_dtypes(func, self._buffers.values())
+        super()._apply(convert, device, dtype, blocking, include_sublayers)
+
+    def extra_repr(self) -> str:
+        return f"shape={self.weight.shape}, dtype={self.weight.dtype}"
+
+
+# What Slice.cut and Slice.mark set.
+_FLAGS = ("no_sync", "expert", "shard_group", "is_distributed")
 
 
 def _linear(expert: nn.Layer, name: str) -> nn.Layer:
     layer = expert._sub_layers[name]
+    if isinstance(layer, QuantisedWeight):
+        return layer
     # Packages derive their own Linear (for fp8, say); adapters are derived too, but have names of their own.
     if not isinstance(layer, nn.Linear) or type(layer).__name__ != "Linear":
         raise ValueError(
@@ -98,9 +147,21 @@ def listed_weights(experts: list[nn.Layer]) -> Weights:
             return None
         return [layer.bias for layer in layers]
 
-    return Weights(
+    weights = Weights(
         [layer.weight for layer in gate_up], [layer.weight for layer in down], biases(gate_up), biases(down)
     )
+    if isinstance(down[0], QuantisedWeight):
+        weights.gate_up_scale = [layer.scale for layer in gate_up]
+        weights.down_scale = [layer.scale for layer in down]
+    return weights
+
+
+def stacked_weights(experts: nn.Layer, gate_up_bias: Any = None, down_bias: Any = None) -> Weights:
+    pair = experts.gate_up_proj, experts.down_proj
+    if isinstance(pair[1], QuantisedWeight):
+        tensors, scales = [one.weight for one in pair], [one.scale for one in pair]
+        return Weights(*tensors, gate_up_bias, down_bias, *scales)
+    return Weights(*pair, gate_up_bias, down_bias)
 
 
 def activation_of(function: Any) -> str:
@@ -244,6 +305,21 @@ def _slices_of_expert(expert: nn.Layer, number: int | None) -> list[Slice]:
     return slices
 
 
+def _named_linears(prefix: str, expert: nn.Layer) -> dict[str, Tensor]:
+    layers = [*_projections(expert)[0], _projections(expert)[1]]
+    names = {id(layer): name for name, layer in expert._sub_layers.items()}
+    return {f"{prefix}.{names[id(layer)]}.weight": layer.weight for layer in layers}
+
+
+def _quantize_expert(expert: nn.Layer, dtype: str, granularity: str) -> None:
+    gate_up, down = _projections(expert)
+    for layer in [*gate_up, down]:
+        name = next(name for name, one in expert._sub_layers.items() if one is layer)
+        parts = 2 if layer is gate_up[0] and len(gate_up) == 1 else 1
+        pair = quantize_stored(name, layer.weight, dtype, granularity, parts)
+        expert._sub_layers[name] = QuantisedWeight(*pair, layer.weight, layer.bias)
+
+
 # ---------------------------------------------------------------- blocks
 
 
@@ -259,6 +335,7 @@ class MoEBlock:
     layout: str | None = None  # of pretrained.LAYOUTS: that of the published files
     dispatch = "replicated"
     parallel: ParallelContext | None = None
+    quantized: str | None = None  # the dtype of the experts' weights since quantize()
     _slices: list[Slice] = []
     _away: dict[str, nn.Layer] = {}  # experts that other ranks hold, by their name in the list
     _ranges: list[tuple[int, int]] = []  # the experts of each EP rank
@@ -290,6 +367,7 @@ class MoEBlock:
 
     def slices(self) -> list[Slice]:
         """All tensors of the block that files have under the names of its layout."""
+        self.expect_not_quantized()
         if self._slices:
             return self.router_slices() + self._slices
         shared = [] if self.shared_expert() is None else _slices_of_expert(self.shared_expert(), None)
@@ -318,7 +396,7 @@ class MoEBlock:
         """Of the experts on this rank."""
         experts = self.experts_layer()
         if self._stacked():
-            return Weights(experts.gate_up_proj, experts.down_proj)
+            return stacked_weights(experts)
         return listed_weights([expert for _, expert in self.held()])
 
     def activation(self) -> str:
@@ -329,6 +407,48 @@ class MoEBlock:
         if not self._stacked():
             return len(self.experts_layer()._sub_layers)
         return next(one for one in self.slices() if one.dense == "down_weight").whole.length("E")
+
+    def gates_then_ups(self, gate_up: Tensor) -> Tensor:
+        """Stacked weights, or their bias, with their last dimension in the order of the operator."""
+        return gate_up
+
+    def expect_not_quantized(self) -> None:
+        if self.quantized is not None:
+            raise RuntimeError(
+                f"the experts of this {type(self).__name__} are {self.quantized} since quantize_experts(), "
+                "which no file of its package holds; load, save and restore before that, or keep the "
+                "state_dict() of each rank with paddle.save"
+            )
+
+    def weights_to_quantize(self) -> dict[str, Tensor]:
+        """By a name for errors."""
+        if self._stacked():
+            experts = self.experts_layer()
+            weights = {name: getattr(experts, name) for name in ("gate_up_proj", "down_proj")}
+        else:
+            weights = {}
+            for number, expert in self.held():
+                weights.update(_named_linears(f"experts.{number}", expert))
+        if self.shared_expert() is not None:
+            weights.update(_named_linears("shared expert", self.shared_expert()))
+        return weights
+
+    @paddle.no_grad()
+    def quantize(self, dtype: str, granularity: str) -> None:
+        """Quantises the experts on this rank and the shared one, whose weights are finite."""
+        if self._stacked():
+            experts = self.experts_layer()
+            for name, parts in (("gate_up_proj", 2), ("down_proj", 1)):
+                weight = getattr(experts, name)
+                ordered = self.gates_then_ups(weight) if parts == 2 else weight
+                pair = quantize_stack(name, ordered, dtype, granularity, parts)
+                delattr(experts, name)
+                experts.add_sublayer(name, QuantisedWeight(*pair, weight))
+        experts = [] if self._stacked() else [expert for _, expert in self.held()]
+        for expert in [*experts, self.shared_expert()]:
+            if expert is not None:
+                _quantize_expert(expert, dtype, granularity)
+        self._slices, self.quantized = [], dtype
 
     def shard(self, parallel: ParallelContext, dispatch: str) -> None:
         """Keeps this rank's part of the experts, and of the shared expert.
@@ -420,7 +540,7 @@ class MoEBlock:
         shared_weights: Tensor | None,
     ) -> Tensor:
         parallel, groups = self.parallel, ["tp" if self.dispatch == "alltoall" else "grid"]
-        tokens = self.tokens(hidden_states).astype(self._compute_dtype())
+        tokens = self.tokens(hidden_states).astype(self._compute_dtype(hidden_states.dtype))
         entering = [tokens, router_weights]
         if self.shared_expert() is not None:
             if shared_weights is None:
@@ -481,21 +601,27 @@ class MoEBlock:
             weights.down,
             weights.gate_up_bias,
             weights.down_bias,
+            gate_up_scale=weights.gate_up_scale,
+            down_scale=weights.down_scale,
+            permuted_weights=weights.down_scale is not None,
             activation=self.activation(),
             experts_min=first,
         )
 
-    def _compute_dtype(self) -> paddle.dtype:
+    def _compute_dtype(self, given: paddle.dtype) -> paddle.dtype:
         """The same on all ranks, also on those without experts."""
         autocast = functional._autocast_dtype()
         if autocast is not None:
             return autocast
+        if self.quantized is not None:
+            return given
         if self._stacked():
             return self.experts_layer().down_proj.dtype
         return _projections(self._any_expert())[1].weight.dtype
 
     def _stacked(self) -> bool:
-        return "down_proj" in self.experts_layer()._parameters
+        experts = self.experts_layer()
+        return "down_proj" in experts._parameters or "down_proj" in experts._sub_layers
 
     def held(self) -> list[tuple[int, nn.Layer]]:
         """Number and layer of the experts in the list that are on this rank."""

@@ -21,6 +21,7 @@ from paddle_moe.distributed import ParallelContext, init_distributed
 from paddle_moe.integrations.blocks import MoEBlock, Slice, listed_weights
 from paddle_moe.params import Part, shard_range
 from paddle_moe.pretrained import LAYOUTS, stored_tensors, write_stored
+from paddle_moe.quantization import check_options, check_shards
 from paddle_moe.tensor_files import LoadReport, Plan, Source, Target, TensorFiles, execute
 
 Tensor = paddle.Tensor
@@ -33,7 +34,8 @@ def _accelerated(block: type[MoEBlock], stock: type[nn.Layer]) -> type[nn.Layer]
 
 
 class Integration:
-    """The functions of one package: accelerate, restore, patch, unpatch, load_checkpoint, save_checkpoint.
+    """The functions of one package: accelerate, restore, quantize_experts, patch, unpatch, load_checkpoint,
+    save_checkpoint.
 
     Args:
         package: its name.
@@ -123,11 +125,54 @@ class Integration:
 
         All ranks call it together. Returns ``model``.
         """
-        for layer in model.sublayers(include_self=True):
-            if isinstance(layer, MoEBlock):
-                if layer.parallel is not None:
-                    layer.unshard()
-                layer.__class__ = type(layer)._stock
+        blocks = [layer for layer in model.sublayers(include_self=True) if isinstance(layer, MoEBlock)]
+        for layer in blocks:
+            layer.expect_not_quantized()
+        for layer in blocks:
+            if layer.parallel is not None:
+                layer.unshard()
+            layer.__class__ = type(layer)._stock
+        return model
+
+    def quantize_experts(
+        self, model: nn.Layer, dtype: str | paddle.dtype = "int8", granularity: str | None = None
+    ) -> nn.Layer:
+        """Turns the experts of an accelerated model into 8- or 4-bit numbers for inference, in place.
+
+        Once it is loaded: there is no way back, no file of the package holds such weights, and nothing in
+        front of a block gets a gradient. Each weight of an expert, of the shared one too, then is a buffer
+        ``...weight``, stored [out, in], beside ``...scale``. Over several ranks scales belong to a rank's
+        part. Attention, router, head and norms stay as they are.
+
+        Args:
+            model: what :meth:`accelerate` returned.
+            dtype, granularity: see :func:`paddle_moe.quantize`.
+
+        Returns:
+            ``model``.
+
+        Raises:
+            ValueError: the model is not accelerated, a weight is not finite, an unknown option; nothing has
+                been changed then.
+            RuntimeError: the experts are quantised already; a Paddle 2.6 over several ranks.
+        """
+        dtype, granularity = check_options(dtype, granularity)
+        blocks = {
+            name: layer
+            for name, layer in model.named_sublayers(include_self=True)
+            if isinstance(layer, MoEBlock)
+        }
+        if not blocks:
+            raise ValueError(f"model must be what accelerate() returned, got {type(model).__name__}")
+        for prefix, block in blocks.items():
+            block.expect_not_quantized()
+            ranks = 1 if block.parallel is None else block.parallel.size("grid")
+            check_shards("quantize_experts", ranks)
+            for name, weight in block.weights_to_quantize().items():
+                if weight.size and not bool(paddle.isfinite(weight.astype("float32")).all()):
+                    raise ValueError(f"{_joined(prefix, name)} must be finite, got infinity or NaN in it")
+        for block in blocks.values():
+            block.quantize(dtype, granularity)
         return model
 
     def patch(

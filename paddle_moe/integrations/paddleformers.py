@@ -10,11 +10,13 @@ router. Written for paddleformers 1.2.0. What differs from the stock blocks is i
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import paddle
 from paddle.nn import functional as F
 
 from paddle_moe.functional import gate, route
-from paddle_moe.integrations.blocks import MoEBlock, Slice, Weights
+from paddle_moe.integrations.blocks import MoEBlock, Slice, Weights, stacked_weights
 from paddle_moe.integrations.models import Holdings, Integration, published_by_blocks, published_parts
 from paddle_moe.losses import load_balancing_loss, router_z_loss
 from paddle_moe.tensor_files import Source
@@ -126,19 +128,19 @@ class GptOss(MoEBlock):
     def weights(self) -> Weights:
         experts = self.experts_layer()
         down_bias = experts.down_proj_bias if experts.down_proj_bias.size else None
-        return Weights(experts.gate_up_proj, experts.down_proj, experts.gate_up_proj_bias, down_bias)
+        return stacked_weights(experts, experts.gate_up_proj_bias, down_bias)
+
+    def gates_then_ups(self, gate_up: Tensor) -> Tensor:
+        return paddle.concat([gate_up[..., 0::2], gate_up[..., 1::2]], axis=-1)
 
     def run(self, tokens, routing_table, router_weights, weights: Weights, first: int) -> Tensor:
-        if paddle.in_dynamic_mode() and not paddle.is_grad_enabled():
-            routing_table, weights = _only_used(routing_table - first, weights)
-            first = 0
-        ordered = Weights(
-            _gates_then_ups(weights.gate_up),
-            weights.down,
-            _gates_then_ups(weights.gate_up_bias),
-            weights.down_bias,
-        )
-        return super().run(tokens, routing_table, router_weights, ordered, first)
+        if self.quantized is None:  # else the weights are in order
+            if paddle.in_dynamic_mode() and not paddle.is_grad_enabled():
+                routing_table, weights = _only_used(routing_table - first, weights)
+                first = 0
+            weights = replace(weights, gate_up=self.gates_then_ups(weights.gate_up))
+        weights = replace(weights, gate_up_bias=self.gates_then_ups(weights.gate_up_bias))
+        return super().run(tokens, routing_table, router_weights, weights, first)
 
     def expert_slices(self) -> list[Slice]:
         experts = self.experts_layer()
@@ -164,10 +166,6 @@ def _gate_by_rows(tokens: Tensor, weight: Tensor) -> Tensor:
     """Router logits for a weight [E, H]; gate() takes [H, E], and transposing costs more than this."""
     with paddle.amp.auto_cast(False):  # which would lower the product
         return paddle.matmul(tokens.astype("float32"), weight.astype("float32"), transpose_y=True)
-
-
-def _gates_then_ups(alternating: Tensor) -> Tensor:
-    return paddle.concat([alternating[..., 0::2], alternating[..., 1::2]], axis=-1)
 
 
 def _only_used(ids: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
@@ -301,4 +299,5 @@ _integration = Integration(
 )
 load_checkpoint, save_checkpoint = _integration.load_checkpoint, _integration.save_checkpoint
 accelerate, restore = _integration.accelerate, _integration.restore
+quantize_experts = _integration.quantize_experts
 patch, unpatch = _integration.patch, _integration.unpatch

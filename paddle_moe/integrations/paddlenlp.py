@@ -175,4 +175,5 @@ _integration = Integration(
 )
 load_checkpoint, save_checkpoint = _integration.load_checkpoint, _integration.save_checkpoint
 accelerate, restore = _integration.accelerate, _integration.restore
+quantize_experts = _integration.quantize_experts
 patch, unpatch = _integration.patch, _integration.unpatch

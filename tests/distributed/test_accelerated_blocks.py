@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
+import numpy as np
 import paddle
 import pytest
 from checkpoint_cases import assert_loaded, make_optimizer
+from checks import assert_same_bits, relative_l2
 from launcher import WORKERS, launch
-from small_blocks import HIDDEN, Block, accelerate, to_checkpoint
+from small_blocks import HIDDEN, Block, accelerate, integration, restore, to_checkpoint
 from training_cases import autocast, native_operators
 
-from paddle_moe import load_checkpoint
+from paddle_moe import load_checkpoint, save_checkpoint
 
 GRID = ("graphs_of_one_shape", "half_precision", "all_to_all", "steps_of_an_optimizer", "recomputed")
-GRID += ("checkpointed", "built_under_patch")
+GRID += ("checkpointed", "built_under_patch", "quantized")
 FLEET = ("all_to_all", "steps_of_an_optimizer", "checkpointed", "divided_by_fleet")
 
 
@@ -50,3 +53,78 @@ def test_autocast_leaves_the_sums_in_float32():
         output = model(x)
     assert seen["O2"] <= {"reshape"} and {"cast", "full_like"} <= seen["O0"], seen
     assert output.dtype == x.dtype and 0 < (output - expected).abs().max() < 0.1
+
+
+KINDS = {"int8": (paddle.int8, 0.02), "int4": (paddle.int32, 0.2), "float8_e4m3fn": (paddle.uint8, 0.08)}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_experts(kind, stacked, tmp_path):
+    dtype, limit = KINDS[kind]
+    x = paddle.randn([7, HIDDEN])
+    model = paddle.nn.Sequential(Block(5, 12, shared=9, bias=not stacked, stacked=stacked))
+    exact = model(x).numpy()
+    kept = {name for name in model.state_dict() if "gate.weight" in name or "bias" in name}
+    assert integration.quantize_experts(accelerate(model), kind) is model
+    with paddle.no_grad():
+        output = model(x).numpy()
+        assert 1e-4 < relative_l2(output, exact) < limit
+        twin = copy.deepcopy(model)
+        assert_same_bits(twin(x).numpy(), output)
+
+        state = model.state_dict()
+        assert {name for name, _ in model.named_parameters()} == kept
+        numbers = [value for value in state.values() if value.dtype == dtype]
+        assert len(numbers) == (2 + 3 if stacked else 6 * 3) and len(state) == 2 * len(numbers) + len(kept)
+        paddle.save(state, str(tmp_path / "state"))
+        other = paddle.nn.Sequential(Block(5, 12, shared=9, bias=not stacked, stacked=stacked))
+        for parameter in other.parameters():
+            parameter.set_value(paddle.zeros_like(parameter))
+        integration.quantize_experts(accelerate(other), kind)
+        missing, unexpected = other.set_state_dict(paddle.load(str(tmp_path / "state")))
+        assert not missing and not unexpected
+        assert_same_bits(other(x).numpy(), output)
+
+        twin.to(dtype="bfloat16")
+        assert sum(value.dtype == dtype for value in twin.state_dict().values()) == len(numbers)
+        half = twin(x.astype("bfloat16"))
+        assert half.dtype == paddle.bfloat16
+        assert relative_l2(half.astype("float32").numpy(), output) < 0.03
+
+
+def test_quantized_experts_say_what_they_cannot_do(tmp_path):
+    model = paddle.nn.Sequential(Block(5, 12, shared=9))
+    with pytest.raises(ValueError, match=r"model must be what accelerate\(\) returned, got Sequential"):
+        integration.quantize_experts(model)
+    accelerate(model)
+    with pytest.raises(ValueError, match="granularity must be"):
+        integration.quantize_experts(model, "int8", "row")
+    integration.quantize_experts(model)
+    for refused in (
+        lambda: integration.quantize_experts(model),
+        lambda: restore(model),
+        lambda: save_checkpoint(tmp_path, model),
+        lambda: integration.save_checkpoint(model, tmp_path),
+    ):
+        with pytest.raises(RuntimeError, match="the experts of this Block are int8 since quantize_experts"):
+            refused()
+    with pytest.raises(ValueError, match="must not be quantised where a gradient is wanted"):
+        model(paddle.randn([3, HIDDEN])).sum().backward()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_experts_that_cannot_be_quantized_are_left_alone(stacked):
+    model = paddle.nn.Sequential(Block(2, 4), Block(5, 12, shared=9, stacked=stacked))
+    accelerate(model)
+    bad = model[1].experts.down_proj if stacked else model[1].experts[3].down_proj.weight
+    with paddle.no_grad():
+        bad[(2, 1, 0) if stacked else (2, 1)] = float("nan")
+    before = {name: value.numpy() for name, value in model.state_dict().items()}
+    name = "1.down_proj" if stacked else "1.experts.3.down_proj.weight"
+    with pytest.raises(ValueError, match=f"^{name} must be finite, got infinity or NaN in it"):
+        integration.quantize_experts(model)
+    after = model.state_dict()
+    assert set(after) == set(before)
+    for name, value in after.items():
+        np.testing.assert_array_equal(value.numpy(), before[name])

@@ -249,6 +249,26 @@ def checkpointed():
 
 
 @check
+def quantized():
+    """With TP, scales of down belong to a rank's rows; without, each owner of an expert makes the same."""
+    for stacked in (False, True):
+        model = Beside(Block(5, 12, shared=9, bias=not stacked, stacked=stacked), Block(1, 3))
+        single = copy.deepcopy(model)
+        x = draw(7, 3)
+        exact = model(x)
+        with paddle.no_grad():
+            accelerate(model, parallel=parallel)
+            integration.quantize_experts(model, "int8")
+            output = model(x)
+            integration.quantize_experts(accelerate(single), "int8")
+            error = relative_l2(output.numpy(), single(x).numpy())
+            assert error < (1e-6 if parallel.tp_size == 1 and not FLEET else 0.02), error
+        assert 1e-4 < relative_l2(output.numpy(), exact.numpy()) < 0.03
+        flags = [buffer.no_sync for name, buffer in model.named_buffers() if "proj" in name]
+        assert flags and all(flags)
+
+
+@check
 def built_under_patch():
     """Shards are told from what all ranks hold also before unpatch()."""
     integration.patch(parallel=parallel)
