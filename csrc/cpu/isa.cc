@@ -21,7 +21,9 @@ std::vector<const Kernels*> runnable() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512dq");
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kKernels);
+  // Every processor with the bf16 products so far has those of int16 as well.
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+    found.push_back(&avx512_bf16::kKernels);
   if (has_avx512) found.push_back(&avx512::kKernels);
   if (has_avx2) found.push_back(&avx2::kKernels);
 #endif

@@ -57,7 +57,13 @@ struct Simd {
     return (VI)((VH)_mm512_broadcast_i64x4(halves) << (shifts - static_cast<int16_t>(8 * v)) >> 12);
   }
   // Adds the products of neighbouring pairs.
-  static VI multiply_add_int16(VI a, VI b, VI c) { return (VI)_mm512_madd_epi16((__m512i)a, (__m512i)b) + c; }
+  static VI multiply_add_int16(VI a, VI b, VI c) {
+#ifdef PADDLE_MOE_AVX512_BF16
+    return (VI)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#else
+    return (VI)_mm512_madd_epi16((__m512i)a, (__m512i)b) + c;
+#endif
+  }
   static void store_low_halves(uint16_t* p, VI v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)v));
   }

@@ -92,6 +92,13 @@ inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
   return v;
 }
 
+inline __m512i _mm512_dpwssd_epi32(__m512i c, __m512i a, __m512i b) {
+  const Ints16 sums = c, products = _mm512_madd_epi16(a, b);
+  Ints16 v;
+  for (int i = 0; i < 16; ++i) v[i] = sums[i] + products[i];
+  return v;
+}
+
 inline __m512i _mm512_broadcast_i64x4(__m256i a) {
   __m512i twice;
   for (int i = 0; i < 2; ++i) std::memcpy(reinterpret_cast<char*>(&twice) + 32 * i, &a, sizeof a);

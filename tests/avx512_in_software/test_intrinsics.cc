@@ -140,6 +140,8 @@ void integers() {
   check_equal<uint16_t, 32>("cvtepi8_epi16", _mm512_cvtepi8_epi16(many), bits_as<Halves32>(expected));
   for (int i = 0; i < 2; ++i) expected[i] = _mm256_madd_epi16(of_a[i], of_b[i]);
   check_equal<uint32_t, 16>("madd_epi16", _mm512_madd_epi16(a, b), bits_as<Ints16>(expected));
+  for (int i = 0; i < 2; ++i) expected[i] = _mm256_add_epi32(expected[i], of_b[i]);
+  check_equal<uint32_t, 16>("dpwssd", _mm512_dpwssd_epi32(b, a, b), bits_as<Ints16>(expected));
   for (__m256i& half : expected) half = of_a[1];
   check_equal<uint32_t, 16>("broadcast_i64x4", _mm512_broadcast_i64x4(expected[0]),
                             bits_as<Ints16>(expected));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,31 @@ def assert_routes_as_in_float32(integration, family: Family, models, how: str) -
     np.testing.assert_array_equal(ids.numpy(), expected_ids.numpy())
     np.testing.assert_allclose(weights.numpy(), expected_weights.numpy(), rtol=1e-5)
     assert relative_l2(*outputs) < 1e-2
+
+
+def assert_experts_are_quantized(integration, family: Family, model, directory: Path) -> None:
+    """Block by block, because a rounded block may change what the router after it chooses."""
+    x = paddle.to_tensor(np.random.default_rng(5).standard_normal([2, 24, 64]).astype("float32"))
+
+    def outputs() -> list[np.ndarray]:
+        with paddle.no_grad():
+            found = [block(x) for block in blocks_of(model, family)]
+        return [(one[0] if isinstance(one, tuple) else one).numpy() for one in found]
+
+    exact = outputs()
+    assert integration.quantize_experts(model, "int8") is model
+    for one, expected in zip(outputs(), exact):
+        assert 1e-4 < relative_l2(one, expected) < 0.03
+    np.testing.assert_array_equal(logits(copy.deepcopy(model)), logits(model))
+    numbers = {name for name, one in model.state_dict().items() if one.dtype == paddle.int8}
+    assert len(numbers) >= 2 * len(exact) and not numbers & {name for name, _ in model.named_parameters()}
+    for refused in (
+        lambda: integration.restore(model),
+        lambda: integration.save_checkpoint(model, directory),
+        lambda: integration.load_checkpoint(model, directory),
+    ):
+        with pytest.raises(RuntimeError, match="are int8 since quantize_experts"):
+            refused()
 
 
 def assert_recompute_changes_nothing(block) -> None:

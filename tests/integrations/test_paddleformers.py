@@ -14,6 +14,7 @@ pytest.importorskip("paddleformers", reason="paddleformers is not installed: see
 
 import paddleformers_models as models
 from families import (
+    assert_experts_are_quantized,
     assert_recompute_changes_nothing,
     assert_routes_as_in_float32,
     assert_same_gradients,
@@ -197,6 +198,16 @@ def test_checkpoints_are_interchangeable(family, tmp_path):
     set_to_zero(model)
     model.set_state_dict(type(stock).from_pretrained(tmp_path / "stock").state_dict())
     np.testing.assert_array_equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@each_family
+def test_quantized_experts(family, stacked, tmp_path):
+    if stacked and family.name not in ("qwen3_moe", "deepseek_v3", "glm4_moe"):
+        pytest.skip("this model has one form of experts")
+    write_files({"one": np.zeros(1), "two": np.zeros(1)}, tmp_path / "files")
+    model = accelerate(build(family, **({"fd_fallback": True} if stacked else {})))
+    assert_experts_are_quantized(integration, family, model, tmp_path / "files")
 
 
 @each_family

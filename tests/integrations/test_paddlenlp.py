@@ -15,6 +15,7 @@ pytest.importorskip("paddlenlp", reason="paddlenlp is not installed: see docs/in
 
 import paddlenlp_models as models
 from families import (
+    assert_experts_are_quantized,
     assert_recompute_changes_nothing,
     assert_routes_as_in_float32,
     assert_same_gradients,
@@ -477,6 +478,14 @@ def test_restore_gives_the_stock_block_back(family):
     for name, one in model.named_parameters():
         assert id(one) == parameters[name][0]
         np.testing.assert_array_equal(one.numpy(), parameters[name][1])
+
+
+@each_family
+def test_quantized_experts(family, tmp_path):
+    write_files({"one": np.zeros(1), "two": np.zeros(1)}, tmp_path / "files")
+    model = accelerate(build(family))
+    assert_experts_are_quantized(integration, family, model, tmp_path / "files")
+    assert len(generated(model)) == len(generated(accelerate(build(family))))
 
 
 def test_copies_have_weights_of_their_own():
