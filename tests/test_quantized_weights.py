@@ -138,7 +138,7 @@ def dequantised(case: dict) -> dict:
 
 
 def slack_of(case: dict) -> float:
-    """Integer products hold half-precision activations to 2^-16 of the largest of 64 neighbours.
+    """Integer products hold half-precision activations to 2^-15 of the largest of 64 neighbours.
 
     More results then fall on the other side of where they are rounded; the error of the result grows by less
     than a fifth: see test_accuracy_in_half_precision.

@@ -21,7 +21,7 @@ constexpr int64_t kUnitBytes = 4;
 // them below 2^15 of it; with kTwoInt16 below 2^14, and a second plane of integers holds what that leaves, in
 // multiples of 2^-kSecondPlaneBits of that power. Behind the planes lie the powers, one for each group. So
 // bf16 values are exact down to 2^-7 of the largest in their group, where a float32 row with its two planes
-// is within 2^-30 of it.
+// is within 2^-29 of it.
 constexpr int64_t kInt16Group = 64;
 constexpr int kSecondPlaneBits = 15;
 

@@ -259,12 +259,14 @@ def test_arrays_of_a_gpu_that_is_not_the_current_one():
     assert torch.cuda.current_device() == 0
 
 
-def test_8_bit_weights_are_refused():
-    case = random_case(4, 64, 32, 3, 2, layout="stacked")
-    for name, columns in (("gate_up", 64), ("down", 64)):
-        case[f"{name}_weights"] = np.ones(case[f"{name}_weights"].shape, np.int8)
-        case[f"{name}_scale"] = np.ones((3, columns), np.float32)
-    with pytest.raises(ValueError, match="must have the dtype float32 on a GPU, got int8"):
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_weights_are_refused(kind):
+    case = random_case(4, 64, 32, 3, 2, layout="stacked", permuted=True)
+    for name, size in (("gate_up", 64), ("down", 32)):
+        shape = (3, 64, size if kind == "int8" else 8)
+        case[f"{name}_weights"] = np.ones(shape, np.int8 if kind == "int8" else np.int32)
+        case[f"{name}_scale"] = np.ones((3, 64), np.float32)
+    with pytest.raises(ValueError, match=f"must have the dtype float32 on a GPU, got {kind}"):
         core.mixture_of_experts(**to_gpu(case))
 
 
