@@ -175,6 +175,10 @@ DType weight_dtype_of(const Tensor& weight) {
                                          : weight.dtype;
 }
 
+void expect_weight_dtype(const Name& name, const Tensor& weight, DType dtype) {
+  if (weight_dtype_of(weight) != dtype) expect_dtype(name, weight, dtype);
+}
+
 // What `in` elements of a column take in the last dimension of int4 weights.
 int64_t int4_words(int64_t in) {
   return known(in) ? (in + kInt4Run - 1) / kInt4Run * (kInt4Run / kInt4InWord) : in;
@@ -188,7 +192,7 @@ void check_weights(const char* name, const std::vector<Tensor>& weights, bool pe
   for (size_t i = 0; i < weights.size(); ++i) {
     const Name entry(name, i, weights.size());
     expect_shape(entry, weights[i], expected, meaning.c_str());
-    if (weight_dtype_of(weights[i]) != dtype) expect_dtype(entry, weights[i], dtype);
+    expect_weight_dtype(entry, weights[i], dtype);
     if (dtype == DType::kInt4) expect_contiguous(entry, weights[i], expected.size() - 1);
   }
 }
@@ -229,7 +233,8 @@ const void* bias_of(const std::vector<Tensor>& bias, int64_t e, int64_t num_expe
 DType find_weight_dtype(const Arguments& a, DType dtype) {
   const Tensor& first = a.gate_up_weights[0];
   const DType found = weight_dtype_of(first.dtype == DType::kUnknown ? a.down_weights[0] : first);
-  if (found == DType::kInt4 && a.gate_up_scale.empty())  // else its shape would be refused, as that of int4
+  // Here, because the shape of an int32 that is no int4 would be refused first.
+  if (found == DType::kInt4 && a.gate_up_scale.empty())
     fail("gate_up_scale must be given: gate_up_weights has the dtype ", dtype_text(first));
   return found == DType::kUnknown || is_quantised(found) ? found : dtype;
 }
@@ -507,6 +512,9 @@ Problem resolve(const Arguments& a) {
   const std::vector<int64_t>& down_shape = first_down.shape;
   p.weight_dtype = find_weight_dtype(a, p.dtype);
   const bool packed = p.weight_dtype == DType::kInt4;
+  // Before the shapes, which depend on the dtype.
+  expect_weight_dtype({"gate_up_weights", 0, a.gate_up_weights.size()}, a.gate_up_weights[0], p.weight_dtype);
+  expect_weight_dtype({"down_weights", 0, a.down_weights.size()}, first_down, p.weight_dtype);
   // While a static graph is being built, dtypes are not known.
   const bool maybe_packed = p.weight_dtype == DType::kUnknown && t && !a.gate_up_scale.empty();
   if (packed && !t) {
@@ -527,8 +535,11 @@ Problem resolve(const Arguments& a) {
   if (p.hidden_size == 0)
     fail("hidden_states must have at least one column (H >= 1), got the shape ",
          shape_text(a.hidden_states.shape));
-  if (p.intermediate_size == 0)
-    fail("down_weights must have an intermediate dimension I >= 1, got the shape ", shape_text(down_shape));
+  if (p.intermediate_size == 0) {
+    fail(packed ? "gate_up_weights" : "down_weights",
+         " must have an intermediate dimension I >= 1, got the shape ",
+         shape_text(packed ? a.gate_up_weights[0].shape : down_shape));
+  }
   const int64_t inter = p.intermediate_size;
   const int64_t columns = layout.separate || !known(inter) ? inter : 2 * inter;
   const auto meaning = [&](bool stacked, const std::string& in, const std::string& out) {

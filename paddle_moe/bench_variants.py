@@ -146,7 +146,9 @@ class Inputs:
 
 def _paddle_moe_core(inputs: Inputs, weights: Weights, layout: str = "stacked") -> Callable[[], np.ndarray]:
     if weights.dtype == "int4":
-        layout = "permuted"  # it has no other
+        if layout == "list":
+            raise NotSupported("int4 runs stacked and stored [out, in] here")
+        layout = "permuted"
     arrays = [[stack] for stack in weights.own]
     if layout == "list":
         arrays = [[_aligned(w) for w in stack] for stack in weights.own]

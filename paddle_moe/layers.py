@@ -25,7 +25,7 @@ from paddle_moe.params import (
     random_gate_weight,
     shard_range,
 )
-from paddle_moe.quantization import check_options, check_shards, quantize_stack
+from paddle_moe.quantization import check_options, check_shards, check_weight, quantize_stack
 from paddle_moe.router import Router
 
 if TYPE_CHECKING:
@@ -524,14 +524,13 @@ class FusedMoE(nn.Layer):
 
         Raises:
             ValueError: see paddle_moe.quantize; the layer is left as it was.
-            RuntimeError: the weights are quantised already, or not initialised; Paddle is 2.6 and the layer
-                is one of several shards.
+            RuntimeError: the weights are quantised already, not initialised, or on a GPU; Paddle is 2.6 and
+                the layer is one of several shards.
         """
         if self.quantized is not None:
             raise RuntimeError(f"the expert weights of this layer are {self.quantized} already")
-        dtype, granularity = check_options(
-            dtype, granularity
-        )  # here, so that ranks without experts refuse it too
+        # Here, so that ranks without experts refuse the same.
+        dtype, granularity = check_options(dtype, granularity)
         check_shards("quantize_", self.ep_size * self.tp_size)
         quantised = {}
         for name, parts in (("gate_up", 2), ("down", 1), ("shared_gate_up", 2), ("shared_down", 1)):
@@ -541,6 +540,7 @@ class FusedMoE(nn.Layer):
                     raise RuntimeError(
                         f"{name}_weight has no values, as under paddle.LazyGuard; call its initialize() first"
                     )
+                check_weight(f"{name}_weight", weight)
                 quantised[name] = quantize_stack(f"{name}_weight", weight, dtype, granularity, parts)
         for name, tensors in quantised.items():
             delattr(self, f"{name}_weight")

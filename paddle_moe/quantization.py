@@ -6,6 +6,8 @@ input channels of an output channel, or a block of 128 x 128.
 
 from __future__ import annotations
 
+from typing import Callable
+
 import paddle
 
 from paddle_moe import reference
@@ -36,7 +38,7 @@ def pack_int4(numbers: paddle.Tensor) -> paddle.Tensor:
 
     Element i of each 64 neighbours along the inputs, the last of them completed with zeros, becomes the bits
     4 (i // 16) to 4 (i // 16) + 3 of the int16 i % 16 of 16, of which every two, the first one low, are an
-    int32.
+    int32. No other library packs them so: words of GPTQ, AWQ or Paddle's weight_quantize mean other numbers.
 
     Args:
         numbers: [..., out, in], of an integer dtype, from -8 to 7.
@@ -50,6 +52,8 @@ def pack_int4(numbers: paddle.Tensor) -> paddle.Tensor:
     if not isinstance(numbers, paddle.Tensor) or not dtype_name(numbers.dtype).lstrip("u").startswith("int"):
         got = dtype_name(numbers.dtype) if isinstance(numbers, paddle.Tensor) else type(numbers).__name__
         raise ValueError(f"numbers must be a paddle.Tensor of integers, got {got}")
+    if numbers.ndim == 0:
+        raise ValueError("numbers must have at least one dimension [..., in], got none")
     array = numbers.numpy()
     if array.size and not (-8 <= array.min() and array.max() <= 7):
         raise ValueError(f"numbers must be from -8 to 7, got {array.min()} to {array.max()}")
@@ -67,7 +71,7 @@ def quantize(
     """Rounds weights to 8 or 4 bits, without a zero point.
 
     The largest magnitude of each group becomes 127, or 448 in fp8. In int4 it becomes -8, whichever its sign
-    is, which the scale then carries: the one number more is worth an eighth of the error.
+    is, which the scale then carries: the one number more takes an eighth off the error.
 
     Args:
         weight: [..., in, out], float32, bfloat16 or float16; all of it finite.
@@ -92,11 +96,7 @@ def quantize(
         raise ValueError("permuted must be True for int4, which is stored [out, in], got False")
     if not isinstance(weight, paddle.Tensor):
         raise ValueError(f"weight must be a paddle.Tensor, got {type(weight).__name__}")
-    if weight.ndim < 2 or dtype_name(weight.dtype) not in ("float32", "bfloat16", "float16"):
-        raise ValueError(
-            "weight must be float32, bfloat16 or float16 with the shape [..., in, out], got "
-            f"{dtype_name(weight.dtype)} {list(weight.shape)}"
-        )
+    _check_dtype("weight", weight)
     at_least(1)("parts", parts)
     with paddle.no_grad():
         if parts == 1 or granularity != "block":
@@ -142,6 +142,28 @@ def check_shards(function: str, ranks: int) -> None:
         )
 
 
+def check_weight(name: str, weight: paddle.Tensor) -> None:
+    """A ValueError or RuntimeError where a layer's weight [in, out] or [E, in, out] cannot be quantised."""
+    if weight.place.is_gpu_place():
+        raise RuntimeError(
+            f"{name} is on {weight.place}, where no back end multiplies quantised weights; move the layer to "
+            "the CPU first"
+        )
+    _check_dtype(name, weight)
+    for number, one in enumerate(weight if weight.ndim == 3 else [weight]):
+        if one.size and not bool(paddle.isfinite(one.astype("float32")).all()):
+            whose = f"{name}[{number}]" if weight.ndim == 3 else name
+            raise ValueError(f"{whose} must be finite, got infinity or NaN in it")
+
+
+def _check_dtype(name: str, weight: paddle.Tensor) -> None:
+    if weight.ndim < 2 or dtype_name(weight.dtype) not in ("float32", "bfloat16", "float16"):
+        raise ValueError(
+            f"{name} must be float32, bfloat16 or float16 with the shape [..., in, out], got "
+            f"{dtype_name(weight.dtype)} {list(weight.shape)}"
+        )
+
+
 # How layers keep each dtype: Paddle can neither stack nor save fp8.
 _STORED = {"int8": "int8", "int4": "int32", "float8_e4m3fn": "uint8"}
 
@@ -158,9 +180,17 @@ def quantize_stored(
 
 
 def quantize_stack(
-    name: str, weight: paddle.Tensor, dtype: str, granularity: str, parts: int
+    name: str,
+    weight: paddle.Tensor,
+    dtype: str,
+    granularity: str,
+    parts: int,
+    order: Callable[[paddle.Tensor], paddle.Tensor] | None = None,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """The same of [E, in, out] as [E, out, in], one expert at a time for the sake of memory."""
+    """The same of [E, in, out] as [E, out, in], one expert at a time for the sake of memory.
+
+    `order` puts the columns of an expert in the operator's order.
+    """
     if 0 in weight.shape:  # this rank has no experts, or no columns of the shared one
         experts, rows, columns = weight.shape
         if dtype == "int4":
@@ -169,7 +199,7 @@ def quantize_stack(
             [experts, 1, 1], "float32"
         )
     pairs = [
-        quantize_stored(f"{name}[{expert}]", one, dtype, granularity, parts)
+        quantize_stored(f"{name}[{expert}]", order(one) if order else one, dtype, granularity, parts)
         for expert, one in enumerate(weight)
     ]
     return tuple(paddle.stack(tensors) for tensors in zip(*pairs))

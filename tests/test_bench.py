@@ -108,8 +108,9 @@ def test_quantised_weights(tmp_path):
     assert done.returncode == 0, done.stderr
     for result in json.loads(out.read_text())["results"]:
         errors = {name: figures["relative_error"] for name, figures in result["variants"].items()}
-        assert set(errors) == set(variants.split(",")), result["left_out"]
-        assert all(1e-4 < errors[name] < 4e-3 for name in ours.split(","))
+        assert set(errors) | set(result["left_out"]) == set(variants.split(","))
+        assert set(result["left_out"]) == ({"paddle_moe.core list"} if result["dtype"] == "int4" else set())
+        assert all(1e-4 < errors[name] < 4e-3 for name in ours.split(",") if name in errors)
         assert 1e-4 < errors["bfloat16 permuted"] < 1e-2  # which rounds the weights too
 
 

@@ -201,7 +201,9 @@ class Chunk {
     char* row = w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes;
     const Int16Row integers(p_.intermediate_size, w_.operand);
     static_assert(kPackedColumns % kInt16Group == 0, "blocks of columns are whole groups");
-    float* powers = reinterpret_cast<float*>(row + integers.powers_at()) + block.first_column / kInt16Group;
+    float* powers = nullptr;
+    if (is_integer(w_.operand))
+      powers = reinterpret_cast<float*>(row + integers.powers_at()) + block.first_column / kInt16Group;
     auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p_.bias_dtype) : nullptr; };
     ActivateTask activate{scratch.result,
                           scratch.result + block.width,

@@ -21,6 +21,7 @@ import paddle
 from paddle import nn
 
 from paddle_moe import functional
+from paddle_moe._options import dtype_name
 from paddle_moe.all_to_all import all_to_all_experts
 from paddle_moe.collectives import enter_shards, leave_shards, no_contribution
 from paddle_moe.distributed import ParallelContext
@@ -70,8 +71,8 @@ class Weights:
 class QuantisedWeight(nn.Layer):
     """What MoEBlock.quantize() puts in the place of a Linear layer, or of stacked weights [E, in, out].
 
-    Buffers weight, [out, in] as paddle_moe.quantize gives it, and scale; the bias as it was. `before`: the
-    parameter whose flags they get.
+    Buffers weight, [out, in] as paddle_moe.quantize gives it, and scale; the bias as it was. They get the
+    flags of the parameter `before` where it is a shard, and `dense_dtype`, in which they compute, is its dtype.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, before: Tensor, bias: Tensor | None = None):
@@ -79,7 +80,11 @@ class QuantisedWeight(nn.Layer):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.bias = bias
-        self._flags = {name: getattr(before, name) for name in _FLAGS if hasattr(before, name)}
+        self.dense_dtype = before.dtype
+        self._flags = {}
+        if hasattr(before, "shard_group"):
+            self._flags = {name: getattr(before, name) for name in ("no_sync", "expert", "shard_group")}
+            self._flags["is_distributed"] = True  # nobody draws values for them any more
         self._mark()
 
     def _mark(self) -> None:
@@ -88,26 +93,22 @@ class QuantisedWeight(nn.Layer):
                 setattr(tensor, name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantisedWeight:
-        twin = memo[id(self)] = copy.copy(self)
-        for name in ("_parameters", "_buffers"):
-            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
-        if self.bias is not None:  # Paddle copies no attributes of parameters
-            for name in _FLAGS:
-                if hasattr(self.bias, name):
-                    setattr(twin.bias, name, getattr(self.bias, name))
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if hasattr(self.bias, "shard_group"):  # Paddle copies no attributes of parameters
+            for name in (*self._flags, "is_distributed"):
+                setattr(twin.bias, name, getattr(self.bias, name))
         twin._mark()
         return twin
 
     def _apply(self, func, device, dtype, blocking, include_sublayers=True):
         convert = keep_dtypes(func, self._buffers.values())
         super()._apply(convert, device, dtype, blocking, include_sublayers)
+        if dtype is not None:
+            self.dense_dtype = getattr(paddle, dtype_name(dtype))
 
     def extra_repr(self) -> str:
         return f"shape={self.weight.shape}, dtype={self.weight.dtype}"
-
-
-# What Slice.cut and Slice.mark set.
-_FLAGS = ("no_sync", "expert", "shard_group", "is_distributed")
 
 
 def _linear(expert: nn.Layer, name: str) -> nn.Layer:
@@ -305,15 +306,16 @@ def _slices_of_expert(expert: nn.Layer, number: int | None) -> list[Slice]:
     return slices
 
 
-def _named_linears(prefix: str, expert: nn.Layer) -> dict[str, Tensor]:
-    layers = [*_projections(expert)[0], _projections(expert)[1]]
-    names = {id(layer): name for name, layer in expert._sub_layers.items()}
-    return {f"{prefix}.{names[id(layer)]}.weight": layer.weight for layer in layers}
+def _linears(expert: nn.Layer) -> list[nn.Layer]:
+    gate_up, down = _projections(expert)
+    return [*gate_up, down]
 
 
 def _quantize_expert(expert: nn.Layer, dtype: str, granularity: str) -> None:
-    gate_up, down = _projections(expert)
-    for layer in [*gate_up, down]:
+    gate_up, _ = _projections(expert)
+    for layer in _linears(expert):
+        if isinstance(layer, QuantisedWeight):  # of another block, too
+            continue
         name = next(name for name, one in expert._sub_layers.items() if one is layer)
         parts = 2 if layer is gate_up[0] and len(gate_up) == 1 else 1
         pair = quantize_stored(name, layer.weight, dtype, granularity, parts)
@@ -406,6 +408,10 @@ class MoEBlock:
         """Of all ranks."""
         if not self._stacked():
             return len(self.experts_layer()._sub_layers)
+        if self._ranges:
+            return self._ranges[-1][1]
+        if self.quantized is not None:
+            return self.experts_layer().down_proj.weight.shape[0]
         return next(one for one in self.slices() if one.dense == "down_weight").whole.length("E")
 
     def gates_then_ups(self, gate_up: Tensor) -> Tensor:
@@ -421,17 +427,14 @@ class MoEBlock:
             )
 
     def weights_to_quantize(self) -> dict[str, Tensor]:
-        """By a name for errors."""
-        if self._stacked():
-            experts = self.experts_layer()
-            weights = {name: getattr(experts, name) for name in ("gate_up_proj", "down_proj")}
-        else:
-            weights = {}
-            for number, expert in self.held():
-                weights.update(_named_linears(f"experts.{number}", expert))
-        if self.shared_expert() is not None:
-            weights.update(_named_linears("shared expert", self.shared_expert()))
-        return weights
+        """By their names in the block."""
+        experts = self.experts_layer()
+        stacked = [experts.gate_up_proj, experts.down_proj] if self._stacked() else []
+        listed = [] if stacked else [expert for _, expert in self.held()]
+        shared = [] if self.shared_expert() is None else [self.shared_expert()]
+        layers = [layer for expert in listed + shared for layer in _linears(expert)]
+        names = {id(tensor): name for name, tensor in self.state_dict().items()}
+        return {names[id(weight)]: weight for weight in stacked + [layer.weight for layer in layers]}
 
     @paddle.no_grad()
     def quantize(self, dtype: str, granularity: str) -> None:
@@ -440,10 +443,14 @@ class MoEBlock:
             experts = self.experts_layer()
             for name, parts in (("gate_up_proj", 2), ("down_proj", 1)):
                 weight = getattr(experts, name)
-                ordered = self.gates_then_ups(weight) if parts == 2 else weight
-                pair = quantize_stack(name, ordered, dtype, granularity, parts)
+                if isinstance(weight, QuantisedWeight):  # of another block, too
+                    continue
+                order = self.gates_then_ups if parts == 2 else None
+                quantised = QuantisedWeight(
+                    *quantize_stack(name, weight, dtype, granularity, parts, order), weight
+                )
                 delattr(experts, name)
-                experts.add_sublayer(name, QuantisedWeight(*pair, weight))
+                experts.add_sublayer(name, quantised)
         experts = [] if self._stacked() else [expert for _, expert in self.held()]
         for expert in [*experts, self.shared_expert()]:
             if expert is not None:
@@ -540,7 +547,7 @@ class MoEBlock:
         shared_weights: Tensor | None,
     ) -> Tensor:
         parallel, groups = self.parallel, ["tp" if self.dispatch == "alltoall" else "grid"]
-        tokens = self.tokens(hidden_states).astype(self._compute_dtype(hidden_states.dtype))
+        tokens = self.tokens(hidden_states).astype(self._compute_dtype())
         entering = [tokens, router_weights]
         if self.shared_expert() is not None:
             if shared_weights is None:
@@ -608,16 +615,15 @@ class MoEBlock:
             experts_min=first,
         )
 
-    def _compute_dtype(self, given: paddle.dtype) -> paddle.dtype:
+    def _compute_dtype(self) -> paddle.dtype:
         """The same on all ranks, also on those without experts."""
         autocast = functional._autocast_dtype()
         if autocast is not None:
             return autocast
-        if self.quantized is not None:
-            return given
-        if self._stacked():
-            return self.experts_layer().down_proj.dtype
-        return _projections(self._any_expert())[1].weight.dtype
+        down = self.experts_layer().down_proj if self._stacked() else _projections(self._any_expert())[1]
+        if isinstance(down, QuantisedWeight):
+            return down.dense_dtype
+        return down.dtype if self._stacked() else down.weight.dtype
 
     def _stacked(self) -> bool:
         experts = self.experts_layer()

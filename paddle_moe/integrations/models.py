@@ -21,7 +21,7 @@ from paddle_moe.distributed import ParallelContext, init_distributed
 from paddle_moe.integrations.blocks import MoEBlock, Slice, listed_weights
 from paddle_moe.params import Part, shard_range
 from paddle_moe.pretrained import LAYOUTS, stored_tensors, write_stored
-from paddle_moe.quantization import check_options, check_shards
+from paddle_moe.quantization import check_options, check_shards, check_weight
 from paddle_moe.tensor_files import LoadReport, Plan, Source, Target, TensorFiles, execute
 
 Tensor = paddle.Tensor
@@ -154,7 +154,7 @@ class Integration:
         Raises:
             ValueError: the model is not accelerated, a weight is not finite, an unknown option; nothing has
                 been changed then.
-            RuntimeError: the experts are quantised already; a Paddle 2.6 over several ranks.
+            RuntimeError: the experts are quantised already, or on a GPU; a Paddle 2.6 over several ranks.
         """
         dtype, granularity = check_options(dtype, granularity)
         blocks = {
@@ -169,8 +169,7 @@ class Integration:
             ranks = 1 if block.parallel is None else block.parallel.size("grid")
             check_shards("quantize_experts", ranks)
             for name, weight in block.weights_to_quantize().items():
-                if weight.size and not bool(paddle.isfinite(weight.astype("float32")).all()):
-                    raise ValueError(f"{_joined(prefix, name)} must be finite, got infinity or NaN in it")
+                check_weight(_joined(prefix, name), weight)
         for block in blocks.values():
             block.quantize(dtype, granularity)
         return model

@@ -23,7 +23,15 @@ from paddle_moe.tensor_files import Source
 
 Tensor = paddle.Tensor
 
-__all__ = ["accelerate", "load_checkpoint", "patch", "restore", "save_checkpoint", "unpatch"]
+__all__ = [
+    "accelerate",
+    "load_checkpoint",
+    "patch",
+    "quantize_experts",
+    "restore",
+    "save_checkpoint",
+    "unpatch",
+]
 
 
 class Experts(MoEBlock):
@@ -111,7 +119,7 @@ class GptOss(MoEBlock):
     """OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (2025).
 
     The columns of gate and up alternate in ``gate_up_proj``. The operator wants them apart, so each call puts
-    them in order, outside training only for the experts that it needs.
+    them in order, outside training only for the experts that it needs; quantised ones are kept in order.
     """
 
     stock = "paddleformers.transformers.gpt_oss.modeling:GptOssMLP"

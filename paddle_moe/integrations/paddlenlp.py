@@ -24,7 +24,15 @@ from paddle_moe.tensor_files import Source
 
 Tensor = paddle.Tensor
 
-__all__ = ["accelerate", "load_checkpoint", "patch", "restore", "save_checkpoint", "unpatch"]
+__all__ = [
+    "accelerate",
+    "load_checkpoint",
+    "patch",
+    "quantize_experts",
+    "restore",
+    "save_checkpoint",
+    "unpatch",
+]
 
 
 class Mixtral(MoEBlock):

@@ -11,7 +11,7 @@ import pytest
 from checkpoint_cases import assert_loaded, make_optimizer
 from checks import assert_same_bits, relative_l2
 from launcher import WORKERS, launch
-from small_blocks import HIDDEN, Block, accelerate, integration, restore, to_checkpoint
+from small_blocks import HIDDEN, Beside, Block, accelerate, integration, restore, to_checkpoint
 from training_cases import autocast, native_operators
 
 from paddle_moe import load_checkpoint, save_checkpoint
@@ -93,6 +93,38 @@ def test_quantized_experts(kind, stacked, tmp_path):
         assert relative_l2(half.astype("float32").numpy(), output) < 0.03
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_quantized_experts_compute_in_their_own_dtype(stacked):
+    """As before: of experts in bfloat16 in a model in float32."""
+    model = Block(5, 12, shared=9, bias=not stacked, stacked=stacked)
+    model.experts.to(dtype="bfloat16")
+    model.shared.to(dtype="bfloat16")
+    x = paddle.randn([7, HIDDEN])
+    with paddle.no_grad():
+        exact = accelerate(model)(x)
+        output = integration.quantize_experts(model)(x)
+    assert output.dtype == exact.dtype == paddle.float32
+    np.testing.assert_array_equal(output.numpy(), output.astype("bfloat16").astype("float32").numpy())
+    assert relative_l2(output.numpy(), exact.numpy()) < 0.03
+
+
+def test_hooks_of_a_copy_are_its_own():
+    model = integration.quantize_experts(accelerate(Block(2, 4)))
+    twin = copy.deepcopy(model)
+    twin.experts[0].down_proj.register_forward_pre_hook(lambda layer, arguments: None)
+    assert not model.experts[0].down_proj._forward_pre_hooks
+
+
+def test_an_expert_of_two_blocks():
+    model = Beside(Block(2, 4), Block(2, 4))
+    model.many.experts = model.few.experts
+    x = paddle.randn([7, HIDDEN])
+    exact = model(x).numpy()
+    integration.quantize_experts(accelerate(model))
+    with paddle.no_grad():
+        assert 1e-4 < relative_l2(model(x).numpy(), exact) < 0.03
+
+
 def test_quantized_experts_say_what_they_cannot_do(tmp_path):
     model = paddle.nn.Sequential(Block(5, 12, shared=9))
     with pytest.raises(ValueError, match=r"model must be what accelerate\(\) returned, got Sequential"):
@@ -121,10 +153,37 @@ def test_experts_that_cannot_be_quantized_are_left_alone(stacked):
     with paddle.no_grad():
         bad[(2, 1, 0) if stacked else (2, 1)] = float("nan")
     before = {name: value.numpy() for name, value in model.state_dict().items()}
-    name = "1.down_proj" if stacked else "1.experts.3.down_proj.weight"
+    name = r"1.experts.down_proj\[2\]" if stacked else "1.experts.3.down_proj.weight"
     with pytest.raises(ValueError, match=f"^{name} must be finite, got infinity or NaN in it"):
         integration.quantize_experts(model)
     after = model.state_dict()
     assert set(after) == set(before)
     for name, value in after.items():
         np.testing.assert_array_equal(value.numpy(), before[name])
+
+
+@pytest.mark.parametrize("form", ["stacked", "one_layer"])
+def test_blocks_of_scales_hold_columns_of_gate_or_of_up(form):
+    """I = 200: blocks that go over both would be as many, and meet the wrong scales."""
+
+    class GateAndUp(paddle.nn.Layer):
+        def __init__(self, expert):
+            super().__init__()
+            self.up_gate_proj = paddle.nn.Linear(HIDDEN, 400, bias_attr=False)
+            halves = [expert.gate_proj.weight, expert.up_proj.weight]
+            self.up_gate_proj.weight.set_value(paddle.concat(halves, axis=1))
+            self.down_proj, self.act_fn = expert.down_proj, expert.act_fn
+
+    model, x = Block(3, 200, stacked=form == "stacked"), paddle.randn([20, HIDDEN])
+    if form == "one_layer":
+        model.experts = paddle.nn.LayerList([GateAndUp(expert) for expert in model.experts])
+    accelerate(model)
+    with paddle.no_grad():
+        weights = [model.experts.gate_up_proj] if form == "stacked" else model.weights().gate_up
+        for weight in weights:  # so that the next scale does not do for them
+            weight.set_value(
+                weight * paddle.concat([paddle.ones([200]), paddle.full([56], 50), paddle.ones([144])])
+            )
+        exact = model(x).numpy()
+        integration.quantize_experts(model, "int8", "block")
+        assert relative_l2(model(x).numpy(), exact) < 0.03
