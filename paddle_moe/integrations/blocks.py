@@ -72,7 +72,7 @@ class QuantisedWeight(nn.Layer):
     """What MoEBlock.quantize() puts in the place of a Linear layer, or of stacked weights [E, in, out].
 
     Buffers weight, [out, in] as paddle_moe.quantize gives it, and scale; the bias as it was. They get the
-    flags of the parameter `before` where it is a shard, and `dense_dtype`, in which they compute, is its dtype.
+    flags of the parameter `before` where it is a shard, and compute in its dtype, `dense_dtype`.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, before: Tensor, bias: Tensor | None = None):
