@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import types
 
 import checks
 import numpy as np
@@ -27,7 +28,7 @@ from paddle.distributed.parallel import sync_params_buffers
 from training_cases import autocast
 
 import paddle_moe
-from paddle_moe import FusedMoE, reference
+from paddle_moe import FusedMoE, quantization, reference
 from paddle_moe import core as kernels
 from paddle_moe.reference import dequantise, to_float64
 
@@ -772,6 +773,15 @@ def test_blocks_of_a_layer_hold_columns_of_gate_or_of_up(kind):
         exact = layer(x).numpy()
         layer.quantize_(kind, "block")
         assert relative_l2(layer(x).numpy(), exact) < 1.5 * LAYER_ERROR[kind]
+
+
+def test_a_gpu_is_refused_before_anything_changes():
+    place = types.SimpleNamespace(is_gpu_place=lambda: True)
+    weight = types.SimpleNamespace(place=place, ndim=3, dtype=paddle.float32)
+    with pytest.raises(
+        RuntimeError, match="^down_weight is on .*, where no back end multiplies quantised weights"
+    ):
+        quantization.check_weight("down_weight", weight)
 
 
 def test_lazy_layer():

@@ -129,18 +129,19 @@ def assert_routes_as_in_float32(integration, family: Family, models, how: str) -
     assert relative_l2(*outputs) < 1e-2
 
 
+def outputs_of_blocks(model, family: Family) -> list[np.ndarray]:
+    """Each of the same tokens."""
+    x = paddle.to_tensor(np.random.default_rng(5).standard_normal([2, 24, 64]).astype("float32"))
+    with paddle.no_grad():
+        found = [block(x) for block in blocks_of(model, family)]
+    return [(one[0] if isinstance(one, tuple) else one).numpy() for one in found]
+
+
 def assert_experts_are_quantized(integration, family: Family, model, directory: Path) -> None:
     """Block by block, because a rounded block may change what the router after it chooses."""
-    x = paddle.to_tensor(np.random.default_rng(5).standard_normal([2, 24, 64]).astype("float32"))
-
-    def outputs() -> list[np.ndarray]:
-        with paddle.no_grad():
-            found = [block(x) for block in blocks_of(model, family)]
-        return [(one[0] if isinstance(one, tuple) else one).numpy() for one in found]
-
-    exact = outputs()
+    exact = outputs_of_blocks(model, family)
     assert integration.quantize_experts(model, "int8") is model
-    for one, expected in zip(outputs(), exact):
+    for one, expected in zip(outputs_of_blocks(model, family), exact):
         assert 1e-4 < relative_l2(one, expected) < 0.03
     np.testing.assert_array_equal(logits(copy.deepcopy(model)), logits(model))
     numbers = {name for name, one in model.state_dict().items() if one.dtype == paddle.int8}

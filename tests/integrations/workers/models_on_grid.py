@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-from checks import part_of
+from checks import part_of, relative_l2
 from families import (
     assert_same_gradients,
     assert_same_tensors,
@@ -20,6 +20,7 @@ from families import (
     in_no_file,
     logits,
     loss_and_gradients,
+    outputs_of_blocks,
     set_to_zero,
 )
 
@@ -57,6 +58,9 @@ for family in models.FAMILIES:
     integration.load_checkpoint(built, output / "files" / family.name)
     assert_same_tensors({name: one.numpy() for name, one in built.state_dict().items()}, local)
     np.testing.assert_array_equal(logits(built), results[f"{family.name} logits"])
+    integration.quantize_experts(built, "int8")
+    for rounded, exact in zip(outputs_of_blocks(built, family), outputs_of_blocks(model, family)):
+        assert 1e-4 < relative_l2(rounded, exact) < 0.03, family.name
 
     slices = {id(one.parameter): one for block in blocks_of(model, family) for one in block.slices()}
     slice_of = {name: slices.get(id(one)) for name, one in model.named_parameters()}
