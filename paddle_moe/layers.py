@@ -541,7 +541,7 @@ class FusedMoE(nn.Layer):
                         f"{name}_weight has no values, as under paddle.LazyGuard; call its initialize() first"
                     )
                 check_weight(f"{name}_weight", weight)
-                quantised[name] = quantize_stack(f"{name}_weight", weight, dtype, granularity, parts)
+                quantised[name] = quantize_stack(weight, dtype, granularity, parts)
         for name, tensors in quantised.items():
             delattr(self, f"{name}_weight")
             for what, tensor in zip(("weight", "scale"), tensors):

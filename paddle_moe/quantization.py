@@ -169,18 +169,14 @@ _STORED = {"int8": "int8", "int4": "int32", "float8_e4m3fn": "uint8"}
 
 
 def quantize_stored(
-    name: str, weight: paddle.Tensor, dtype: str, granularity: str, parts: int
+    weight: paddle.Tensor, dtype: str, granularity: str, parts: int
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """quantize() of [in, out] as [out, in], fp8 as its bits; errors call the weight `name`."""
-    try:
-        quantised, scale = quantize(weight.t(), dtype, granularity, permuted=True, parts=parts)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    """quantize() of a weight [in, out] that check_weight() has passed as [out, in], fp8 as its bits."""
+    quantised, scale = quantize(weight.t(), dtype, granularity, permuted=True, parts=parts)
     return quantised.view(_STORED[dtype]), scale
 
 
 def quantize_stack(
-    name: str,
     weight: paddle.Tensor,
     dtype: str,
     granularity: str,
@@ -198,10 +194,7 @@ def quantize_stack(
         return paddle.zeros([experts, columns, rows], _STORED[dtype]), paddle.zeros(
             [experts, 1, 1], "float32"
         )
-    pairs = [
-        quantize_stored(f"{name}[{expert}]", order(one) if order else one, dtype, granularity, parts)
-        for expert, one in enumerate(weight)
-    ]
+    pairs = [quantize_stored(order(one) if order else one, dtype, granularity, parts) for one in weight]
     return tuple(paddle.stack(tensors) for tensors in zip(*pairs))
 
 

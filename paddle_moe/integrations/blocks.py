@@ -96,7 +96,7 @@ class QuantisedWeight(nn.Layer):
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         if hasattr(self.bias, "shard_group"):  # Paddle copies no attributes of parameters
-            for name in (*self._flags, "is_distributed"):
+            for name in self._flags:
                 setattr(twin.bias, name, getattr(self.bias, name))
         twin._mark()
         return twin
@@ -318,7 +318,7 @@ def _quantize_expert(expert: nn.Layer, dtype: str, granularity: str) -> None:
             continue
         name = next(name for name, one in expert._sub_layers.items() if one is layer)
         parts = 2 if layer is gate_up[0] and len(gate_up) == 1 else 1
-        pair = quantize_stored(name, layer.weight, dtype, granularity, parts)
+        pair = quantize_stored(layer.weight, dtype, granularity, parts)
         expert._sub_layers[name] = QuantisedWeight(*pair, layer.weight, layer.bias)
 
 
@@ -446,9 +446,7 @@ class MoEBlock:
                 if isinstance(weight, QuantisedWeight):  # of another block, too
                     continue
                 order = self.gates_then_ups if parts == 2 else None
-                quantised = QuantisedWeight(
-                    *quantize_stack(name, weight, dtype, granularity, parts, order), weight
-                )
+                quantised = QuantisedWeight(*quantize_stack(weight, dtype, granularity, parts, order), weight)
                 delattr(experts, name)
                 experts.add_sublayer(name, quantised)
         experts = [] if self._stacked() else [expert for _, expert in self.held()]
