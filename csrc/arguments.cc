@@ -329,6 +329,15 @@ std::vector<Scale> check_scales(const char* name, const std::vector<Tensor>& sca
   return result;
 }
 
+void expect_no_gradients(const char* name, const std::vector<Tensor>& gradients) {
+  for (const Tensor& gradient : gradients) {
+    if (gradient.data == nullptr) continue;
+    fail(name,
+         " has no gradient, because the weights are quantised; set its stop_gradient, or do not name it in "
+         "wanted");
+  }
+}
+
 // The parts of every expert, which are null where a tensor has no data.
 std::vector<Expert> find_experts(const Arguments& a, const Layout& layout, DType dtype, int64_t inter) {
   const int64_t num_experts = layout.num_experts;
@@ -609,8 +618,10 @@ BackwardProblem resolve_backward(const Arguments& arguments, const Tensor& grad_
   b.forward = resolve(arguments);
   const Problem& p = b.forward;
   if (is_quantised(p.weight_dtype)) {
-    fail("gate_up_weights and down_weights must not be quantised where a gradient is wanted, got the dtype ",
-         dtype_name(p.weight_dtype), "; compute without gradients, or with dequantised weights");
+    expect_no_gradients("gate_up_weights", gradients.gate_up_weights);
+    expect_no_gradients("down_weights", gradients.down_weights);
+    expect_no_gradients("gate_up_scale", gradients.gate_up_scale);
+    expect_no_gradients("down_scale", gradients.down_scale);
   }
   expect_shape("grad_out", grad_out, {p.num_tokens, p.hidden_size}, "[T, H]");
   expect_dtype("grad_out", grad_out, p.dtype);

@@ -96,13 +96,20 @@ Device cuda_device(const char* name, int index, cuda::Stream stream) {
   return device;
 }
 
+namespace {
+
+void expect_supported(const Device& device, const Problem& problem) {
+  if (!is_gpu(device) || !is_quantised(problem.weight_dtype)) return;
+  throw std::invalid_argument(std::string("gate_up_weights and down_weights must have the dtype ") +
+                              dtype_name(problem.dtype) + " on a GPU, got " +
+                              dtype_name(problem.weight_dtype) +
+                              ": only the CPU back end multiplies quantised weights; dequantise them");
+}
+
+}  // namespace
+
 size_t workspace_size(const Device& device, const Problem& problem) {
-  if (is_gpu(device) && is_quantised(problem.weight_dtype)) {
-    throw std::invalid_argument(std::string("gate_up_weights and down_weights must have the dtype ") +
-                                dtype_name(problem.dtype) + " on a GPU, got " +
-                                dtype_name(problem.weight_dtype) +
-                                ": only the CPU back end multiplies quantised weights; dequantise them");
-  }
+  expect_supported(device, problem);
   return run(
       device, [&](auto) { return cuda::workspace_size(problem); },
       [&](int threads) { return cpu::workspace_size(problem, threads); });
@@ -121,6 +128,7 @@ int64_t saved_rows(const Device& device, const Problem& problem) {
 }
 
 size_t backward_workspace_size(const Device& device, const BackwardProblem& problem) {
+  expect_supported(device, problem.forward);
   return run(
       device, [&](auto) { return cuda::backward_workspace_size(problem); },
       [&](int threads) { return cpu::backward_workspace_size(problem, threads); });

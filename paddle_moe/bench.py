@@ -10,7 +10,8 @@ inputs of a channel, and are always stored [out, in]; the activations are bfloat
 as Q8_0 and Q4_0; it rounds activations to 8 bits. Loops run the dequantised weights in float32.
 
 The floor of a call is max(FLOPs / FLOP limit, bytes of the active experts' weights / read limit). With
---backward a call is forward and backward, three times the FLOPs and bytes, and gives all gradients. The FLOP
+--backward a call is forward and backward, three times the FLOPs and bytes, and gives all gradients; with
+quantised weights, which have none, twice, and gives those of hidden_states and router_weights. The FLOP
 limit is that of multiply-adds of bf16 pairs (VDPBF16PS) for bfloat16 where the processor has them, of fp32
 otherwise, also for int8 and int4, whose products of integers may pass it.
 
@@ -344,7 +345,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="comma-separated, quoted, also 'paddle_moe.core list', 'paddle_moe.core permuted' and, beside "
         "quantised weights, 'bfloat16 permuted' (default: %(default)s)",
     )
-    parser.add_argument("--backward", action="store_true", help="forward and backward, all gradients")
+    parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="0: the default of the operator")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures")
@@ -378,8 +379,6 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[int, ...
             f"like 1,8, --rounds at least 1, --dtypes from {', '.join(TOLERANCE)}, --variants from "
             f"{', '.join(VARIANTS)}" + (f"; got {', '.join(unknown)}" if unknown else "")
         )
-    if arguments.backward and set(QUANTISED) & set(arguments.dtypes.split(",")):
-        raise ValueError(f"--backward: quantised weights have no gradient; leave out {', '.join(QUANTISED)}")
     for option in ("out", "picture"):
         path = getattr(arguments, option)
         if path and (path.is_dir() or not path.parent.is_dir()):

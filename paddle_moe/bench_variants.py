@@ -41,20 +41,18 @@ class Case:
 
     @property
     def flops(self) -> int:
-        return (
-            (18 if self.backward else 6)
-            * self.num_tokens
-            * self.top_k
-            * self.hidden_size
-            * self.intermediate_size
-        )
+        return 6 * self.passes * self.num_tokens * self.top_k * self.hidden_size * self.intermediate_size
 
     def weight_bytes(self, experts: int) -> int:
         bits = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4, "float8_e4m3fn": 8}[
             self.dtype
         ]
-        numbers = (3 if self.backward else 1) * experts * 3 * self.hidden_size * self.intermediate_size
-        return numbers * bits // 8
+        return self.passes * experts * 3 * self.hidden_size * self.intermediate_size * bits // 8
+
+    @property
+    def passes(self) -> int:
+        """Over the weights: a product each for the result, its gradient and the gradients of weights."""
+        return 1 if not self.backward else 2 if self.is_quantised else 3
 
     @property
     def is_quantised(self) -> bool:
@@ -99,11 +97,11 @@ def _quantised(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, 
 class Weights:
     """Random weights of one shape and dtype; `fp32` holds the values after rounding to the dtype.
 
-    scales: of quantised ones, as _quantised() gives them; else None.
+    scales: of quantised ones, as _quantised() gives them; else None. is_trained: they have gradients.
     """
 
     def __init__(self, case: Case, generator: np.random.Generator):
-        self.dtype = case.dtype
+        self.dtype, self.is_trained = case.dtype, not case.is_quantised
         e, h, i = case.num_experts, case.hidden_size, case.intermediate_size
         rounded = _quantised if case.is_quantised else _rounded
         self.own, self.fp32, *scales = zip(
@@ -165,17 +163,17 @@ def _paddle_moe_core(inputs: Inputs, weights: Weights, layout: str = "stacked") 
     out = np.empty_like(inputs.own)
     if inputs.grad is None:
         return lambda: core.mixture_of_experts(*arguments, **options, out=out, workspace=workspace)
-    grad = inputs.own_grad
-    kept = np.empty((inputs.table.size, weights.own[0].shape[2]), inputs.own.dtype)
+    grad, kept = inputs.own_grad, np.empty((inputs.table.size, weights.own[0].shape[2]), inputs.own.dtype)
+    backward = {**options, "wanted": core.Gradients._fields[: 4 if weights.is_trained else 2]}
     scratch = np.empty(
-        core.backward_workspace_size(grad, *arguments, **options, pre_activations=kept), np.uint8
+        core.backward_workspace_size(grad, *arguments, **backward, pre_activations=kept), np.uint8
     )
-    gradients = core.mixture_of_experts_backward(grad, *arguments, **options)
+    gradients = core.mixture_of_experts_backward(grad, *arguments, **backward)
 
     def call() -> np.ndarray:
         core.mixture_of_experts(*arguments, **options, out=out, workspace=workspace, pre_activations=kept)
         core.mixture_of_experts_backward(
-            grad, *arguments, **options, pre_activations=kept, out=gradients, workspace=scratch
+            grad, *arguments, **backward, pre_activations=kept, out=gradients, workspace=scratch
         )
         return gradients.hidden_states
 
@@ -220,19 +218,26 @@ def _paddle_moe_op(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]
     if int4:
         scales = [scale.swapaxes(1, 2) if scale.ndim == 3 else scale for scale in scales]
     arguments = [tensor(a) for a in (inputs.own, inputs.table, inputs.weights, *stacks)]
-    hidden, _, *trained = arguments
+    hidden, _, router, *experts = arguments
     options = dict(zip(("gate_up_scale", "down_scale"), map(tensor, scales)), permuted_weights=int4)
     return _paddle_call(
-        lambda: paddle_moe.mixture_of_experts(*arguments, **options), inputs, [hidden, *trained]
+        lambda: paddle_moe.mixture_of_experts(*arguments, **options),
+        inputs,
+        weights,
+        [hidden, router, *experts],
     )
 
 
-def _paddle_call(forward: Callable, inputs: Inputs, trained: list) -> Callable:
-    """`forward`, or with its backward: then the gradient of the first of `trained`, hidden_states."""
+def _paddle_call(forward: Callable, inputs: Inputs, weights: Weights, tensors: list) -> Callable:
+    """`forward`, or with its backward: then the gradient of the first tensor, hidden_states.
+
+    tensors: hidden_states, router_weights and the experts' weights.
+    """
     import paddle
 
     if inputs.grad is None:
         return paddle.no_grad()(forward)
+    trained = tensors if weights.is_trained else tensors[:2]
     for tensor in trained:
         tensor.stop_gradient = False
 
@@ -285,7 +290,7 @@ def _paddle_loop(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
             out = paddle.index_add(out, token, 0, y * paddle.gather_nd(router, chosen).unsqueeze(-1))
         return out
 
-    return _paddle_call(forward, inputs, [hidden, router, *gate_up, *down])
+    return _paddle_call(forward, inputs, weights, [hidden, router, *gate_up, *down])
 
 
 def _torch_tensors(inputs: Inputs, weights: Weights) -> list:
@@ -317,15 +322,16 @@ def _torch_loop(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
             out.index_add_(0, token, y.float() * router[token, slot, None])
         return out
 
-    return _torch_call(forward, inputs, [hidden, router, *gate_up, *down])
+    return _torch_call(forward, inputs, weights, [hidden, router, *gate_up, *down])
 
 
-def _torch_call(forward: Callable, inputs: Inputs, trained: list) -> Callable:
+def _torch_call(forward: Callable, inputs: Inputs, weights: Weights, tensors: list) -> Callable:
     """The same as _paddle_call."""
     import torch
 
     if inputs.grad is None:
         return torch.no_grad()(forward)
+    trained = tensors if weights.is_trained else tensors[:2]
     for tensor in trained:
         tensor.requires_grad_()
 
@@ -355,7 +361,7 @@ def _torch_grouped(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]
         y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)
         return torch.zeros(hidden.shape).index_add_(0, token, y.float() * router.flatten()[order, None])
 
-    return _torch_call(forward, inputs, [hidden, router, gate_up, down])
+    return _torch_call(forward, inputs, weights, [hidden, router, gate_up, down])
 
 
 def _torch_swapped(weights: Weights) -> list:
@@ -521,6 +527,6 @@ VARIANTS: dict[str, Callable[[Inputs, Weights], Callable[[], object]]] = {
     ONE_THREAD: _paddle_moe_one_thread,
     "bfloat16 permuted": _bfloat16,
 }
-WITHOUT_BACKWARD = {"numpy loop", "vllm", "zentorch", "ggml", "bfloat16 permuted"}
+WITHOUT_BACKWARD = {"numpy loop", "vllm", "zentorch", "ggml"}
 WITHOUT_QUANTISED = {"vllm", "zentorch"}  # the loops multiply the dequantised weights
 DEFAULT_VARIANTS = "paddle_moe.core,paddle_moe,numpy loop,paddle loop,torch loop,torch grouped,vllm,ggml"

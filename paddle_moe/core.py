@@ -156,13 +156,6 @@ def _backward(
     if out is not None and not isinstance(out, Gradients):
         raise ValueError(f"out must be of the type core.Gradients, got {type(out).__name__}")
     passed = inspect.signature(_experts).bind(*args, **kwargs).arguments
-    for name in ("gate_up_weights", "down_weights"):
-        first = passed[name][0] if isinstance(passed[name], (list, tuple)) and passed[name] else passed[name]
-        dtype = str(getattr(first, "dtype", None)).rpartition(".")[2]
-        if dtype in ("int8", "int32", "uint8", "float8_e4m3fn"):  # else scales would be asked for
-            raise ValueError(
-                f"{name} must not be quantised where a gradient is wanted, got the dtype {dtype}"
-            )
     passed = {name: passed[name] for name in Gradients._fields if passed.get(name) is not None}
     outs, places = [], {}
     for name, value in passed.items():
@@ -198,6 +191,8 @@ def mixture_of_experts_backward(
     gate_up_bias: Array | list[Array] | None = None,
     down_bias: Array | list[Array] | None = None,
     *,
+    gate_up_scale: Array | list[Array] | None = None,
+    down_scale: Array | list[Array] | None = None,
     permuted_weights: bool = False,
     activation: str = "silu",
     experts_min: int = 0,
@@ -214,7 +209,7 @@ def mixture_of_experts_backward(
         grad_out: [T, H], of the dtype of ``hidden_states``, contiguous in its last dimension.
         pre_activations: what :func:`mixture_of_experts` stored for these arguments; None: computed again,
             with the same result to the last bit.
-        wanted: the arguments whose gradients are computed.
+        wanted: the arguments whose gradients are computed. Quantised weights have none.
         out: arrays that receive the gradients, of the shapes and dtypes of the arguments; an entry may be
             None. Those of weights may have any strides, the others must be contiguous.
         workspace: uint8, at least ``backward_workspace_size(...)`` bytes.

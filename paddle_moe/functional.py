@@ -264,7 +264,7 @@ def _arrange_experts(
     groups = [gate_up_weights, down_weights, *(group or [] for group in optional)]
     tensors = [hidden_states, router_weights, *(tensor for group in groups for tensor in group)]
     wanted = _wanted(tensors)
-    save_pre_activations = not recompute and paddle.is_grad_enabled() and any(wanted) and not gate_up_scale
+    save_pre_activations = not recompute and paddle.is_grad_enabled() and any(wanted)
     return routing_table, tensors, [len(group) for group in groups], wanted, *options, save_pre_activations
 
 

@@ -19,12 +19,22 @@ from checks import (
     expected_moe,
     per_layout,
     per_permuted,
-    random_tokens,
     relative_l2,
 )
 from layer_cases import EVERYTHING, HIDDEN, TOP_K, Shard, dense_weights, tokens
 from paddle.distributed import parallel
 from paddle.distributed.parallel import sync_params_buffers
+from quantized_cases import (
+    GRANULARITIES,
+    dequantised,
+    per_8_bit_kind,
+    per_granularity,
+    per_kind,
+    per_storage,
+    quantized_case,
+    random_weights,
+    slack_of,
+)
 from training_cases import autocast
 
 import paddle_moe
@@ -44,108 +54,7 @@ def backend(request):
     return checks.Core() if request.param == "core" else checks.Paddle()
 
 
-GRANULARITIES = ("tensor", "channel", "group", "block")
-KINDS = ("int8", "float8_e4m3fn", "int4")
-per_kind = pytest.mark.parametrize("kind", KINDS)
-per_8_bit_kind = pytest.mark.parametrize("kind", KINDS[:2])
-# int4 is stored transposed.
-per_storage = pytest.mark.parametrize(
-    ("kind", "permuted"),
-    [(kind, permuted) for kind in KINDS for permuted in (True, False) if kind != "int4" or permuted],
-)
 LAYER_ERROR = {"int8": 0.02, "float8_e4m3fn": 0.08, "int4": 0.3}
-per_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
-
-
-def groups(size: int) -> int:
-    return -(-size // 128)
-
-
-def random_weights(
-    rng, num_experts: int, rows: int, columns: int, kind: str, granularity: str, parts: int = 1
-):
-    """(numbers [E, in, out], scales [E, ...]) of weights near 1 / sqrt(in); int4 is not packed yet."""
-    shape = (num_experts, rows, columns)
-    if kind == "int8":
-        bits = rng.integers(-128, 127, shape, endpoint=True).astype(np.int8)
-    elif kind == "int4":
-        bits = rng.integers(-8, 7, shape, endpoint=True).astype(np.int8)
-    else:
-        bits = reference.to_fp8_bits(rng.standard_normal(shape) * 60)
-    scales = {
-        "tensor": (1,),
-        "channel": (columns,),
-        "group": (groups(rows), columns),
-        "block": (groups(rows), parts * groups(columns // parts)),
-    }
-    scale = rng.uniform(0.5, 1.5, (num_experts, *scales[granularity]))
-    scale /= np.sqrt(rows) * (4 if kind == "int4" else 60)
-    return bits, scale.astype(np.float32)
-
-
-def quantized_case(
-    num_tokens=9, hidden=300, inter=200, num_experts=4, top_k=2, dtype="float32", *,
-    kind="int8", granularity="channel", layout="stacked", permuted=False, seed=0, **options,
-) -> dict:  # fmt: skip
-    rng = np.random.default_rng(seed)
-
-    def stored(pair):
-        bits, scale = (np.swapaxes(a, 1, 2) if permuted and a.ndim == 3 else a for a in pair)
-        if kind == "int4":
-            bits = paddle_moe.pack_int4(paddle.to_tensor(bits)).numpy()
-        arrays = np.ascontiguousarray(bits), np.ascontiguousarray(scale)
-        return arrays if layout == "stacked" else tuple(map(list, arrays))
-
-    if layout == "separate":
-        halves = [
-            stored(random_weights(rng, num_experts, hidden, inter, kind, granularity)) for _ in range(2)
-        ]
-        gate_up, gate_up_scale = ([*gates, *ups] for gates, ups in zip(*halves))
-    else:
-        pair = random_weights(rng, num_experts, hidden, 2 * inter, kind, granularity, parts=2)
-        gate_up, gate_up_scale = stored(pair)
-    down, down_scale = stored(random_weights(rng, num_experts, inter, hidden, kind, granularity))
-    return {
-        **random_tokens(rng, num_tokens, hidden, top_k, num_experts, dtype),
-        "gate_up_weights": gate_up,
-        "down_weights": down,
-        "gate_up_scale": gate_up_scale,
-        "down_scale": down_scale,
-        "permuted_weights": permuted,
-        **options,
-    }
-
-
-def dequantised(case: dict) -> dict:
-    """The same call with float32 weights, each the product with its scale rounded once."""
-    result = {name: value for name, value in case.items() if not name.endswith("_scale")}
-    permuted, count = case["permuted_weights"], len(case["down_weights"])
-    axis = 0 if permuted else 1
-    halves = zip(
-        reference._gates_and_ups(case["gate_up_weights"], count, axis),
-        reference._scales_of_halves(case["gate_up_scale"], count, axis),
-    )
-    hidden = case["hidden_states"].shape[1]
-    gates, ups = ([dequantise(*pair, permuted, hidden) for pair in zip(*half)] for half in halves)
-    inter = gates[0].shape[axis]
-    pairs = zip(case["down_weights"], case["down_scale"])
-    weights = {
-        "gate_up_weights": [np.concatenate(pair, axis) for pair in zip(gates, ups)],
-        "down_weights": [dequantise(*pair, permuted, inter) for pair in pairs],
-    }
-    for name, matrices in weights.items():
-        result[name] = [np.ascontiguousarray(matrix, np.float32) for matrix in matrices]
-    return result
-
-
-def slack_of(case: dict) -> float:
-    """Integer products hold half-precision activations to 2^-15 of the largest of 64 neighbours.
-
-    More results then fall on the other side of where they are rounded; the error of the result grows by less
-    than a fifth: see test_accuracy_in_half_precision.
-    """
-    integers = case["gate_up_weights"][0].dtype != np.uint8 and case["permuted_weights"]
-    return 2.5 if integers and case["hidden_states"].dtype != np.float32 else 1.0
 
 
 # ---------------------------------------------------------------- the operator
@@ -469,26 +378,6 @@ def test_autocast_leaves_scales_alone():
     assert_same_bits(out.astype("float32").numpy(), expected)
 
 
-def test_there_is_no_gradient():
-    case = quantized_case()
-    arrays = {name: paddle.to_tensor(a) if isinstance(a, np.ndarray) else a for name, a in case.items()}
-    arrays["hidden_states"].stop_gradient = False
-    out = paddle_moe.mixture_of_experts(**arrays)
-    with pytest.raises(
-        ValueError, match="must not be quantised where a gradient is wanted, got the dtype int8"
-    ):
-        out.sum().backward()
-
-
-@pytest.mark.parametrize("layout", ["stacked", "list"])
-def test_there_is_no_gradient_without_paddle(layout):
-    case = quantized_case(layout=layout)
-    del case["gate_up_scale"], case["down_scale"]
-    expected = "gate_up_weights must not be quantised where a gradient is wanted, got the dtype int8"
-    with pytest.raises(ValueError, match=expected):
-        kernels.mixture_of_experts_backward(case["hidden_states"], **case)
-
-
 # ---------------------------------------------------------------- quantize
 
 
@@ -738,8 +627,6 @@ def test_layer_says_what_it_cannot_do(tmp_path):
         layer.quantize_()
     with pytest.raises(RuntimeError, match="are int8 since quantize_.., .* save and load before quantize_"):
         paddle_moe.save_checkpoint(str(tmp_path / "checkpoint"), layer)
-    with pytest.raises(ValueError, match="must not be quantised where a gradient is wanted"):
-        layer(paddle.to_tensor(tokens())).sum().backward()
 
 
 def test_a_layer_that_cannot_be_quantised_is_left_alone():

@@ -634,6 +634,8 @@ class ExpertsBackward {
     if (!pre_activations.is_none()) pre_activations_ = reader_->read("pre_activations", pre_activations);
     const Arguments& arguments = forward.arguments();
     Arguments gradients = arguments;
+    gradients.gate_up_scale.clear();  // no results of this call
+    gradients.down_scale.clear();
     size_t index = 0, next = 0;
     auto output = [&](const std::string& name, Tensor* tensor) {
       const py::object out = outs[next++];

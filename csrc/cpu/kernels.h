@@ -127,6 +127,18 @@ struct ActivateTask {
   int64_t saved_stride = 0;  // elements
 };
 
+// A block of quantised weights becomes fp32: block[i, o] = weight(i, o) x scale(i, o), for num_in x num_out
+// of them; block_stride floats from one i to the next.
+struct DecodeTask {
+  Matrix weight;  // at the block's first element, which for int4 begins a run
+  DType dtype;
+  Scale scale;  // at the same; its groups begin where the block does, or single elements have their own
+  int64_t num_in, num_out;
+  float* block;  // whole runs of kDecodedRun are written, to rows and columns that are not there too
+  int64_t block_stride;
+};
+constexpr int64_t kDecodedRun = 64;
+
 // Columns whose part of a router weight's gradient is summed before the parts are added.
 constexpr int64_t kRouterSumColumns = kPackedColumns;
 
@@ -203,6 +215,7 @@ struct Kernels {
   // zero.
   void (*pair_rows)(const void* first, const void* second, int64_t n, void* row);
   void (*gemm)(const GemmTask& task);
+  void (*decode_block)(const DecodeTask& task);
   void (*activate)(ActivateTask* task);
   void (*combine)(const CombineTask& task);
   void (*activate_backward)(const ActivateBackwardTask& task);
@@ -219,6 +232,14 @@ struct Kernels {
 
 // The best that this processor runs, or the one that PADDLE_MOE_ISA names.
 const Kernels& kernels();
+
+inline Matrix transposed(const Matrix& m) { return {m.data, m.out_stride, m.in_stride}; }
+
+// first_out must begin a group.
+inline Scale transposed(const Scale& s) {
+  return {s.data + (s.first_out >> s.out_shift) * s.out_stride, s.out_stride, s.in_stride, s.out_shift,
+          s.in_shift};
+}
 
 // How the two weights of a GemmTask are stored: row by row ([in, out]), column by column ([out, in]), or with
 // any other strides or each in its own way.

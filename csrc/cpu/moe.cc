@@ -154,11 +154,9 @@ class Chunk {
                                 p_.experts[block.expert].down, p_.weight_dtype, block,
                                 w_.down_rows + block.first_row * w_.down_stride + block.first_column,
                                 w_.down_stride, scratch);
-    if (!p_.scales.empty()) {
-      const ExpertScales& scales = p_.scales[block.expert];
-      task.scale[0] = from_column(first ? scales.gate : scales.down, block.first_column);
-      task.scale[1] =
-          first ? from_column(scales.up, block.first_column) : from_column(task.scale[0], task.columns[0]);
+    if (!first && !p_.scales.empty()) {
+      task.scale[0] = from_column(p_.scales[block.expert].down, block.first_column);
+      task.scale[1] = from_column(task.scale[0], task.columns[0]);
     }
     return task;
   }

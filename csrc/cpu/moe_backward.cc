@@ -9,6 +9,9 @@
 //   weights        per expert, activations^T x gate and up gradient, intermediate^T x grad_out; biases
 //   combine        each token's rows of `hidden`, in the order of k; the gradient of its router weights
 //
+// Quantised weights have no gradients of their own. Here they become fp32, a block at a time, because each
+// has a scale along the dimension that is summed over.
+//
 // All tasks of a chunk stand in one queue. An expert's later stages follow the `intermediate` tasks of the
 // next expert, so that its rows are still in a cache and nobody waits for a task that has only just begun.
 #include <algorithm>
@@ -37,6 +40,9 @@ int64_t chunk_bytes(DType dtype, int64_t weight_bytes) {
   return dtype == DType::kFloat32 ? std::clamp(weight_bytes / 2, kSmallChunkBytes, kChunkBytes) : kChunkBytes;
 }
 
+// Of a block of quantised weights as fp32: those of a GemmTask.
+constexpr int64_t kDecodedColumns = 2 * kPackedColumns;
+
 // Gradients of weights above this size would not stay in a cache until they are read.
 constexpr int64_t kCachedGradientBytes = int64_t{32} << 20;
 
@@ -60,11 +66,14 @@ struct Wanted {
 struct Layout {
   Layout(const BackwardProblem& b, void* workspace, int threads)
       : wanted(b),
-        operand(operand_of(b.forward.dtype)),
+        quantised(is_quantised(b.forward.weight_dtype)),
+        operand(quantised ? Operand::kFloat32 : operand_of(b.forward.dtype)),
+        hidden_operand(operand_of(b.forward)),
         row_dtype(operand == Operand::kBf16Pairs ? DType::kBFloat16 : DType::kFloat32),
         rows_per_unit(operand == Operand::kBf16Pairs ? 2 : 1),
         recompute(b.pre_activations == nullptr),
-        hidden_stride(operand_stride(b.forward.hidden_size, operand)),
+        hidden_stride(operand_stride(b.forward.hidden_size, hidden_operand)),
+        grad_stride(operand_stride(b.forward.hidden_size, operand)),
         inter_stride(operand_stride(b.forward.intermediate_size, operand)),
         hidden_unit_stride(operand_stride(b.forward.hidden_size, Operand::kFloat32)),
         inter_unit_stride(operand_stride(b.forward.intermediate_size, Operand::kFloat32)),
@@ -72,7 +81,8 @@ struct Layout {
         router_sums(divide_up(b.forward.intermediate_size, kRouterSumColumns)) {
     const Problem& p = b.forward;
     const int64_t inter = p.intermediate_size, size = static_cast<int64_t>(dtype_size(p.dtype));
-    const bool hidden_row = recompute && rows_per_unit > 1;  // units of one row serve as rows too
+    // Units of one row serve as rows too.
+    const bool hidden_row = recompute && (rows_per_unit > 1 || quantised);
     const int64_t hidden_bytes = hidden_row ? hidden_stride * kUnitBytes : 0;
     const int64_t hidden_unit_bytes =
         wanted.gate_up || (recompute && !hidden_row) ? hidden_unit_stride * kUnitBytes : 0;
@@ -81,7 +91,7 @@ struct Layout {
     const int64_t inter_unit_bytes = wanted.down ? inter_unit_stride * kUnitBytes : 0;
     const int64_t hidden_grad_bytes = wanted.hidden ? hidden_grad_stride * 4 : 0;
     const int64_t sums_bytes = wanted.router ? router_sums * 4 : 0;
-    const int64_t row_bytes = hidden_bytes + hidden_stride * kUnitBytes + pre_bytes + gate_up_bytes +
+    const int64_t row_bytes = hidden_bytes + grad_stride * kUnitBytes + pre_bytes + gate_up_bytes +
                               hidden_grad_bytes + sums_bytes +
                               (hidden_unit_bytes + inter_unit_bytes) / rows_per_unit;
     const int64_t weight_bytes = p.num_experts() * 3 * p.hidden_size * inter * size;
@@ -95,7 +105,7 @@ struct Layout {
     ones = arena.take<float>(n * sizeof(float));
     hidden_units = arena.take<char>(units * hidden_unit_bytes);
     hidden_rows = hidden_row ? arena.take<char>(n * hidden_bytes) : hidden_units;
-    grad_rows = arena.take<char>(n * hidden_stride * kUnitBytes);
+    grad_rows = arena.take<char>(n * grad_stride * kUnitBytes);
     pre_activations = arena.take<char>(n * pre_bytes);
     gate_up_rows = arena.take<char>(n * gate_up_bytes);
     inter_units = arena.take<char>(units * inter_unit_bytes);
@@ -112,17 +122,18 @@ struct Layout {
     down_sums = arena.take<float>(separate && wanted.down ? p.num_experts() * p.hidden_size * inter * 4 : 0);
     separate_sums = separate;
     large_gradients = weight_bytes > kCachedGradientBytes;
-    scratch = take_thread_scratch(&arena, threads);
+    scratch = take_thread_scratch(&arena, threads, quantised ? kBlockUnits * kDecodedColumns : 0);
     bytes = arena.used();
   }
 
   Wanted wanted;
-  Operand operand;
-  DType row_dtype;        // how operand rows are stored
-  int64_t rows_per_unit;  // of the left operands of the gradients of weights
+  bool quantised;
+  Operand operand, hidden_operand;  // the latter in the first GEMM
+  DType row_dtype;                  // how rows of the former are stored
+  int64_t rows_per_unit;            // of the left operands of the gradients of weights
   bool recompute;
-  int64_t hidden_stride, inter_stride, hidden_unit_stride, inter_unit_stride;  // units
-  int64_t hidden_grad_stride, router_sums, bias_stride;                        // floats
+  int64_t hidden_stride, grad_stride, inter_stride, hidden_unit_stride, inter_unit_stride;  // units
+  int64_t hidden_grad_stride, router_sums, bias_stride;                                     // floats
   int64_t tokens;
   Slots slots;
   float *row_weight, *ones;
@@ -139,13 +150,6 @@ struct Task {
   Stage stage;
   GemmBlock block;  // copy and combine: first_row and num_rows are rows and tokens
 };
-
-Matrix transposed(const Matrix& m) { return {m.data, m.out_stride, m.in_stride}; }
-
-Matrix from_row(Matrix m, int64_t row, DType dtype) {
-  m.data = advance(m.data, row * m.in_stride, dtype);
-  return m;
-}
 
 // Of an expert over the chunks so far.
 struct Progress {
@@ -217,7 +221,8 @@ class Chunk {
         continue;
       }
       intermediate_left_[e] =
-          cut(Stage::kIntermediate, e, p_.intermediate_size, 2, storage_of(transposed(p_.experts[e].down)));
+          cut(Stage::kIntermediate, e, p_.intermediate_size, 2,
+              w_.quantised ? Storage::kStrided : storage_of(transposed(p_.experts[e].down)));
       if (previous >= 0) add_later_tasks(previous);
       previous = e;
     }
@@ -244,8 +249,9 @@ class Chunk {
 
   void add_later_tasks(int64_t e) {
     if (w_.wanted.hidden) {
+      const Expert& expert = p_.experts[e];
       cut(Stage::kHidden, e, p_.hidden_size, 2,
-          storage_of(transposed(p_.experts[e].gate), transposed(p_.experts[e].up)));
+          w_.quantised ? Storage::kStrided : storage_of(transposed(expert.gate), transposed(expert.up)));
     }
     add_weight_tasks(e);
   }
@@ -339,11 +345,12 @@ class Chunk {
     const bool pairs = w_.rows_per_unit == 2;
     for (int64_t row = block.first_row; row < end; ++row) {
       const int64_t token = first_token_ + w_.slots.row_token[row];
-      const int64_t at = row * w_.hidden_stride * kUnitBytes;
-      if (w_.recompute || (w_.wanted.gate_up && !pairs))
-        kernels().copy_row(activations(row), p_.dtype, p_.hidden_size, w_.operand, w_.hidden_rows + at);
+      if (w_.recompute || (w_.wanted.gate_up && !pairs)) {
+        kernels().copy_row(activations(row), p_.dtype, p_.hidden_size, w_.hidden_operand,
+                           w_.hidden_rows + row * w_.hidden_stride * kUnitBytes);
+      }
       kernels().copy_row(advance(b_.grad_out, token * b_.grad_out_stride, p_.dtype), p_.dtype, p_.hidden_size,
-                         w_.operand, w_.grad_rows + at);
+                         w_.operand, grad_row(row));
     }
     for (int64_t row = block.first_row; w_.wanted.gate_up && pairs && row < end; row += 2) {
       kernels().pair_rows(activations(row), row + 1 < end ? activations(row + 1) : nullptr, p_.hidden_size,
@@ -366,7 +373,7 @@ class Chunk {
   void recompute(const GemmBlock& block, const ThreadScratch& scratch) {
     const Expert& expert = p_.experts[block.expert];
     const GemmTask gemm = gate_up_gemm(w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes,
-                                       w_.hidden_stride, p_, w_.operand, block, scratch);
+                                       w_.hidden_stride, p_, w_.hidden_operand, block, scratch);
     kernels().gemm(gemm);
     auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p_.bias_dtype) : nullptr; };
     ActivateTask activate{};
@@ -386,14 +393,46 @@ class Chunk {
     kernels().activate(&activate);
   }
 
+  // result (+)= rows x weight^T, for a block of rows and of the weight's inputs.
+  void multiply_transposed(const void* rows, int64_t row_stride, int64_t depth, const Matrix& weight,
+                           const Scale& scale, const GemmBlock& block, float* result, int64_t result_stride,
+                           bool accumulate, const ThreadScratch& scratch) {
+    GemmTask task = neighbours_gemm(rows, row_stride, depth, w_.operand, transposed(weight), p_.weight_dtype,
+                                    block, result, result_stride, scratch);
+    task.accumulate = accumulate;
+    if (!w_.quantised) return kernels().gemm(task);
+    // In the parts of the depth that are summed one by one anyway.
+    DecodeTask decode{task.weight[0],
+                      p_.weight_dtype,
+                      from_column(transposed(scale), block.first_column),
+                      0,
+                      block.num_columns,
+                      scratch.decoded,
+                      kDecodedColumns};
+    task.weight_dtype = DType::kFloat32;
+    for (int i = 0; i < 2; ++i) task.weight[i] = {scratch.decoded + i * block.width, kDecodedColumns, 1};
+    for (int64_t first = 0; first < depth; first += kBlockUnits) {
+      decode.num_in = task.depth = std::min(kBlockUnits, depth - first);
+      kernels().decode_block(decode);
+      kernels().gemm(task);
+      decode.weight = from_row(decode.weight, kBlockUnits, p_.weight_dtype);
+      decode.scale.data += (kBlockUnits >> decode.scale.in_shift) * decode.scale.in_stride;
+      task.rows = static_cast<const char*>(task.rows) + kBlockUnits * kUnitBytes;
+      task.accumulate = true;
+    }
+  }
+
+  Scale scale_of(int32_t expert, Scale ExpertScales::* part) const {
+    return w_.quantised ? p_.scales[expert].*part : Scale{};
+  }
+
   void intermediate(const GemmBlock& block, const ThreadScratch& scratch) {
     const bool need_grad = w_.wanted.gate_up_rows || w_.wanted.router;
     const int64_t stride = sums_stride(block.width);
     if (need_grad) {
-      kernels().gemm(neighbours_gemm(w_.grad_rows + block.first_row * w_.hidden_stride * kUnitBytes,
-                                     w_.hidden_stride, p_.hidden_size, w_.operand,
-                                     transposed(p_.experts[block.expert].down), p_.dtype, block,
-                                     scratch.result, stride, scratch));
+      multiply_transposed(grad_row(block.first_row), w_.grad_stride, p_.hidden_size,
+                          p_.experts[block.expert].down, scale_of(block.expert, &ExpertScales::down), block,
+                          scratch.result, stride, false, scratch);
     }
     const int64_t column_bytes = block.first_column * static_cast<int64_t>(dtype_size(w_.row_dtype));
     ActivateBackwardTask task{};
@@ -426,6 +465,7 @@ class Chunk {
     kernels().activate_backward(task);
   }
 
+  char* grad_row(int64_t row) const { return w_.grad_rows + row * w_.grad_stride * kUnitBytes; }
   char* gate_rows(int64_t row) const { return w_.gate_up_rows + row * 2 * w_.inter_stride * kUnitBytes; }
   char* up_rows(int64_t row) const { return gate_rows(row) + w_.inter_stride * kUnitBytes; }
 
@@ -433,12 +473,10 @@ class Chunk {
     const Expert& expert = p_.experts[block.expert];
     float* result = w_.hidden_grad_rows + block.first_row * w_.hidden_grad_stride + block.first_column;
     for (const bool up : {false, true}) {
-      GemmTask task =
-          neighbours_gemm(up ? up_rows(block.first_row) : gate_rows(block.first_row), 2 * w_.inter_stride,
-                          p_.intermediate_size, w_.operand, transposed(up ? expert.up : expert.gate),
-                          p_.dtype, block, result, w_.hidden_grad_stride, scratch);
-      task.accumulate = up;
-      kernels().gemm(task);
+      multiply_transposed(up ? up_rows(block.first_row) : gate_rows(block.first_row), 2 * w_.inter_stride,
+                          p_.intermediate_size, up ? expert.up : expert.gate,
+                          scale_of(block.expert, up ? &ExpertScales::up : &ExpertScales::gate), block, result,
+                          w_.hidden_grad_stride, up, scratch);
     }
   }
 
@@ -533,8 +571,7 @@ class Chunk {
                           (block.expert * p_.intermediate_size + block.first_row) * p_.hidden_size +
                           block.first_column,
                       p_.hidden_size, 1};
-    const Matrix right = row_matrix(w_.grad_rows + first * w_.hidden_stride * kUnitBytes, w_.hidden_stride,
-                                    block.first_column);
+    const Matrix right = row_matrix(grad_row(first), w_.grad_stride, block.first_column);
     const int64_t left = first_unit_[block.expert] * w_.inter_unit_stride + block.first_row;
     weight_rows(block, scratch, w_.inter_units + left * kUnitBytes, w_.inter_unit_stride,
                 {right, from_column(right, first_columns, w_.row_dtype)},
@@ -558,8 +595,8 @@ class Chunk {
     };
     add(expert.gate_bias, gate_rows(first), 2 * w_.inter_stride, nullptr, inter, sums);
     add(expert.up_bias, up_rows(first), 2 * w_.inter_stride, nullptr, inter, sums + inter);
-    add(expert.down_bias, w_.grad_rows + first * w_.hidden_stride * kUnitBytes, w_.hidden_stride,
-        w_.row_weight + first, p_.hidden_size, sums + 2 * inter);
+    add(expert.down_bias, grad_row(first), w_.grad_stride, w_.row_weight + first, p_.hidden_size,
+        sums + 2 * inter);
   }
 
   // ---- per token

@@ -141,28 +141,34 @@ void cut_into_blocks(int64_t expert, int64_t begin, int64_t end, int64_t columns
   }
 }
 
+inline Scale from_column(Scale scale, int64_t column) {
+  scale.first_out += column;
+  return scale;
+}
+
 // A block's rows x the same columns of gate and up; the two results lie side by side in scratch.result.
 inline GemmTask gate_up_gemm(const void* rows, int64_t row_stride, const Problem& p, Operand operand,
                              const GemmBlock& block, const ThreadScratch& scratch) {
   const Expert& expert = p.experts[block.expert];
-  return {rows,
-          row_stride,
-          block.num_rows,
-          p.hidden_size,
-          operand,
-          p.weight_dtype,
-          {from_column(expert.gate, block.first_column, p.weight_dtype),
-           from_column(expert.up, block.first_column, p.weight_dtype)},
-          {block.num_columns, block.num_columns},
-          block.width,
-          scratch.result,
-          sums_stride(block.width),
-          scratch.gemm};
-}
-
-inline Scale from_column(Scale scale, int64_t column) {
-  scale.first_out += column;
-  return scale;
+  GemmTask task{rows,
+                row_stride,
+                block.num_rows,
+                p.hidden_size,
+                operand,
+                p.weight_dtype,
+                {from_column(expert.gate, block.first_column, p.weight_dtype),
+                 from_column(expert.up, block.first_column, p.weight_dtype)},
+                {block.num_columns, block.num_columns},
+                block.width,
+                scratch.result,
+                sums_stride(block.width),
+                scratch.gemm};
+  if (!p.scales.empty()) {
+    const ExpertScales& scales = p.scales[block.expert];
+    task.scale[0] = from_column(scales.gate, block.first_column);
+    task.scale[1] = from_column(scales.up, block.first_column);
+  }
+  return task;
 }
 
 // A block's rows x two neighbouring blocks of columns of one weight.

@@ -21,6 +21,11 @@ inline Matrix from_column(Matrix m, int64_t column, DType dtype) {
   return m;
 }
 
+inline Matrix from_row(Matrix m, int64_t row, DType dtype) {
+  m.data = advance(m.data, row * m.in_stride, dtype);
+  return m;
+}
+
 // Whole cache lines, and one more so that rows do not all fall into the same cache sets when the size is a
 // power of two.
 inline int64_t operand_stride(int64_t elements, Operand operand) {
@@ -49,13 +54,16 @@ class Arena {
 struct ThreadScratch {
   float* result;
   void* gemm;
+  float* decoded;  // quantised weights as fp32
 };
 
-inline std::vector<ThreadScratch> take_thread_scratch(Arena* arena, int64_t threads) {
+inline std::vector<ThreadScratch> take_thread_scratch(Arena* arena, int64_t threads,
+                                                      int64_t decoded_floats = 0) {
   std::vector<ThreadScratch> scratch(threads);
   for (ThreadScratch& s : scratch) {
     s.result = arena->take<float>(kResultFloats * sizeof(float));
     s.gemm = arena->take<void>(kPackedBytes);
+    s.decoded = arena->take<float>(decoded_floats * sizeof(float));
   }
   return scratch;
 }

@@ -14,11 +14,12 @@ float rounded(float value, DType dtype) {
 }
 
 // A layer with biases where its layout is a list, a gradient of its result, and NaN where the results go;
-// each in an array of its own with exactly its size.
+// each in an array of its own with exactly its size. Weights have no gradients where they are quantised.
 struct Case {
   Case(Random& random, int tokens, int hidden, int inter, int experts, int top_k, DType dtype,
-       ::Layout layout, bool permuted)
+       ::Layout layout, bool permuted, DType quantised = DType::kUnknown)
       : layer(random, tokens, hidden, inter, experts, top_k, dtype, layout, permuted) {
+    if (is_quantised(quantised)) layer.quantise(random, quantised);
     for (int i = 0; i < tokens * hidden; ++i) grad_out.push_back(pick(random, -1, 1));
     grad_bytes.resize(grad_out.size() * dtype_size(dtype));
     for (size_t i = 0; i < grad_out.size(); ++i) put(grad_bytes, dtype, i, grad_out[i]);
@@ -31,9 +32,15 @@ struct Case {
     gradients = layer.arguments;
     give(&gradients.hidden_states);
     give(&gradients.router_weights);
-    for (auto* tensors : {&gradients.gate_up_weights, &gradients.down_weights, &gradients.gate_up_bias,
-                          &gradients.down_bias}) {
+    for (auto* tensors : {&gradients.gate_up_bias, &gradients.down_bias}) {
       for (Tensor& tensor : *tensors) give(&tensor);
+    }
+    for (auto* tensors : {&gradients.gate_up_weights, &gradients.down_weights, &gradients.gate_up_scale,
+                          &gradients.down_scale}) {
+      for (Tensor& tensor : *tensors) {
+        tensor.data = nullptr;
+        if (!is_quantised(quantised)) give(&tensor);
+      }
     }
   }
 
@@ -137,7 +144,7 @@ struct Case {
 
   int matrix_differences(const Matrix& actual, const Numbers& expected, int64_t columns) const {
     int count = 0;
-    for (int64_t i = 0; i < static_cast<int64_t>(expected.size()); ++i) {
+    for (int64_t i = 0; actual.data != nullptr && i < static_cast<int64_t>(expected.size()); ++i) {
       const int64_t at = i / columns * actual.in_stride + i % columns * actual.out_stride;
       const float wanted = rounded(expected[i], layer.dtype);
       count += get(static_cast<const unsigned char*>(actual.data), layer.dtype, at) != wanted;
@@ -154,16 +161,16 @@ struct Case {
 };
 
 void check(Random& random, int tokens, int hidden, int inter, int experts, int top_k, DType dtype,
-           ::Layout layout, bool permuted, int num_threads) {
-  Case c(random, tokens, hidden, inter, experts, top_k, dtype, layout, permuted);
+           ::Layout layout, bool permuted, int num_threads, DType quantised = DType::kUnknown) {
+  Case c(random, tokens, hidden, inter, experts, top_k, dtype, layout, permuted, quantised);
   for (const bool recompute : {false, true}) {
     for (const int64_t chunk_size : {0, 7}) {
       const int wrong = c.differences(recompute, chunk_size, num_threads);
       CHECK(wrong == 0,
-            "%d gradients differ for T=%d H=%d I=%d E=%d K=%d %s layout %d permuted %d threads %d recompute "
-            "%d chunk %d",
+            "%d gradients differ for T=%d H=%d I=%d E=%d K=%d %s layout %d permuted %d threads %d weights %s "
+            "recompute %d chunk %d",
             wrong, tokens, hidden, inter, experts, top_k, dtype_name(dtype), static_cast<int>(layout),
-            permuted, num_threads, recompute, static_cast<int>(chunk_size));
+            permuted, num_threads, dtype_name(quantised), recompute, static_cast<int>(chunk_size));
     }
   }
 }
@@ -195,12 +202,29 @@ void past_block_sizes() {
   }
 }
 
+// Also past a block of the depth (256), of the columns (128) and a group of scales.
+void quantised() {
+  Random random(3);
+  for (const DType type : {DType::kInt8, DType::kFloat8E4M3, DType::kInt4}) {
+    for (const bool permuted : {false, true}) {
+      if (type == DType::kInt4 && !permuted) continue;
+      for (const int hidden : {1, 33, 128, 300}) {
+        for (const int inter : {1, 65, 130, 257}) {
+          check(random, pick(random, 1, 20), hidden, inter, 2, 1, kDTypes[pick(random, 0, 2)],
+                static_cast<::Layout>(pick(random, 0, 2)), permuted, pick(random, 1, 2), type);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   on_every_isa([] {
     small_shapes();
     past_block_sizes();
+    quantised();
   });
   return finish();
 }

@@ -82,6 +82,16 @@ def test_quantized_weights(job):
     assert 1e-4 < relative_l2(results["three experts in fp8"], expected) < 0.08
 
 
+def test_gradients_through_quantized_weights(job):
+    _, (results, *_) = job
+    layer = FusedMoE.from_dense(**dense_weights(**EVERYTHING), top_k=TOP_K)
+    x = paddle.to_tensor(tokens())
+    x.stop_gradient = False
+    (layer(x) * paddle.to_tensor(tokens(seed=5))).sum().backward()
+    for name, gradient in {"hidden_states": x.grad, "gate_weight": layer.gate_weight.grad}.items():
+        assert 1e-4 < relative_l2(results[f"gradient of {name}, quantized"], gradient.numpy()) < 0.02
+
+
 def test_drawn_weights_are_those_of_one_process(job):
     _, (results, *_) = job
     layer = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, shared_intermediate_size=SHARED, seed=3)

@@ -14,6 +14,7 @@ pytest.importorskip("paddleformers", reason="paddleformers is not installed: see
 
 import paddleformers_models as models
 from families import (
+    assert_adapters_train,
     assert_experts_are_quantized,
     assert_recompute_changes_nothing,
     assert_routes_as_in_float32,
@@ -29,6 +30,7 @@ from families import (
     write_files,
     wrong_files,
 )
+from paddleformers.peft import LoRAConfig, LoRAModel
 from paddleformers_models import FAMILIES, build, generated, published_tensors
 
 from paddle_moe.integrations import paddleformers as integration
@@ -210,6 +212,15 @@ def test_quantized_experts(name, stacked, tmp_path):
     write_files({"one": np.zeros(1), "two": np.zeros(1)}, tmp_path / "files")
     model = accelerate(build(family, **({"fd_fallback": True} if stacked else {})))
     assert_experts_are_quantized(integration, family, model, tmp_path / "files")
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_adapters_train_with_quantized_experts(name):
+    model = integration.quantize_experts(accelerate(build(family_of[name])), "int4")
+    lora = LoRAModel(model, LoRAConfig(target_modules=[".*qkv_proj.*", ".*o_proj.*"], r=4, lora_alpha=8))
+    lora.mark_only_lora_as_trainable()
+    lora.train()
+    assert_adapters_train(lora)
 
 
 @each_family

@@ -15,6 +15,7 @@ pytest.importorskip("paddlenlp", reason="paddlenlp is not installed: see docs/in
 
 import paddlenlp_models as models
 from families import (
+    assert_adapters_train,
     assert_experts_are_quantized,
     assert_recompute_changes_nothing,
     assert_routes_as_in_float32,
@@ -31,6 +32,7 @@ from families import (
     wrong_files,
 )
 from paddlenlp import transformers
+from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp_models import FAMILIES, build, generated, published_tensors
 
 from paddle_moe.integrations import paddlenlp as integration
@@ -486,6 +488,15 @@ def test_quantized_experts(family, tmp_path):
     model = accelerate(build(family))
     assert_experts_are_quantized(integration, family, model, tmp_path / "files")
     assert len(generated(model)) == len(generated(accelerate(build(family))))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_adapters_train_with_quantized_experts(name):
+    model = integration.quantize_experts(accelerate(build(family_of[name])), "int4")
+    lora = LoRAModel(model, LoRAConfig(target_modules=[".*q_proj.*", ".*o_proj.*"], r=4, lora_alpha=8))
+    lora.mark_only_lora_as_trainable()
+    lora.train()
+    assert_adapters_train(lora)
 
 
 def test_copies_have_weights_of_their_own():

@@ -77,6 +77,11 @@ with paddle.no_grad():
     record("quantized", quantized(paddle.to_tensor(tokens())))
     few.quantize_("float8_e4m3fn")
     record("three experts in fp8", few(paddle.to_tensor(tokens())))
+x = paddle.to_tensor(tokens())
+x.stop_gradient = False
+(quantized(x) * paddle.to_tensor(tokens(seed=5))).sum().backward()
+record("gradient of hidden_states, quantized", x.grad)
+record("gradient of gate_weight, quantized", quantized.gate_weight.grad)
 
 drawn = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, parallel=parallel, shared_intermediate_size=SHARED, seed=3)
 record("drawn", drawn(paddle.to_tensor(tokens())))
