@@ -26,7 +26,7 @@ import secrets
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ from safetensors import SafetensorError, safe_open
 
 from paddle_moe.compat.safetensors_paddle import save_file
 from paddle_moe.integrations.blocks import MoEBlock
-from paddle_moe.layers import FusedMoE
+from paddle_moe.layers import EXPERT_WEIGHTS, FusedMoE
 from paddle_moe.params import Part
 from paddle_moe.tensor_files import (
     INDEX_NAME,
@@ -104,16 +104,30 @@ def parallel_of(model: nn.Layer, parallel: ParallelContext | None) -> ParallelCo
 class _Holding:
     """A tensor of this rank, None where only other ranks hold a part; the part that it is; the whole.
 
-    alone: no other EP rank has it, so this rank writes it though it is the whole.
+    alone: no other EP rank has it, so this rank writes it though it is the whole. transposed: files have the
+    last two dimensions swapped, so that they do not depend on how a layer stores its weights.
     """
 
     tensor: paddle.Tensor | None
     part: Part
     whole: Part
     alone: bool = False
+    transposed: bool = False
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.tensor, self.part, self.whole))
+
+    @property
+    def whole_in_files(self) -> Part:
+        return self.whole.transposed() if self.transposed else self.whole
+
+    def in_files(self) -> _Holding:
+        if not self.transposed:
+            return self
+        tensor = self.tensor
+        if tensor is not None and tensor.size:
+            tensor = tensor.transpose([0, 2, 1])
+        return _Holding(tensor, self.part.transposed(), self.whole_in_files, self.alone)
 
 
 def _holdings(model: nn.Layer) -> dict[str, _Holding]:
@@ -126,7 +140,10 @@ def _holdings(model: nn.Layer) -> dict[str, _Holding]:
                 name, tensor = f"{prefix}.{attribute}".lstrip("."), getattr(layer, attribute)
                 if tensor is not None and list(tensor.shape) != part.shape:
                     raise ValueError(f"model: {name} should have the shape {part.shape}, got {tensor.shape}")
-                holdings[name] = _Holding(tensor, part, dense[attribute])
+                transposed = (
+                    layer.permuted_weights and layer.quantized is None and attribute in EXPERT_WEIGHTS
+                )
+                holdings[name] = _Holding(tensor, part, dense[attribute], transposed=transposed)
         elif isinstance(layer, MoEBlock):
             here = {id(tensor) for tensor in layer.state_dict().values()}
             for attribute, one in layer.named_slices().items():
@@ -207,7 +224,7 @@ def _kept_by(
     result = {}
     for (owner, kind), tensor in kept.items():
         own = holdings[name_of[owner]]
-        kept_alike = _Holding(tensor, own.part, own.whole, own.alone)
+        kept_alike = replace(own, tensor=tensor)
         if kind in single or tensor.shape != own.tensor.shape:
             if tensor.size != 1:
                 raise ValueError(
@@ -279,6 +296,8 @@ def save_checkpoint(
         json.dumps(index)
     except (TypeError, ValueError) as error:
         raise ValueError(f"state and the learning rate scheduler must be fit for JSON: {error}") from error
+    if parallel is None or parallel.dp_rank == 0:  # the others write nothing
+        kept = {kind: {name: one.in_files() for name, one in held.items()} for kind, held in kept.items()}
     tensors = {kind: pieces_to_write(held, parallel) for kind, held in kept.items()}
     if parallel is None or parallel.dp_rank == 0:
         for kind, held in kept.items():
@@ -565,7 +584,7 @@ def _plan(
     elsewhere: list[str],
 ) -> Plan:
     """elsewhere: parameters of which this rank holds nothing, and so knows no optimizer state either."""
-    sources, problems = stored_parts(files, {name: whole for name, (_, _, whole) in holdings.items()})
+    sources, problems = stored_parts(files, {name: one.whole_in_files for name, one in holdings.items()})
     targets = {
         name: Target(tensor, part) for name, (tensor, part, _) in holdings.items() if tensor is not None
     }

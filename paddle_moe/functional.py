@@ -405,7 +405,7 @@ def mixture_of_experts(
             elements of a matrix [in, out] are multiplied by. [1]: all of it; [out]: an output channel;
             [in / 128 or 1, out]: 128 inputs of an output channel; [in / 128, out / 128]: a block, of gate or
             of up; rounded up, with E_l in front where stacked, transposed with ``permuted_weights``. See
-            :func:`paddle_moe.quantize`. backward() through such weights is a ValueError.
+            :func:`paddle_moe.quantize`. The weights and their scales then have no gradient.
         down_scale: the same of ``down_weights``.
         permuted_weights: every weight matrix is stored transposed ([2I, H] and [H, I]), as PyTorch and
             Hugging Face do. Prefer this to passing ``weight.T``, which Paddle copies on each call.

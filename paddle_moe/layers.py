@@ -6,7 +6,7 @@ import copy
 import itertools
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 import numpy as np
@@ -25,7 +25,13 @@ from paddle_moe.params import (
     random_gate_weight,
     shard_range,
 )
-from paddle_moe.quantization import check_options, check_shards, check_weight, quantize_stack
+from paddle_moe.quantization import (
+    check_options,
+    check_shards,
+    check_weight,
+    quantised_parts,
+    quantize_stack,
+)
 from paddle_moe.router import Router
 
 if TYPE_CHECKING:
@@ -34,6 +40,8 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+EXPERT_WEIGHTS = ("gate_up_weight", "down_weight", "shared_gate_up_weight", "shared_down_weight")
 
 # Of those options of FusedMoE that can be checked one by one.
 _CHECKS = {
@@ -45,7 +53,7 @@ _CHECKS = {
     "reduce": one_of("two", "one"),
     "dtype": one_of("float32", "bfloat16", "float16"),
     **dict.fromkeys(("gate_bias", "gate_up_bias", "down_bias", "shared_gate", "correction_bias"), flag),
-    **dict.fromkeys(("fp32_reduce", "recompute"), flag),
+    **dict.fromkeys(("fp32_reduce", "recompute", "permuted_weights"), flag),
 }
 
 
@@ -129,7 +137,8 @@ class FusedMoE(nn.Layer):
         down_weight [E_l, I_l, H], gate_up_bias [E_l, 2 I_l], down_bias [E_l, H] (tp_rank 0 only, so that it
         is added once), correction_bias [E] fp32 (a buffer, not trained), shared_gate_up_weight
         [1, H, 2 Is_l], shared_down_weight [1, Is_l, H], shared_gate_weight [H, 1] in gate_dtype.
-        Those that were not asked for are None.
+        Those that were not asked for are None. With permuted_weights the last two dimensions of the four
+        weights of experts are swapped.
 
     Sharded parameters carry the flags that fleet and PaddleNLP know: is_distributed, expert, no_sync (which
     keeps paddle.DataParallel from averaging different shards) and color.
@@ -160,6 +169,9 @@ class FusedMoE(nn.Layer):
             dropless.
         bias_update_speed: of update_correction_bias, 0: correction_bias is left alone.
         recompute, chunk_size: see mixture_of_experts.
+        permuted_weights: the weights of experts are stored [out, in], which a CPU multiplies faster with few
+            tokens and a little slower with many (docs/cpu_kernels.md). Files of checkpoints, and what
+            from_dense takes, are the same either way.
         dtype: of the expert weights and the hidden states, a name or a paddle.dtype; None:
             paddle.get_default_dtype().
         gate_dtype: of the gate weights, "float32" or dtype.
@@ -215,6 +227,7 @@ class FusedMoE(nn.Layer):
         bias_update_speed: float = 0.0,
         recompute: bool = False,
         chunk_size: int = 0,
+        permuted_weights: bool = False,
         dtype: str | paddle.dtype | None = None,
         gate_dtype: str | paddle.dtype = "float32",
         seed: int | str | None = "own",
@@ -248,8 +261,11 @@ class FusedMoE(nn.Layer):
         self.reduce, self.fp32_reduce = reduce, fp32_reduce
         self.shared_intermediate_size = shared_intermediate_size
         self.recompute, self.chunk_size, self._gate_dtype = recompute, chunk_size, gate_dtype
+        self.permuted_weights = permuted_weights
         self.parallel, self.logger = parallel, logger
-        self.quantized: str | None = None  # the dtype of the experts' weights since quantize_()
+        # The dtype of the experts' weights since quantize_(), and what shares a scale.
+        self.quantized: str | None = None
+        self.granularity: str | None = None
         # Groups of `parallel` whose ranks hold parts of the same output.
         if dispatch == "alltoall":
             self._partial_groups = ("tp",)
@@ -295,6 +311,7 @@ class FusedMoE(nn.Layer):
             num_experts,
             shared_intermediate_size,
             shared_over_grid=dispatch == "replicated",
+            permuted_weights=permuted_weights,
             ep_rank=self.ep_rank,
             ep_size=self.ep_size,
             tp_rank=self.tp_rank,
@@ -398,12 +415,15 @@ class FusedMoE(nn.Layer):
 
     def _load(self, **dense: Any) -> None:
         """Cuts this rank's parts out of dense values of parameters and buffers."""
-        parts, wholes = self._shard.parts(), self._shard.whole().parts()
+        shard = replace(self._shard, permuted_weights=False)
+        parts, wholes = shard.parts(), shard.whole().parts()
         for name, value in dense.items():
             parameter = getattr(self, name)
             if value is not None and parameter is not None and parts[name].size:
-                part = parts[name].cut(value, wholes[name])
-                parameter.set_value(_tensor(part).astype(parameter.dtype))
+                part = _tensor(parts[name].cut(value, wholes[name])).astype(parameter.dtype)
+                if self.permuted_weights and name in EXPERT_WEIGHTS:
+                    part = part.transpose([0, 2, 1])
+                parameter.set_value(part)
 
     def _create_parameters(
         self,
@@ -487,20 +507,14 @@ class FusedMoE(nn.Layer):
     def parts(self, *, dense: bool = False) -> dict[str, Part]:
         """Which part of the dense weights each parameter and buffer is; with dense, on a single rank.
 
-        The dimensions are those of params.LayerShard.parts. A rank whose down_bias is None, because another
-        holds it, has an empty part of it.
-
-        Raises:
-            RuntimeError: the weights are quantised.
+        The dimensions are those of params.LayerShard.parts; of quantised weights and their scales those of
+        quantization.quantised_parts. A rank whose down_bias is None, because another holds it, has an empty
+        part of it.
         """
-        if self.quantized is not None:
-            raise RuntimeError(
-                f"the expert weights of this layer are {self.quantized} since quantize_(), which are no parts"
-                " of the dense weights that a checkpoint holds; save and load before quantize_(), or keep the"
-                " state_dict() of each rank with paddle.save"
-            )
         parts = (self._shard.whole() if dense else self._shard).parts()
-        held = {name for name in parts if getattr(self, name) is not None}
+        if self.quantized is not None:
+            parts.update(quantised_parts(self._shard, self.quantized, self.granularity)[dense])
+        held = {name for name in parts if getattr(self, name, None) is not None}
         if self._has_down_bias:
             held.add("down_bias")
         return {name: part for name, part in parts.items() if name in held}
@@ -509,12 +523,14 @@ class FusedMoE(nn.Layer):
     def quantize_(self, dtype: str | paddle.dtype = "int8", granularity: str | None = None) -> FusedMoE:
         """Turns the weights of this rank's experts, and of the shared one, into 8- or 4-bit numbers.
 
-        For inference. Afterwards gate_up_weight [E_l, 2 I_l, H], down_weight [E_l, H, I_l] and those of the
-        shared expert are buffers, int8, int4 as paddle_moe.pack_int4 packs it, or the bits of fp8 as uint8,
-        stored transposed because few tokens read them fastest so, beside buffers gate_up_scale, down_scale,
+        Afterwards gate_up_weight [E_l, 2 I_l, H], down_weight [E_l, H, I_l] and those of the shared expert
+        are buffers, int8, int4 as paddle_moe.pack_int4 packs it, or the bits of fp8 as uint8, stored
+        transposed because few tokens read them fastest so, beside buffers gate_up_scale, down_scale,
         shared_gate_up_scale and shared_down_scale. Router, gates and biases stay as they are. There is no way
-        back, and no gradient, not even of hidden_states. With TP, scales belong to a rank's slice. To load a
-        saved state_dict(), make a layer, quantise it with the same arguments, and load.
+        back. The weights are frozen; gradients go through them to hidden_states, router, gates and biases.
+        With TP, scales belong to a rank's slice. To load what was saved of it, a state_dict() or a checkpoint
+        (on any grid with the same tp_size and, where there is a shared expert, the same ranks), make a layer,
+        quantise it with the same arguments, and load.
 
         Args:
             dtype, granularity: see paddle_moe.quantize.
@@ -541,12 +557,14 @@ class FusedMoE(nn.Layer):
                         f"{name}_weight has no values, as under paddle.LazyGuard; call its initialize() first"
                     )
                 check_weight(f"{name}_weight", weight)
+                if self.permuted_weights:  # one expert at a time is turned again
+                    weight = weight.transpose([0, 2, 1])
                 quantised[name] = quantize_stack(weight, dtype, granularity, parts)
         for name, tensors in quantised.items():
             delattr(self, f"{name}_weight")
             for what, tensor in zip(("weight", "scale"), tensors):
                 self.register_buffer(f"{name}_{what}", tensor)
-        self.quantized = dtype
+        self.quantized, self.granularity, self.permuted_weights = dtype, granularity, True
         self._mark_parameters()
         return self
 
@@ -554,8 +572,7 @@ class FusedMoE(nn.Layer):
         """The options of mixture_of_experts that say how weights are quantised."""
         if self.quantized is None:
             return {}
-        names = "gate_up_scale", "down_scale"
-        return {"permuted_weights": True, **{name: getattr(self, prefix + name) for name in names}}
+        return {name: getattr(self, prefix + name) for name in ("gate_up_scale", "down_scale")}
 
     @paddle.no_grad()
     def _draw(self, name: str, parameter: paddle.Tensor, seed: int) -> None:
@@ -576,6 +593,8 @@ class FusedMoE(nn.Layer):
                 values = halves[:, :, start:stop].reshape([self.hidden_size, -1])
             else:
                 values = random_down(seed, expert, self.hidden_size, size)[start:stop]
+            if self.permuted_weights:
+                values = np.ascontiguousarray(values.T)
             parameter[slot] = paddle.to_tensor(values).astype(parameter.dtype)
 
     def _logits(self, tokens: paddle.Tensor) -> paddle.Tensor:
@@ -686,6 +705,7 @@ class FusedMoE(nn.Layer):
             measurement_mode=measure,
             recompute=self.recompute,
             chunk_size=self.chunk_size,
+            permuted_weights=self.permuted_weights,
             **self._scales(),
         )
         return result if measure else (result, None)
@@ -710,6 +730,7 @@ class FusedMoE(nn.Layer):
             activation=self.activation,
             recompute=self.recompute,
             chunk_size=self.chunk_size,
+            permuted_weights=self.permuted_weights,
             **self._scales("shared_"),
         )
 
@@ -883,6 +904,6 @@ class FusedMoE(nn.Layer):
             f"(here {self.experts_min}..{self.experts_max}), top_k={self.top_k}, "
             f"activation={self.activation}, shared_intermediate_size={self.shared_intermediate_size}, "
             f"ep {self.ep_rank} of {self.ep_size}, tp {self.tp_rank} of {self.tp_size}, "
-            f"dispatch={self.dispatch}, reduce={self.reduce}, "
+            f"dispatch={self.dispatch}, reduce={self.reduce}, permuted_weights={self.permuted_weights}, "
             f"dtype={str(self.down_weight.dtype).rpartition('.')[2]}"
         )

@@ -210,6 +210,11 @@ class Part:
         unfolded = dense.reshape([whole.length(name) for name in whole.names])
         return unfolded[tuple(slice(*self.ranges[name]) for name in self.names)].reshape(self.shape)
 
+    def transposed(self) -> Part:
+        """The same box in an array whose last two dimensions are swapped."""
+        *outer, first, second = re.findall(r"\([^)]*\)|\S+", self.pattern)
+        return replace(self, pattern=" ".join([*outer, second, first]))
+
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Part:
         """All of a tensor whose dimensions have no meaning here."""
@@ -222,7 +227,7 @@ class LayerShard:
     """What one rank holds of the weights of a FusedMoE layer, as ranges.
 
     shared_over_grid: the shared expert is sliced over all ranks of the grid; False: over those of each TP
-    group, so that every EP rank has a copy.
+    group, so that every EP rank has a copy. permuted_weights: the weights of experts are stored [out, in].
     """
 
     hidden_size: int
@@ -230,6 +235,7 @@ class LayerShard:
     num_experts: int
     shared_intermediate_size: int = 0
     shared_over_grid: bool = True
+    permuted_weights: bool = False
     ep_rank: int = 0
     ep_size: int = 1
     tp_rank: int = 0
@@ -263,16 +269,21 @@ class LayerShard:
         hidden, halves, all_experts = (0, self.hidden_size), (0, 2), (0, self.num_experts)
         experts, columns, shared = self.experts, self.columns, self.shared_columns
         copy = not self.shared_over_grid and self.ep_rank > 0
-        return {
-            "gate_weight": Part("H E", {"H": hidden, "E": all_experts}),
-            "gate_bias": Part("E", {"E": all_experts}),
+        weights = {
             "gate_up_weight": Part("E H (G I)", {"E": experts, "H": hidden, "G": halves, "I": columns}),
             "down_weight": Part("E I H", {"E": experts, "I": columns, "H": hidden}),
+            "shared_gate_up_weight": Part("1 H (G S)", {"H": hidden, "G": halves, "S": shared}, copy),
+            "shared_down_weight": Part("1 S H", {"S": shared, "H": hidden}, copy),
+        }
+        if self.permuted_weights:
+            weights = {name: part.transposed() for name, part in weights.items()}
+        return {
+            **weights,
+            "gate_weight": Part("H E", {"H": hidden, "E": all_experts}),
+            "gate_bias": Part("E", {"E": all_experts}),
             "gate_up_bias": Part("E (G I)", {"E": experts, "G": halves, "I": columns}),
             "down_bias": Part("E H", {"E": experts if self.tp_rank == 0 else (0, 0), "H": hidden}),
             "correction_bias": Part("E", {"E": all_experts}),
-            "shared_gate_up_weight": Part("1 H (G S)", {"H": hidden, "G": halves, "S": shared}, copy),
-            "shared_down_weight": Part("1 S H", {"S": shared, "H": hidden}, copy),
             "shared_gate_weight": Part("H 1", {"H": hidden}),
         }
 

@@ -229,6 +229,7 @@ def load_moe_weights(
 
     Raises:
         ValueError: an unknown layout or cast.
+        RuntimeError: a layer is quantised.
         CheckpointError: a ValueError, on every rank, that lists file, key, what was expected and what found,
             for all that is missing, doubled, truncated, of another shape or dtype, and for every key below a
             name in `layers` that the layout lacks. Nothing was assigned.
@@ -258,7 +259,12 @@ def load_moe_weights(
 def _parallel_of_layers(
     layers: Mapping[str, FusedMoE], parallel: ParallelContext | None
 ) -> ParallelContext | None:
-    for layer in layers.values():
+    for name, layer in layers.items():
+        if layer.quantized is not None:
+            raise RuntimeError(
+                f"the experts of layers[{name!r}] are {layer.quantized} since quantize_(), which no published"
+                " layout holds; load before quantize_(), and keep the result with save_checkpoint"
+            )
         parallel = parallel_of(layer, parallel)
     return parallel
 
@@ -286,7 +292,8 @@ def save_moe_weights(
     Raises:
         ValueError: an unknown layout, path has an index file already, a key of `others` is one that a layer
             writes, or a tensor of a dtype that cannot be loaded again.
-        RuntimeError: a rank could not write, or a file is there already that it would replace, on every rank.
+        RuntimeError: a layer is quantised; a rank could not write, or a file is there already that it would
+            replace, on every rank.
     """
     layout, parallel = _layout(layout, transposed), _parallel_of_layers(layers, parallel)
     others = others or {}

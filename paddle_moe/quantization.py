@@ -1,4 +1,4 @@
-"""Weights of 8 or 4 bits for inference, as mixture_of_experts takes them with gate_up_scale and down_scale.
+"""Weights of 8 or 4 bits, as mixture_of_experts takes them with gate_up_scale and down_scale.
 
 A weight is its number times a scale, which stands for the whole matrix, an output channel, a group of 128
 input channels of an output channel, or a block of 128 x 128.
@@ -6,12 +6,15 @@ input channels of an output channel, or a block of 128 x 128.
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import Callable
 
 import paddle
 
 from paddle_moe import reference
 from paddle_moe._options import at_least, dtype_name, flag, one_of
+from paddle_moe.params import LayerShard, Part
 
 __all__ = ["pack_int4", "quantize"]
 
@@ -189,13 +192,68 @@ def quantize_stack(
     """
     if 0 in weight.shape:  # this rank has no experts, or no columns of the shared one
         experts, rows, columns = weight.shape
-        if dtype == "int4":
-            rows = 8 * -(-rows // 64)
-        return paddle.zeros([experts, columns, rows], _STORED[dtype]), paddle.zeros(
-            [experts, 1, 1], "float32"
+        shapes = _stored_shapes(columns, rows, dtype, granularity, parts)
+        return tuple(
+            paddle.zeros([experts, *shape], kind) for shape, kind in zip(shapes, (_STORED[dtype], "float32"))
         )
     pairs = [quantize_stored(order(one) if order else one, dtype, granularity, parts) for one in weight]
     return tuple(paddle.stack(tensors) for tensors in zip(*pairs))
+
+
+def _stored_shapes(
+    outputs: int, inputs: int, dtype: str, granularity: str, parts: int
+) -> tuple[list[int], list[int]]:
+    """Of a weight [out, in] and its scales as quantize_stored() gives them."""
+
+    def groups(size: int, shared: int | None) -> int:
+        return -(-size // min(shared or size, size)) if size else 0
+
+    of_inputs, of_outputs = GRANULARITIES[granularity]
+    parts = parts if granularity == "block" else 1
+    words = 8 * -(-inputs // 64) if dtype == "int4" else inputs
+    return [outputs, words], [parts * groups(outputs // parts, of_outputs), groups(inputs, of_inputs)]
+
+
+def quantised_parts(
+    shard: LayerShard, dtype: str, granularity: str
+) -> tuple[dict[str, Part], dict[str, Part]]:
+    """What a rank holds of the quantised weights and scales of a FusedMoE, and what all ranks together do.
+
+    Dimensions: E experts; R and C, rows and columns as they are stored, counted through all slices of the
+    intermediate dimension, because the slices of another grid would have other scales: only the same fit.
+    """
+    hidden, (first, end) = shard.hidden_size, shard.experts
+    slices = [replace(shard, tp_rank=rank) for rank in range(shard.tp_size)]
+    shared = slices
+    if shard.shared_over_grid:
+        shared = [replace(one, ep_rank=rank) for rank in range(shard.ep_size) for one in slices]
+    copy = not shard.shared_over_grid and shard.ep_rank > 0
+    kinds = {
+        "": ("E", {"E": (first, end)}, {"E": (0, shard.num_experts)}, [one.columns for one in slices], False),
+        "shared_": ("1", {}, {}, [one.shared_columns for one in shared], copy),
+    }
+    parts, wholes = {}, {}
+    for prefix, (leading, own, everyone, spans, copied) in kinds.items():
+        here = (slices if not prefix else shared).index(shard)
+        widths = [stop - start for start, stop in spans]
+        for name, halves in (("gate_up", 2), ("down", 1)):
+            shapes = [
+                _stored_shapes(
+                    *((2 * width, hidden) if halves == 2 else (hidden, width)), dtype, granularity, halves
+                )
+                for width in widths
+            ]
+            for index, what in enumerate(("weight", "scale")):
+                ends = {
+                    dim: list(itertools.accumulate(shape[index][axis] for shape in shapes))
+                    for axis, dim in enumerate("RC")
+                }
+                spans_here = {dim: (([0] + stops)[here], stops[here]) for dim, stops in ends.items()}
+                spans_of_all = {dim: (0, stops[-1]) for dim, stops in ends.items()}
+                key = f"{prefix}{name}_{what}"
+                parts[key] = Part(f"{leading} R C", {**own, **spans_here}, copied)
+                wholes[key] = Part(f"{leading} R C", {**everyone, **spans_of_all}, copied)
+    return parts, wholes
 
 
 def _largest_of_groups(values: paddle.Tensor, group: list[int]) -> paddle.Tensor:

@@ -35,13 +35,15 @@ LAYOUT = [
 class Model(nn.Layer):
     """Two FusedMoE layers with everything that one can have, between dense ones that share a weight."""
 
-    def __init__(self, dtype="float32", seed=None, parallel=None, num_experts=EXPERTS, dispatch="replicated"):
+    def __init__(self, dtype="float32", seed=None, parallel=None, num_experts=EXPERTS, **options):
+        """options: of the FusedMoE layers."""
         super().__init__()
         paddle.seed(0 if seed is None else seed)  # dense weights, the same on every rank
         self.embed = nn.Embedding(7, HIDDEN)
-        self.first = self._moe(num_experts, dtype, seed, parallel, dispatch)
+        options.update(dtype=dtype, parallel=parallel)
+        self.first = self._moe(num_experts, seed, options)
         self.norm = nn.LayerNorm(HIDDEN)
-        self.second = nn.Sequential(self._moe(num_experts, dtype, seed and seed + 1, parallel, dispatch))
+        self.second = nn.Sequential(self._moe(num_experts, seed and seed + 1, options))
         self.head = nn.Linear(HIDDEN, 7)
         self.tied = nn.Layer()
         self.tied.weight = self.embed.weight
@@ -51,7 +53,7 @@ class Model(nn.Layer):
                 parameter.set_value(paddle.zeros_like(parameter))
 
     @staticmethod
-    def _moe(num_experts, dtype, seed, parallel, dispatch):
+    def _moe(num_experts, seed, options):
         layer = FusedMoE(
             HIDDEN,
             INTER,
@@ -63,10 +65,8 @@ class Model(nn.Layer):
             correction_bias=True,
             shared_intermediate_size=SHARED,
             shared_gate=True,
-            dtype=dtype,
             seed=seed,
-            parallel=parallel,
-            dispatch=dispatch,
+            **options,
         )
         if seed is not None:  # the seed leaves these zero
             fill(layer, "gate_bias", layer.parts()["gate_bias"], seed)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import paddle
 import pytest
+from checkpoint_cases import Model
 from checks import random_tokens
 
 import paddle_moe
-from paddle_moe import reference
+from paddle_moe import FusedMoE, reference
 from paddle_moe.reference import dequantise
 
 GRANULARITIES = ("tensor", "channel", "group", "block")
@@ -112,3 +113,11 @@ def slack_of(case: dict) -> float:
     """
     integers = case["gate_up_weights"][0].dtype != np.uint8 and case["permuted_weights"]
     return 2.5 if integers and case["hidden_states"].dtype != np.float32 else 1.0
+
+
+def quantised_model(kind: str, granularity: str | None = None, seed: int | None = None, **options) -> Model:
+    model = Model(seed=seed, **options)
+    for layer in model.sublayers():
+        if isinstance(layer, FusedMoE):
+            layer.quantize_(kind, granularity)
+    return model

@@ -51,6 +51,18 @@ def test_every_bit_comes_back(dtype, tmp_path):
     assert_loaded(weights_only, None, model)
 
 
+@pytest.mark.parametrize("permuted", [False, True])
+def test_files_do_not_depend_on_how_weights_are_stored(permuted, tmp_path):
+    model = Model(seed=3, permuted_weights=not permuted)
+    optimizer = make_optimizer(model)
+    fill_moments(model, optimizer)
+    save_checkpoint(tmp_path, model, optimizer)
+    other = Model(permuted_weights=permuted)
+    other_optimizer = make_optimizer(other)
+    load_checkpoint(tmp_path, other, other_optimizer)
+    assert_loaded(other, other_optimizer, Model(seed=3, permuted_weights=permuted))
+
+
 @pytest.mark.filterwarnings("ignore:The program will return to single-card operation")
 @pytest.mark.parametrize(
     "saves, loads", [(paddle.DataParallel, lambda model: model), (lambda m: m, paddle.DataParallel)]

@@ -45,6 +45,40 @@ def test_against_the_reference(dtype, parts):
     assert_close(output, expected, slack=1 if dtype == "float32" or "shared" not in parts else 10)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_stored_out_in(dtype):
+    """The same layer: from dense weights, from a seed, over a grid, in both directions."""
+    results = []
+    for permuted in (False, True):
+        layer = FusedMoE.from_dense(
+            **dense_weights(dtype, **EVERYTHING), top_k=TOP_K, permuted_weights=permuted
+        )
+        x = paddle.to_tensor(tokens(dtype), stop_gradient=False)
+        output = layer(x)
+        output.astype("float32").square().sum().backward()
+        gradients = {name: one.grad for name, one in layer.named_parameters()}
+        if permuted:
+            assert layer.gate_up_weight.shape == [EXPERTS, 2 * INTER, HIDDEN]
+            assert layer.shared_down_weight.shape == [1, HIDDEN, SHARED]
+            for name in ("gate_up_weight", "down_weight", "shared_gate_up_weight", "shared_down_weight"):
+                gradients[name] = gradients[name].transpose([0, 2, 1])
+        found = {"output": output, "x": x.grad, **gradients}
+        results.append({name: one.astype("float32").numpy() for name, one in found.items()})
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        assert relative_l2(results[1][name], value) < (1e-6 if dtype == "float32" else 1e-2), name
+
+
+@pytest.mark.parametrize("shard", grid(2, 2))
+def test_drawn_weights_stored_out_in_are_the_same(shard):
+    options = dict(parallel=shard, shared_intermediate_size=SHARED, seed=3)
+    plain = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, **options)
+    permuted = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, **options, permuted_weights=True)
+    for name, value in plain.state_dict().items():
+        other = permuted.state_dict()[name].numpy()
+        np.testing.assert_array_equal(other.swapaxes(1, 2) if other.ndim == 3 else other, value.numpy())
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -175,7 +175,8 @@ def test_shard_errors(gate_up, message):
 @pytest.mark.parametrize(("ep_size", "tp_size"), [(1, 1), (3, 2), (2, 4), (7, 1)])
 def test_parts_of_all_ranks_make_up_every_weight_of_a_layer(ep_size, tp_size, shared_over_grid):
     """Each number is in the part of one rank, or, of what is not sharded, in that of all."""
-    layer = LayerShard(4, 5, 6, shared_intermediate_size=7, shared_over_grid=shared_over_grid)
+    sizes = dict(shared_intermediate_size=7, shared_over_grid=shared_over_grid)
+    layer = LayerShard(4, 5, 6, **sizes, permuted_weights=ep_size == 2)
     wholes = layer.parts()
     dense = {name: np.arange(whole.size).reshape(whole.shape) for name, whole in wholes.items()}
     held = {name: [] for name in wholes}

@@ -621,12 +621,23 @@ def test_layer_is_saved_loaded_and_compiled(kind, tmp_path):
     assert_same_bits(paddle.jit.load(str(tmp_path / "program"))(x).numpy(), expected)
 
 
+@per_kind
+def test_a_layer_stored_out_in_is_quantised_alike(kind):
+    layers = [FusedMoE.from_dense(**dense_weights(**EVERYTHING), top_k=TOP_K, permuted_weights=permuted)
+              for permuted in (False, True)]  # fmt: skip
+    states = [layer.quantize_(kind).state_dict() for layer in layers]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert_same_bits(states[1][name].numpy(), value.numpy())
+
+
 def test_layer_says_what_it_cannot_do(tmp_path):
     layer = FusedMoE(HIDDEN, 48, 6, TOP_K).quantize_()
     with pytest.raises(RuntimeError, match="the expert weights of this layer are int8 already"):
         layer.quantize_()
-    with pytest.raises(RuntimeError, match="are int8 since quantize_.., .* save and load before quantize_"):
-        paddle_moe.save_checkpoint(str(tmp_path / "checkpoint"), layer)
+    for function in (paddle_moe.save_moe_weights, paddle_moe.load_moe_weights):
+        with pytest.raises(RuntimeError, match=r"experts of layers\['mlp'\] are int8 since quantize_\(\)"):
+            function(tmp_path, {"mlp": layer}, "qwen3_moe")
 
 
 def test_a_layer_that_cannot_be_quantised_is_left_alone():

@@ -137,12 +137,12 @@ class Integration:
     def quantize_experts(
         self, model: nn.Layer, dtype: str | paddle.dtype = "int8", granularity: str | None = None
     ) -> nn.Layer:
-        """Turns the experts of an accelerated model into 8- or 4-bit numbers for inference, in place.
+        """Turns the experts of an accelerated model into 8- or 4-bit numbers, in place.
 
-        Once it is loaded: there is no way back, no file of the package holds such weights, and nothing in
-        front of a block gets a gradient. Each weight of an expert, of the shared one too, then is a buffer
-        ``...weight``, stored [out, in], beside ``...scale``. Over several ranks scales belong to a rank's
-        part. Attention, router, head and norms stay as they are.
+        Once it is loaded: there is no way back, and no file of the package holds such weights. They are
+        frozen, but gradients go through them, to adapters of the attention for example. Each weight of an
+        expert, of the shared one too, then is a buffer ``...weight``, stored [out, in], beside ``...scale``.
+        Over several ranks scales belong to a rank's part. Attention, router, head and norms stay as they are.
 
         Args:
             model: what :meth:`accelerate` returned.

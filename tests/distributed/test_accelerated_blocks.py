@@ -141,8 +141,6 @@ def test_quantized_experts_say_what_they_cannot_do(tmp_path):
     ):
         with pytest.raises(RuntimeError, match="the experts of this Block are int8 since quantize_experts"):
             refused()
-    with pytest.raises(ValueError, match="must not be quantised where a gradient is wanted"):
-        model(paddle.randn([3, HIDDEN])).sum().backward()
 
 
 @pytest.mark.parametrize("stacked", [False, True])

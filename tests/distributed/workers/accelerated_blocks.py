@@ -253,21 +253,27 @@ def checkpointed():
 @check
 def quantized():
     """With TP, scales of down belong to a rank's rows; without, each owner of an expert makes the same."""
+
+    def output_and_gradient(model):
+        x = draw(7, 3)
+        output = model(x)
+        (output * draw(7, 4)).sum().backward()
+        return output.numpy(), x.grad.numpy()
+
     for stacked, dtype, limit in ((False, "int8", 0.03), (True, "int8", 0.03), (True, "int4", 0.3)):
         model = Beside(Block(5, 12, shared=9, bias=not stacked, stacked=stacked), Block(1, 3))
         single = copy.deepcopy(model)
-        x = draw(7, 3)
-        exact = model(x)
-        with paddle.no_grad():
-            accelerate(model, parallel=parallel)
-            if not stacked and model.few.held():
-                before = weakref.ref(model.few.held()[0][1].down_proj.weight)
-            integration.quantize_experts(model, dtype)
-            output = model(x)
-            integration.quantize_experts(accelerate(single), dtype)
-            error = relative_l2(output.numpy(), single(x).numpy())
+        exact = output_and_gradient(model)
+        accelerate(model, parallel=parallel)
+        if not stacked and model.few.held():
+            before = weakref.ref(model.few.held()[0][1].down_proj.weight)
+        integration.quantize_experts(model, dtype)
+        results = output_and_gradient(model)
+        integration.quantize_experts(accelerate(single), dtype)
+        for result, alone, right in zip(results, output_and_gradient(single), exact):
+            error = relative_l2(result, alone)
             assert error < (1e-6 if parallel.tp_size == 1 and not FLEET else limit), error
-        assert 1e-4 < relative_l2(output.numpy(), exact.numpy()) < limit
+            assert 1e-4 < relative_l2(result, right) < limit
         gc.collect()
         assert before() is None, "the weights are still in memory"
         flags = [buffer.no_sync for name, buffer in model.named_buffers() if "proj" in name]

@@ -1,8 +1,10 @@
 """One rank of a grid: loads a checkpoint, checks every bit of its shard, and saves another.
 
-checkpoint.py EP_SIZE TP_SIZE DP_SIZE DISPATCH FROM TO: FROM "-" starts from the seed instead of a checkpoint.
+checkpoint.py EP_SIZE TP_SIZE DP_SIZE OPTIONS FROM TO: OPTIONS are those of FusedMoE in JSON; FROM "-" starts
+from the seed instead of a checkpoint.
 """
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,8 +20,8 @@ from paddle_moe.distributed import ParallelContext
 from paddle_moe.tensor_files import CheckpointError
 
 ep_size, tp_size, dp_size = map(int, sys.argv[1:4])
-dispatch, source, target = sys.argv[4], sys.argv[5], Path(sys.argv[6])
-Model = partial(ThreeExperts, dispatch=dispatch)
+options, source, target = json.loads(sys.argv[4]), sys.argv[5], Path(sys.argv[6])
+Model = partial(ThreeExperts, **options)
 own = init_distributed(ep_size, tp_size, dp_size, timeout_seconds=60)
 # As users of fleet have it: groups from elsewhere, no watchdog.
 foreign = ParallelContext.from_groups(own.ep_group, own.tp_group, dp_group=own.dp_group)
