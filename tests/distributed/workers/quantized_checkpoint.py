@@ -1,4 +1,4 @@
-"""One rank of a grid that saves or loads quantised layers: quantized_checkpoint.py EP TP save|load|refuse PATH."""
+"""One rank that saves or loads quantised layers: quantized_checkpoint.py EP TP save|load|refuse PATH."""
 
 import sys
 from pathlib import Path
