@@ -329,12 +329,11 @@ std::vector<Scale> check_scales(const char* name, const std::vector<Tensor>& sca
   return result;
 }
 
-void expect_no_gradients(const char* name, const std::vector<Tensor>& gradients) {
+void expect_no_gradients(const char* name, const std::vector<Tensor>& gradients, DType dtype) {
   for (const Tensor& gradient : gradients) {
     if (gradient.data == nullptr) continue;
-    fail(name,
-         " has no gradient, because the weights are quantised; set its stop_gradient, or do not name it in "
-         "wanted");
+    fail(name, " has no gradient where the weights are quantised, got the dtype ", dtype_name(dtype),
+         "; set stop_gradient = True on it, or leave it out of wanted");
   }
 }
 
@@ -618,10 +617,10 @@ BackwardProblem resolve_backward(const Arguments& arguments, const Tensor& grad_
   b.forward = resolve(arguments);
   const Problem& p = b.forward;
   if (is_quantised(p.weight_dtype)) {
-    expect_no_gradients("gate_up_weights", gradients.gate_up_weights);
-    expect_no_gradients("down_weights", gradients.down_weights);
-    expect_no_gradients("gate_up_scale", gradients.gate_up_scale);
-    expect_no_gradients("down_scale", gradients.down_scale);
+    expect_no_gradients("gate_up_weights", gradients.gate_up_weights, p.weight_dtype);
+    expect_no_gradients("down_weights", gradients.down_weights, p.weight_dtype);
+    expect_no_gradients("gate_up_scale", gradients.gate_up_scale, p.weight_dtype);
+    expect_no_gradients("down_scale", gradients.down_scale, p.weight_dtype);
   }
   expect_shape("grad_out", grad_out, {p.num_tokens, p.hidden_size}, "[T, H]");
   expect_dtype("grad_out", grad_out, p.dtype);

@@ -41,8 +41,8 @@ from safetensors import SafetensorError, safe_open
 
 from paddle_moe.compat.safetensors_paddle import save_file
 from paddle_moe.integrations.blocks import MoEBlock
-from paddle_moe.layers import EXPERT_WEIGHTS, FusedMoE
-from paddle_moe.params import Part
+from paddle_moe.layers import FusedMoE
+from paddle_moe.params import EXPERT_WEIGHTS, Part
 from paddle_moe.tensor_files import (
     INDEX_NAME,
     CheckpointError,
@@ -104,8 +104,8 @@ def parallel_of(model: nn.Layer, parallel: ParallelContext | None) -> ParallelCo
 class _Holding:
     """A tensor of this rank, None where only other ranks hold a part; the part that it is; the whole.
 
-    alone: no other EP rank has it, so this rank writes it though it is the whole. transposed: files have the
-    last two dimensions swapped, so that they do not depend on how a layer stores its weights.
+    alone: no other EP rank has it, so this rank writes it though it is the whole. transposed: a weight of
+    experts, or what an optimizer keeps for it, that is stored [out, in].
     """
 
     tensor: paddle.Tensor | None
@@ -117,17 +117,9 @@ class _Holding:
     def __iter__(self) -> Iterator[Any]:
         return iter((self.tensor, self.part, self.whole))
 
-    @property
-    def whole_in_files(self) -> Part:
-        return self.whole.transposed() if self.transposed else self.whole
-
-    def in_files(self) -> _Holding:
-        if not self.transposed:
-            return self
-        tensor = self.tensor
-        if tensor is not None and tensor.size:
-            tensor = tensor.transpose([0, 2, 1])
-        return _Holding(tensor, self.part.transposed(), self.whole_in_files, self.alone)
+    def whole_in_files(self, transposed: bool) -> Part:
+        """The whole, where the files have it `transposed` or not."""
+        return self.whole if transposed == self.transposed else self.whole.transposed()
 
 
 def _holdings(model: nn.Layer) -> dict[str, _Holding]:
@@ -296,8 +288,8 @@ def save_checkpoint(
         json.dumps(index)
     except (TypeError, ValueError) as error:
         raise ValueError(f"state and the learning rate scheduler must be fit for JSON: {error}") from error
-    if parallel is None or parallel.dp_rank == 0:  # the others write nothing
-        kept = {kind: {name: one.in_files() for name, one in held.items()} for kind, held in kept.items()}
+    if transposed := [name for held in kept.values() for name, one in held.items() if one.transposed]:
+        index["transposed"] = transposed
     tensors = {kind: pieces_to_write(held, parallel) for kind, held in kept.items()}
     if parallel is None or parallel.dp_rank == 0:
         for kind, held in kept.items():
@@ -584,7 +576,9 @@ def _plan(
     elsewhere: list[str],
 ) -> Plan:
     """elsewhere: parameters of which this rank holds nothing, and so knows no optimizer state either."""
-    sources, problems = stored_parts(files, {name: one.whole_in_files for name, one in holdings.items()})
+    transposed = files.index.get("transposed", [])
+    wholes = {name: one.whole_in_files(name in transposed) for name, one in holdings.items()}
+    sources, problems = stored_parts(files, wholes)
     targets = {
         name: Target(tensor, part) for name, (tensor, part, _) in holdings.items() if tensor is not None
     }

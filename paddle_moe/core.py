@@ -143,19 +143,22 @@ class Gradients(NamedTuple):
     down_bias: Any = None
 
 
-def _check_wanted(wanted: Sequence[str], names: tuple[str, ...]) -> None:
+def _check_wanted(wanted: Sequence[str], names: Sequence[str]) -> None:
     if isinstance(wanted, str) or not set(wanted) <= set(names):
         raise ValueError(f"wanted must hold names out of {names}, got {wanted!r}")
 
 
 def _backward(
-    grad_out, *args, pre_activations=None, wanted=Gradients._fields, out=None, **kwargs
+    grad_out, *args, pre_activations=None, wanted=None, out=None, **kwargs
 ) -> tuple[_core.ExpertsBackward, Callable[[list], Gradients]]:
     """The checked call, and what turns its list of arrays into Gradients."""
+    passed = inspect.signature(_experts).bind(*args, **kwargs).arguments
+    if wanted is None:
+        without = ("gate_up_weights", "down_weights") if passed.get("gate_up_scale") is not None else ()
+        wanted = [name for name in Gradients._fields if name not in without]
     _check_wanted(wanted, Gradients._fields)
     if out is not None and not isinstance(out, Gradients):
         raise ValueError(f"out must be of the type core.Gradients, got {type(out).__name__}")
-    passed = inspect.signature(_experts).bind(*args, **kwargs).arguments
     passed = {name: passed[name] for name in Gradients._fields if passed.get(name) is not None}
     outs, places = [], {}
     for name, value in passed.items():
@@ -199,7 +202,7 @@ def mixture_of_experts_backward(
     experts_max: int | None = None,
     chunk_size: int = 0,
     pre_activations: Array | None = None,
-    wanted: Sequence[str] = Gradients._fields,
+    wanted: Sequence[str] | None = None,
     out: Gradients | None = None,
     workspace: Array | None = None,
 ) -> Gradients:
@@ -209,7 +212,8 @@ def mixture_of_experts_backward(
         grad_out: [T, H], of the dtype of ``hidden_states``, contiguous in its last dimension.
         pre_activations: what :func:`mixture_of_experts` stored for these arguments; None: computed again,
             with the same result to the last bit.
-        wanted: the arguments whose gradients are computed. Quantised weights have none.
+        wanted: the arguments whose gradients are computed; None: all that have one, which quantised weights
+            have not.
         out: arrays that receive the gradients, of the shapes and dtypes of the arguments; an entry may be
             None. Those of weights may have any strides, the others must be contiguous.
         workspace: uint8, at least ``backward_workspace_size(...)`` bytes.

@@ -18,6 +18,7 @@ from paddle_moe._options import ROUTE_OPTIONS, at_least, checked, dtype_name, fl
 from paddle_moe.all_to_all import all_to_all_experts
 from paddle_moe.collectives import enter_shards, leave_shards, no_contribution
 from paddle_moe.params import (
+    EXPERT_WEIGHTS,
     LayerShard,
     Part,
     random_down,
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-
-EXPERT_WEIGHTS = ("gate_up_weight", "down_weight", "shared_gate_up_weight", "shared_down_weight")
 
 # Of those options of FusedMoE that can be checked one by one.
 _CHECKS = {
@@ -170,8 +169,8 @@ class FusedMoE(nn.Layer):
         bias_update_speed: of update_correction_bias, 0: correction_bias is left alone.
         recompute, chunk_size: see mixture_of_experts.
         permuted_weights: the weights of experts are stored [out, in], which a CPU multiplies faster with few
-            tokens and a little slower with many (docs/cpu_kernels.md). Files of checkpoints, and what
-            from_dense takes, are the same either way.
+            tokens and a little slower with many (docs/cpu_kernels.md). from_dense takes the same, and a
+            checkpoint loads into either; a state_dict() only into a layer that stores them alike.
         dtype: of the expert weights and the hidden states, a name or a paddle.dtype; None:
             paddle.get_default_dtype().
         gate_dtype: of the gate weights, "float32" or dtype.
@@ -261,7 +260,6 @@ class FusedMoE(nn.Layer):
         self.reduce, self.fp32_reduce = reduce, fp32_reduce
         self.shared_intermediate_size = shared_intermediate_size
         self.recompute, self.chunk_size, self._gate_dtype = recompute, chunk_size, gate_dtype
-        self.permuted_weights = permuted_weights
         self.parallel, self.logger = parallel, logger
         # The dtype of the experts' weights since quantize_(), and what shares a scale.
         self.quantized: str | None = None
@@ -325,6 +323,11 @@ class FusedMoE(nn.Layer):
         # Tokens per expert since the last update_correction_bias.
         counts = paddle.zeros([num_experts], "int64") if bias_update_speed else None
         self.register_buffer("expert_counts", counts, persistable=False)
+
+    @property
+    def permuted_weights(self) -> bool:
+        """Whether the weights of experts are stored [out, in]."""
+        return self._shard.permuted_weights
 
     @classmethod
     def from_dense(
@@ -513,7 +516,8 @@ class FusedMoE(nn.Layer):
         """
         parts = (self._shard.whole() if dense else self._shard).parts()
         if self.quantized is not None:
-            parts.update(quantised_parts(self._shard, self.quantized, self.granularity)[dense])
+            own, everyone = quantised_parts(self._shard, self.quantized, self.granularity)
+            parts.update(everyone if dense else own)
         held = {name for name in parts if getattr(self, name, None) is not None}
         if self._has_down_bias:
             held.add("down_bias")
@@ -557,14 +561,15 @@ class FusedMoE(nn.Layer):
                         f"{name}_weight has no values, as under paddle.LazyGuard; call its initialize() first"
                     )
                 check_weight(f"{name}_weight", weight)
-                if self.permuted_weights:  # one expert at a time is turned again
-                    weight = weight.transpose([0, 2, 1])
-                quantised[name] = quantize_stack(weight, dtype, granularity, parts)
+                quantised[name] = quantize_stack(
+                    weight, dtype, granularity, parts, permuted=self.permuted_weights
+                )
         for name, tensors in quantised.items():
             delattr(self, f"{name}_weight")
             for what, tensor in zip(("weight", "scale"), tensors):
                 self.register_buffer(f"{name}_{what}", tensor)
-        self.quantized, self.granularity, self.permuted_weights = dtype, granularity, True
+        self.quantized, self.granularity = dtype, granularity
+        self._shard = replace(self._shard, permuted_weights=True)
         self._mark_parameters()
         return self
 

@@ -222,6 +222,10 @@ class Part:
         return cls(" ".join(names), {name: (0, size) for name, size in zip(names, shape)})
 
 
+# Of a FusedMoE: what permuted_weights and quantize_() are about.
+EXPERT_WEIGHTS = ("gate_up_weight", "down_weight", "shared_gate_up_weight", "shared_down_weight")
+
+
 @dataclass(frozen=True)
 class LayerShard:
     """What one rank holds of the weights of a FusedMoE layer, as ranges.
@@ -269,16 +273,16 @@ class LayerShard:
         hidden, halves, all_experts = (0, self.hidden_size), (0, 2), (0, self.num_experts)
         experts, columns, shared = self.experts, self.columns, self.shared_columns
         copy = not self.shared_over_grid and self.ep_rank > 0
-        weights = {
-            "gate_up_weight": Part("E H (G I)", {"E": experts, "H": hidden, "G": halves, "I": columns}),
-            "down_weight": Part("E I H", {"E": experts, "I": columns, "H": hidden}),
-            "shared_gate_up_weight": Part("1 H (G S)", {"H": hidden, "G": halves, "S": shared}, copy),
-            "shared_down_weight": Part("1 S H", {"S": shared, "H": hidden}, copy),
-        }
+        weights = [
+            Part("E H (G I)", {"E": experts, "H": hidden, "G": halves, "I": columns}),
+            Part("E I H", {"E": experts, "I": columns, "H": hidden}),
+            Part("1 H (G S)", {"H": hidden, "G": halves, "S": shared}, copy),
+            Part("1 S H", {"S": shared, "H": hidden}, copy),
+        ]
         if self.permuted_weights:
-            weights = {name: part.transposed() for name, part in weights.items()}
+            weights = [part.transposed() for part in weights]
         return {
-            **weights,
+            **dict(zip(EXPERT_WEIGHTS, weights)),
             "gate_weight": Part("H E", {"H": hidden, "E": all_experts}),
             "gate_bias": Part("E", {"E": all_experts}),
             "gate_up_bias": Part("E (G I)", {"E": experts, "G": halves, "I": columns}),

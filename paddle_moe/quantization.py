@@ -6,7 +6,6 @@ input channels of an output channel, or a block of 128 x 128.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Callable
 
@@ -172,10 +171,14 @@ _STORED = {"int8": "int8", "int4": "int32", "float8_e4m3fn": "uint8"}
 
 
 def quantize_stored(
-    weight: paddle.Tensor, dtype: str, granularity: str, parts: int
+    weight: paddle.Tensor, dtype: str, granularity: str, parts: int, permuted: bool = False
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """quantize() of a weight [in, out] that check_weight() has passed as [out, in], fp8 as its bits."""
-    quantised, scale = quantize(weight.t(), dtype, granularity, permuted=True, parts=parts)
+    """quantize() of a weight that check_weight() has passed as [out, in], fp8 as its bits.
+
+    permuted: `weight` is [out, in] too.
+    """
+    weight = weight if permuted else weight.t()
+    quantised, scale = quantize(weight, dtype, granularity, permuted=True, parts=parts)
     return quantised.view(_STORED[dtype]), scale
 
 
@@ -185,18 +188,21 @@ def quantize_stack(
     granularity: str,
     parts: int,
     order: Callable[[paddle.Tensor], paddle.Tensor] | None = None,
+    permuted: bool = False,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """The same of [E, in, out] as [E, out, in], one expert at a time for the sake of memory.
 
     `order` puts the columns of an expert in the operator's order.
     """
     if 0 in weight.shape:  # this rank has no experts, or no columns of the shared one
-        experts, rows, columns = weight.shape
-        shapes = _stored_shapes(columns, rows, dtype, granularity, parts)
-        return tuple(
-            paddle.zeros([experts, *shape], kind) for shape, kind in zip(shapes, (_STORED[dtype], "float32"))
-        )
-    pairs = [quantize_stored(order(one) if order else one, dtype, granularity, parts) for one in weight]
+        experts, *sizes = weight.shape
+        inputs, outputs = sizes[::-1] if permuted else sizes
+        shapes = _stored_shapes(outputs, inputs, dtype, granularity, parts)
+        dtypes = _STORED[dtype], "float32"
+        return tuple(paddle.zeros([experts, *shape], one) for shape, one in zip(shapes, dtypes))
+    pairs = [
+        quantize_stored(order(one) if order else one, dtype, granularity, parts, permuted) for one in weight
+    ]
     return tuple(paddle.stack(tensors) for tensors in zip(*pairs))
 
 
@@ -222,38 +228,32 @@ def quantised_parts(
     Dimensions: E experts; R and C, rows and columns as they are stored, counted through all slices of the
     intermediate dimension, because the slices of another grid would have other scales: only the same fit.
     """
-    hidden, (first, end) = shard.hidden_size, shard.experts
+    own, everyone = {}, {}
+
+    def add(prefix: str, slices: list[LayerShard], widths: list[int], experts: Part, all_experts: Part):
+        here, hidden = slices.index(shard), shard.hidden_size
+        sizes = {
+            "gate_up": [_stored_shapes(2 * width, hidden, dtype, granularity, 2) for width in widths],
+            "down": [_stored_shapes(hidden, width, dtype, granularity, 1) for width in widths],
+        }
+        for name, shapes in sizes.items():
+            for what, of_slices in zip(("weight", "scale"), zip(*shapes)):
+                spans, wholes = {}, {}
+                for dim, along in zip("RC", zip(*of_slices)):
+                    start = sum(along[:here])
+                    spans[dim], wholes[dim] = (start, start + along[here]), (0, sum(along))
+                for parts, leading, ranges in ((own, experts, spans), (everyone, all_experts, wholes)):
+                    pattern, copy = f"{leading.pattern} R C", leading.copy
+                    parts[f"{prefix}{name}_{what}"] = Part(pattern, {**leading.ranges, **ranges}, copy)
+
     slices = [replace(shard, tp_rank=rank) for rank in range(shard.tp_size)]
-    shared = slices
+    experts = [Part("E", {"E": span}) for span in (shard.experts, (0, shard.num_experts))]
+    add("", slices, [stop - start for start, stop in (one.columns for one in slices)], *experts)
     if shard.shared_over_grid:
-        shared = [replace(one, ep_rank=rank) for rank in range(shard.ep_size) for one in slices]
-    copy = not shard.shared_over_grid and shard.ep_rank > 0
-    kinds = {
-        "": ("E", {"E": (first, end)}, {"E": (0, shard.num_experts)}, [one.columns for one in slices], False),
-        "shared_": ("1", {}, {}, [one.shared_columns for one in shared], copy),
-    }
-    parts, wholes = {}, {}
-    for prefix, (leading, own, everyone, spans, copied) in kinds.items():
-        here = (slices if not prefix else shared).index(shard)
-        widths = [stop - start for start, stop in spans]
-        for name, halves in (("gate_up", 2), ("down", 1)):
-            shapes = [
-                _stored_shapes(
-                    *((2 * width, hidden) if halves == 2 else (hidden, width)), dtype, granularity, halves
-                )
-                for width in widths
-            ]
-            for index, what in enumerate(("weight", "scale")):
-                ends = {
-                    dim: list(itertools.accumulate(shape[index][axis] for shape in shapes))
-                    for axis, dim in enumerate("RC")
-                }
-                spans_here = {dim: (([0] + stops)[here], stops[here]) for dim, stops in ends.items()}
-                spans_of_all = {dim: (0, stops[-1]) for dim, stops in ends.items()}
-                key = f"{prefix}{name}_{what}"
-                parts[key] = Part(f"{leading} R C", {**own, **spans_here}, copied)
-                wholes[key] = Part(f"{leading} R C", {**everyone, **spans_of_all}, copied)
-    return parts, wholes
+        slices = [replace(one, ep_rank=rank) for rank in range(shard.ep_size) for one in slices]
+    one = Part("1", {}, copy=not shard.shared_over_grid and shard.ep_rank > 0)
+    add("shared_", slices, [stop - start for start, stop in (one.shared_columns for one in slices)], one, one)
+    return own, everyone
 
 
 def _largest_of_groups(values: paddle.Tensor, group: list[int]) -> paddle.Tensor:

@@ -52,7 +52,7 @@ def test_every_bit_comes_back(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("permuted", [False, True])
-def test_files_do_not_depend_on_how_weights_are_stored(permuted, tmp_path):
+def test_weights_stored_either_way_load_into_either(permuted, tmp_path):
     model = Model(seed=3, permuted_weights=not permuted)
     optimizer = make_optimizer(model)
     fill_moments(model, optimizer)

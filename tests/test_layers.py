@@ -47,7 +47,7 @@ def test_against_the_reference(dtype, parts):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_stored_out_in(dtype):
-    """The same layer: from dense weights, from a seed, over a grid, in both directions."""
+    """The same outputs and gradients, from the same dense weights."""
     results = []
     for permuted in (False, True):
         layer = FusedMoE.from_dense(

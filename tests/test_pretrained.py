@@ -114,6 +114,7 @@ def empty_like(layer: FusedMoE, dtype: str | None = None) -> FusedMoE:
         "shared_gate": layer.shared_gate_weight is not None,
     }
     dtype = dtype or str(layer.down_weight.dtype).rpartition(".")[2]
+    options["permuted_weights"] = layer.permuted_weights
     sizes = layer.hidden_size, layer.intermediate_size, layer.num_experts, layer.top_k
     other = FusedMoE(*sizes, dtype=dtype, seed=None, parallel=layer.parallel, **options)
     for tensor in other.state_dict().values():
@@ -133,7 +134,7 @@ def assert_equal_bits(actual: FusedMoE, expected: FusedMoE) -> None:
 @pytest.mark.parametrize("family", OPTIONS)
 def test_every_family_comes_in_and_goes_out(family, dtype, tmp_path):
     dense = dense_weights(dtype, **OPTIONS[family])
-    expected = FusedMoE.from_dense(**dense, top_k=TOP_K)
+    expected = FusedMoE.from_dense(**dense, top_k=TOP_K, permuted_weights=dtype == "bfloat16")
     tensors = published(family, dense)
     write(tmp_path / "model", tensors)
     layer = empty_like(expected)

@@ -45,6 +45,16 @@ def test_another_quantisation_is_an_error(saved, loaded, key, found, tmp_path):
         assert_same_bits(value.numpy(), before[name])
 
 
+def test_other_slices_of_a_shared_expert_are_an_error(tmp_path):
+    """With replicated tokens all ranks of the grid slice it, so that EP ranks cannot be more either."""
+    save_checkpoint(tmp_path, quantised_model("int8", seed=3))
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path, quantised_model("int8", parallel=Shard(0, 2, 0, 1)))
+    keys = {problem.key for problem in caught.value.problems}
+    assert keys == {f"{name}.shared_{what}" for name in ("first", "second.0")
+                    for what in ("gate_up_weight", "gate_up_scale", "down_weight", "down_scale")}  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("shared_over_grid", [False, True])

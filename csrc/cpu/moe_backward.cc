@@ -81,7 +81,7 @@ struct Layout {
         router_sums(divide_up(b.forward.intermediate_size, kRouterSumColumns)) {
     const Problem& p = b.forward;
     const int64_t inter = p.intermediate_size, size = static_cast<int64_t>(dtype_size(p.dtype));
-    // Units of one row serve as rows too.
+    // Units of one row serve as rows too. Quantised weights have no use for units, and operands of their own.
     const bool hidden_row = recompute && (rows_per_unit > 1 || quantised);
     const int64_t hidden_bytes = hidden_row ? hidden_stride * kUnitBytes : 0;
     const int64_t hidden_unit_bytes =
@@ -220,15 +220,22 @@ class Chunk {
         if (last_) add_weight_tasks(e);
         continue;
       }
+      const Expert& expert = p_.experts[e];
       intermediate_left_[e] =
-          cut(Stage::kIntermediate, e, p_.intermediate_size, 2,
-              w_.quantised ? Storage::kStrided : storage_of(transposed(p_.experts[e].down)));
+          cut(Stage::kIntermediate, e, p_.intermediate_size, 2, transposed_storage(expert.down, expert.down));
       if (previous >= 0) add_later_tasks(previous);
       previous = e;
     }
     if (previous >= 0) add_later_tasks(previous);
     for (int64_t t = 0; (w_.wanted.hidden || w_.wanted.router) && t < num_tokens_; t += kTokensPerCombineTask)
       add(Stage::kCombine, {0, t, std::min(kTokensPerCombineTask, num_tokens_ - t), 0, 0, 0});
+  }
+
+  // How multiply_transposed() has the weights. Decoded ones get blocks as if they were packed, of which two
+  // are what there is room for.
+  Storage transposed_storage(const Matrix& first, const Matrix& second) const {
+    static_assert(kDecodedColumns == 2 * kPackedColumns, "");
+    return w_.quantised ? Storage::kStrided : storage_of(transposed(first), transposed(second));
   }
 
   void add(Stage stage, const GemmBlock& block) {
@@ -250,8 +257,7 @@ class Chunk {
   void add_later_tasks(int64_t e) {
     if (w_.wanted.hidden) {
       const Expert& expert = p_.experts[e];
-      cut(Stage::kHidden, e, p_.hidden_size, 2,
-          w_.quantised ? Storage::kStrided : storage_of(transposed(expert.gate), transposed(expert.up)));
+      cut(Stage::kHidden, e, p_.hidden_size, 2, transposed_storage(expert.gate, expert.up));
     }
     add_weight_tasks(e);
   }

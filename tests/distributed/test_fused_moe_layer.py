@@ -83,13 +83,20 @@ def test_quantized_weights(job):
 
 
 def test_gradients_through_quantized_weights(job):
+    """Of what all ranks hold; also where ranks have no expert, and where rows travel."""
     _, (results, *_) = job
-    layer = FusedMoE.from_dense(**dense_weights(**EVERYTHING), top_k=TOP_K)
-    x = paddle.to_tensor(tokens())
-    x.stop_gradient = False
-    (layer(x) * paddle.to_tensor(tokens(seed=5))).sum().backward()
-    for name, gradient in {"hidden_states": x.grad, "gate_weight": layer.gate_weight.grad}.items():
-        assert 1e-4 < relative_l2(results[f"gradient of {name}, quantized"], gradient.numpy()) < 0.02
+    gates = ("gate_weight", "gate_bias", "shared_gate_weight")
+    for case, parts, names, limit in (
+        ("quantized", EVERYTHING, ("x", *gates), 0.02),
+        ("few", dict(bias=True, num_experts=3), ("x", "gate_weight"), 0.08),
+        ("apart", dict(bias=True), ("x",), 0.02),
+    ):
+        layer = FusedMoE.from_dense(**dense_weights(**parts), top_k=TOP_K)
+        x = paddle.to_tensor(tokens(), stop_gradient=False)
+        (layer(x) * paddle.to_tensor(tokens(seed=5))).sum().backward()
+        for name in names:
+            expected = (x if name == "x" else getattr(layer, name)).grad.numpy()
+            assert 1e-4 < relative_l2(results[f"{case} {name}"], expected) < limit, (case, name)
 
 
 def test_drawn_weights_are_those_of_one_process(job):

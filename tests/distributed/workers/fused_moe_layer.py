@@ -53,6 +53,7 @@ for dtype, reduce, fp32_reduce in itertools.product(
         parallel=parallel,
         reduce=reduce,
         fp32_reduce=fp32_reduce,
+        permuted_weights=fp32_reduce,
     )
     parallel.all_reduce = all_reduce_and_note
     output = layer(paddle.to_tensor(tokens(dtype)))
@@ -77,11 +78,17 @@ with paddle.no_grad():
     record("quantized", quantized(paddle.to_tensor(tokens())))
     few.quantize_("float8_e4m3fn")
     record("three experts in fp8", few(paddle.to_tensor(tokens())))
-x = paddle.to_tensor(tokens())
-x.stop_gradient = False
-(quantized(x) * paddle.to_tensor(tokens(seed=5))).sum().backward()
-record("gradient of hidden_states, quantized", x.grad)
-record("gradient of gate_weight, quantized", quantized.gate_weight.grad)
+# The same tokens on all ranks, as if they were each rank's own.
+apart = FusedMoE.from_dense(
+    **dense_weights(bias=True), top_k=TOP_K, parallel=parallel, dispatch="alltoall"
+).quantize_()
+for name, layer in {"quantized": quantized, "few": few, "apart": apart}.items():
+    x = paddle.to_tensor(tokens(), stop_gradient=False)
+    (layer(x) * paddle.to_tensor(tokens(seed=5))).sum().backward()
+    record(f"{name} x", x.grad)
+    for parameter in ("gate_weight", "gate_bias", "shared_gate_weight"):
+        if layer is not apart and getattr(layer, parameter) is not None:
+            record(f"{name} {parameter}", getattr(layer, parameter).grad)
 
 drawn = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, parallel=parallel, shared_intermediate_size=SHARED, seed=3)
 record("drawn", drawn(paddle.to_tensor(tokens())))
