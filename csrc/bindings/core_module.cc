@@ -220,10 +220,16 @@ class Reader {
     extents_.insert(extents_.end(), other.extents_.begin(), other.extents_.end());
   }
 
-  // A new array on the device of the call; `dtype` is that of the NumPy array that would hold it.
+  // A new array on the device of the call; `dtype` is that of the NumPy array that would hold it. NumPy's own
+  // arrays begin anywhere in a cache line, and only whole lines can be written past the caches.
   py::object empty(const py::dtype& dtype, const std::vector<int64_t>& shape) const {
-    if (!on_gpu()) return py::array(dtype, shape);
-    return library().attr("empty")(first_, dtype_name(dtype_of(dtype)), shape);
+    if (on_gpu()) return library().attr("empty")(first_, dtype_name(dtype_of(dtype)), shape);
+    constexpr py::ssize_t kLine = 64;
+    py::ssize_t bytes = dtype.itemsize();
+    for (const int64_t size : shape) bytes *= size;
+    const py::array_t<uint8_t> owner(bytes + kLine);
+    const auto begin = reinterpret_cast<uintptr_t>(owner.data());
+    return py::array(dtype, shape, owner.data() + (kLine - begin % kLine) % kLine, owner);
   }
 
   const Device& device() const { return device_; }
