@@ -243,7 +243,7 @@ def _paddle_call(forward: Callable, inputs: Inputs, weights: Weights, tensors: l
 
     def call() -> paddle.Tensor:
         for tensor in trained:
-            tensor.clear_gradient(set_to_zero=False)
+            tensor.clear_gradient(False)  # Paddle 3.3 ignores the name
         out = forward()
         out.backward(paddle.to_tensor(inputs.grad, place=paddle.CPUPlace()).astype(out.dtype))
         return trained[0].grad

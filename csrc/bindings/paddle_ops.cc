@@ -134,16 +134,22 @@ Device device_of(const char* name, const paddle::Tensor& tensor) {
                            ", which paddle_moe has no back end for; move the arguments to the CPU");
 }
 
-// Memory on the CPU that outlives the tensors in it. The C library returns arrays of this size to the system
-// when they are freed, and the next step of a training pays for fresh pages, which takes longer than to write
-// gradients into them. What is kept and what is in use together never exceed what was once in use.
+// Memory on the CPU that outlives what is in it. The C library returns large arrays to the system when they
+// are freed, and the next call pays for fresh pages, which takes longer than to write gradients into them.
+// What is kept and what is in use together never exceed what was once in use.
 class KeptMemory {
  public:
-  static constexpr size_t kSmallest = size_t{32} << 20;  // the C library keeps smaller ones by itself
+  struct Block {
+    void* data = nullptr;
+    size_t bytes = 0;
+  };
 
-  static bool is_wanted() {
+  static constexpr size_t kSmallest = size_t{1} << 20;
+
+  static bool is_for(const paddle::Place& place, size_t bytes) {
     static const char* const text = std::getenv("PADDLE_MOE_KEEP_MEMORY");
-    return text == nullptr || std::strcmp(text, "0") != 0;
+    static const bool is_wanted = text == nullptr || std::strcmp(text, "0") != 0;
+    return is_wanted && place.GetType() == phi::AllocationType::CPU && bytes >= kSmallest;
   }
 
   static KeptMemory& instance() {
@@ -157,19 +163,24 @@ class KeptMemory {
     return *memory;
   }
 
-  void* take(size_t bytes) {
+  // A block of bytes .. most_bytes.
+  Block take(size_t bytes, size_t most_bytes) {
     std::vector<void*> dropped;
-    void* block = nullptr;
+    Block block;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      const auto same =
-          std::find_if(free_.begin(), free_.end(), [&](const Block& one) { return one.bytes == bytes; });
-      if (same != free_.end()) {
-        block = same->data;
-        free_bytes_ -= bytes;
-        free_.erase(same);
+      const auto smaller = [&](const Block& a, const Block& b) {
+        return (a.bytes < bytes ? SIZE_MAX : a.bytes) < (b.bytes < bytes ? SIZE_MAX : b.bytes);
+      };
+      const auto best = std::min_element(free_.begin(), free_.end(), smaller);
+      if (best != free_.end() && best->bytes >= bytes && best->bytes <= most_bytes) {
+        block = *best;
+        free_bytes_ -= block.bytes;
+        free_.erase(best);
+      } else {
+        block.bytes = bytes;
       }
-      used_bytes_ += bytes;
+      used_bytes_ += block.bytes;
       most_used_bytes_ = std::max(most_used_bytes_, used_bytes_);
       while (!free_.empty() && used_bytes_ + free_bytes_ > most_used_bytes_) {
         dropped.push_back(free_.front().data);
@@ -178,17 +189,17 @@ class KeptMemory {
       }
     }
     for (void* old : dropped) std::free(old);
-    if (block || posix_memalign(&block, 4096, bytes) == 0) return block;
+    if (block.data || posix_memalign(&block.data, 4096, bytes) == 0) return block;
     std::lock_guard<std::mutex> lock(mutex_);
     used_bytes_ -= bytes;
     throw std::bad_alloc();
   }
 
-  void give_back(void* data, size_t bytes) {
+  void give_back(Block block) {
     std::lock_guard<std::mutex> lock(mutex_);
-    used_bytes_ -= bytes;
-    free_.push_back({data, bytes});
-    free_bytes_ += bytes;
+    used_bytes_ -= block.bytes;
+    free_.push_back(block);
+    free_bytes_ += block.bytes;
   }
 
   // Frees what no tensor uses, and forgets how much was once in use.
@@ -209,40 +220,51 @@ class KeptMemory {
   }
 
  private:
-  struct Block {
-    void* data;
-    size_t bytes;
-  };
-
   std::mutex mutex_;
   std::vector<Block> free_;  // the longest unused first
   size_t used_bytes_ = 0, free_bytes_ = 0, most_used_bytes_ = 0;
 };
 
-// The gradient of a tensor, not yet computed.
+// A tensor between a forward and its backward, or a gradient.
+paddle::Tensor empty_kept(const Shape& shape, paddle::DataType dtype, const paddle::Place& place) {
+  size_t bytes = phi::SizeOf(dtype);
+  for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
+  if (!KeptMemory::is_for(place, bytes)) return paddle::empty(shape, dtype, place);
+  const KeptMemory::Block block = KeptMemory::instance().take(bytes, bytes);
+  return paddle::from_blob(block.data, shape, dtype, phi::DataLayout::NCHW, place,
+                           [block](void*) { KeptMemory::instance().give_back(block); });
+}
+
 paddle::Tensor empty_gradient(const paddle::Tensor& tensor) {
-  const size_t bytes = static_cast<size_t>(tensor.numel()) * phi::SizeOf(tensor.dtype());
-  if (!tensor.is_cpu() || bytes < KeptMemory::kSmallest || !KeptMemory::is_wanted())
-    return paddle::empty(tensor.shape(), tensor.dtype(), tensor.place());
-  return paddle::from_blob(KeptMemory::instance().take(bytes), tensor.shape(), tensor.dtype(),
-                           phi::DataLayout::NCHW, tensor.place(),
-                           [bytes](void* data) { KeptMemory::instance().give_back(data, bytes); });
+  return empty_kept(tensor.shape(), tensor.dtype(), tensor.place());
 }
 
 class Workspace {
  public:
-  Workspace(size_t bytes, const paddle::Place& place)
-      : buffer_(paddle::empty({static_cast<int64_t>(bytes + kAlignment)}, paddle::DataType::UINT8, place)) {}
-
-  void* data() {
-    void* pointer = buffer_.data();
-    size_t space = static_cast<size_t>(buffer_.numel());
-    return std::align(kAlignment, space - kAlignment, pointer, space);
+  Workspace(size_t bytes, const paddle::Place& place) {
+    bytes += kAlignment;
+    if (KeptMemory::is_for(place, bytes)) {
+      // The next call may need a little more or less; what is much larger is left to gradients.
+      block_ = KeptMemory::instance().take(bytes, 2 * bytes);
+    } else {
+      buffer_ = paddle::empty({static_cast<int64_t>(bytes)}, paddle::DataType::UINT8, place);
+    }
+    void* pointer = block_.data ? block_.data : buffer_.data();
+    data_ = std::align(kAlignment, bytes - kAlignment, pointer, bytes);
   }
+  ~Workspace() {
+    if (block_.data) KeptMemory::instance().give_back(block_);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void* data() const { return data_; }
 
  private:
   static constexpr size_t kAlignment = dispatch::kWorkspaceAlignment;
+  KeptMemory::Block block_;
   paddle::Tensor buffer_;
+  void* data_;
 };
 
 // ---------------------------------------------------------------- options
@@ -325,8 +347,8 @@ PaddleTensors experts(const paddle::Tensor& routing_table, const PaddleTensors& 
   paddle::Tensor amax = paddle::empty({problem.num_experts()}, paddle::DataType::FLOAT32, place);
   // An operator has to return what was not computed too, and Paddle 2.6 refuses an empty output.
   const int64_t rows = save_pre_activations ? dispatch::saved_rows(device, problem) : 0;
-  paddle::Tensor pre_activations = paddle::empty(
-      {std::max<int64_t>(1, rows), rows == 0 ? 1 : 2 * problem.intermediate_size}, dtype, place);
+  paddle::Tensor pre_activations =
+      empty_kept({std::max<int64_t>(1, rows), rows == 0 ? 1 : 2 * problem.intermediate_size}, dtype, place);
   Workspace workspace(dispatch::workspace_size(device, problem), place);
   dispatch::mixture_of_experts(device, problem, workspace.data(), out.data(),
                                measurement_mode ? amax.data<float>() : nullptr,
