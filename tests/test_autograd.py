@@ -412,7 +412,7 @@ def test_memory_of_large_gradients_is_kept_unless_told_otherwise():
     assert float(run(PADDLE_MOE_KEEP_MEMORY="0").split()[-2]) > 32
 
 
-# Pages that the system hands out during a call, by those of its scratch memory; what release_memory() returns.
+# Pages that the system hands out during a call and what release_memory() returns, by the scratch memory.
 KEPT_WORKSPACE = """
 import resource
 import numpy as np, paddle, paddle_moe
