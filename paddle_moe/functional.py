@@ -575,8 +575,8 @@ def get_num_threads() -> int:
 
 
 def release_memory() -> int:
-    """Gives back to the system what is kept for gradients on the CPU, as after training; returns its bytes.
+    """Gives the memory that is kept on the CPU for later calls back to the system; returns its bytes.
 
-    Gradients that still exist keep their memory, and a later backward keeps its own again.
+    What tensors still use stays, and a later call keeps its own again: docs/training.md, "Memory that stays".
     """
     return _library.paddle_moe_release_memory()
