@@ -20,7 +20,7 @@ from families import (
     in_no_file,
     logits,
     loss_and_gradients,
-    outputs_of_blocks,
+    results_of_blocks,
     set_to_zero,
 )
 
@@ -59,7 +59,7 @@ for family in models.FAMILIES:
     assert_same_tensors({name: one.numpy() for name, one in built.state_dict().items()}, local)
     np.testing.assert_array_equal(logits(built), results[f"{family.name} logits"])
     integration.quantize_experts(built, "int8")
-    for rounded, exact in zip(outputs_of_blocks(built, family), outputs_of_blocks(model, family)):
+    for rounded, exact in zip(results_of_blocks(built, family), results_of_blocks(model, family)):
         assert 1e-4 < relative_l2(rounded, exact) < 0.03, family.name
 
     slices = {id(one.parameter): one for block in blocks_of(model, family) for one in block.slices()}
