@@ -244,6 +244,8 @@ def options(*include_dirs: str) -> dict:
 
 ops = CppExtension(["csrc/bindings/paddle_ops.cc"], **options())
 ops.name = "paddle_moe._ops"  # Paddle 2.6 takes no name
+if int(paddle.__version__.partition(".")[0]) >= 3:
+    ops.define_macros += [("PADDLE_MOE_KEPT_GRADIENTS", None)]
 if paddle.is_compiled_with_cuda() and TOOLKIT:
     # The second leaves out headers of Paddle that need cuBLAS and others.
     ops.define_macros += [("PADDLE_WITH_CUDA", None), ("PADDLE_NO_PYTHON", None)]

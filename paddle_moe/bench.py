@@ -311,6 +311,7 @@ def _report(earlier: dict | None, results: list[dict]) -> dict:
     def case(result: dict) -> tuple:
         return tuple(result[k] for k in Case.__dataclass_fields__)
 
+    report["versions"] = {**earlier.get("versions", {}), **report["versions"]}
     cases = {case(result): result for result in [*earlier["results"], *results]}
     order = sorted(cases, key=lambda c: (c[0], c[5] != "float32", c))
     return {**report, "results": [cases[c] for c in order]}

@@ -9,7 +9,8 @@ has, for N ranks,
     state-TAG-0000R-of-0000N.json                  random number generators of the rank
 
 A tensor that one rank holds whole is stored under its name, as in any safetensors file; a part of one as
-`name[E=0:4,I=0:512]` with the ranges that it has of the dense tensor (see FusedMoE.parts). Files of a save
+`name[E=0:4,I=0:512]` with the ranges that it has of the dense tensor (see FusedMoE.parts). Weights of experts
+are [in, out], those that the index names under `transposed` [out, in]. Files of a save
 have a tag of their own, and the index is replaced at the end, by a rename: whenever a save is killed, the
 directory still has the checkpoint before.
 """
@@ -63,7 +64,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
 
+# Version 2: with an entry `transposed`.
 FORMAT, VERSION = "paddle_moe", 1
+VERSIONS = (1, 2)
 # Including what a killed save leaves: the index that it was about to put in place, the file that safetensors
 # was writing. All ranks have written theirs when the others are removed.
 _OWN_FILE = re.compile(
@@ -288,8 +291,16 @@ def save_checkpoint(
         json.dumps(index)
     except (TypeError, ValueError) as error:
         raise ValueError(f"state and the learning rate scheduler must be fit for JSON: {error}") from error
-    if transposed := [name for held in kept.values() for name, one in held.items() if one.transposed]:
-        index["transposed"] = transposed
+    own = [name for name, one in holdings.items() if one.transposed]
+    everyone = exchange(parallel, own, "starting to save", path)
+    if others := [rank for rank, names in enumerate(everyone) if names != everyone[0]]:
+        raise ValueError(
+            "model: permuted_weights must be the same on all ranks, and is another on the ranks"
+            f" {others} than on rank 0"
+        )
+    transposed = [name for held in kept.values() for name, one in held.items() if one.transposed]
+    if transposed:
+        index["transposed"], index["metadata"]["version"] = transposed, 2
     tensors = {kind: pieces_to_write(held, parallel) for kind, held in kept.items()}
     if parallel is None or parallel.dp_rank == 0:
         for kind, held in kept.items():
@@ -550,7 +561,11 @@ def _check_index(path: Path, index: Mapping[str, Any], optimizers: Sequence[Any]
     metadata = index.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
     problems = differs("metadata.format", FORMAT, metadata.get("format"))
-    problems = problems or differs("metadata.version", VERSION, metadata.get("version"))
+    if not problems and metadata.get("version") not in VERSIONS:
+        problems = differs("metadata.version", " or ".join(map(str, VERSIONS)), metadata.get("version"))
+    transposed = index.get("transposed", [])
+    if not problems and not isinstance(transposed, list):
+        problems = differs("transposed", "a list of names", transposed)
     if problems or not optimizers:
         return problems
     problems = differs(
@@ -577,6 +592,7 @@ def _plan(
 ) -> Plan:
     """elsewhere: parameters of which this rank holds nothing, and so knows no optimizer state either."""
     transposed = files.index.get("transposed", [])
+    transposed = transposed if isinstance(transposed, list) else []  # _check_index() says so
     wholes = {name: one.whole_in_files(name in transposed) for name, one in holdings.items()}
     sources, problems = stored_parts(files, wholes)
     targets = {

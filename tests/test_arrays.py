@@ -139,3 +139,14 @@ def test_workspace_may_hold_anything_and_lie_anywhere():
     for offset in (0, 1, 17):
         memory = np.full(size + offset, 255, "uint8")
         np.testing.assert_array_equal(core.mixture_of_experts(**arrays, workspace=memory[offset:]), expected)
+
+
+def test_new_arrays_begin_a_cache_line():
+    """Whole lines can be written past the caches."""
+    given = arguments()
+    gradients = core.mixture_of_experts_backward(given["hidden_states"], **given)
+    empty = core.gate(given["hidden_states"][:0], np.ones((H, E), np.float32))
+    arrays = [core.mixture_of_experts(**given), empty, *(one for one in gradients if one is not None)]
+    for array in arrays:
+        assert array.ctypes.data % 64 == 0 and array.flags.writeable and array.flags.c_contiguous
+    assert empty.shape == (0, E)

@@ -135,8 +135,12 @@ Device device_of(const char* name, const paddle::Tensor& tensor) {
 }
 
 // Memory on the CPU that outlives what is in it. The C library returns large arrays to the system when they
-// are freed, and the next call pays for fresh pages, which takes longer than to write gradients into them.
-// What is kept and what is in use together never exceed what was once in use.
+// are freed, and the next call pays for fresh pages, which takes longer than to write into them.
+//
+// Scratch memory: a call takes the smallest block that is large enough, or replaces the largest one, so that
+// there are as many as calls have run at once. Gradients, whose sizes come again in the next step: blocks of
+// exactly that size; those that are kept and those that are in use together never exceed what was once in
+// use.
 class KeptMemory {
  public:
   struct Block {
@@ -144,12 +148,13 @@ class KeptMemory {
     size_t bytes = 0;
   };
 
-  static constexpr size_t kSmallest = size_t{1} << 20;
+  static constexpr size_t kSmallestScratch = size_t{1} << 20;
+  static constexpr size_t kSmallestGradient = size_t{32} << 20;  // the C library keeps smaller ones by itself
 
-  static bool is_for(const paddle::Place& place, size_t bytes) {
+  static bool is_for(const paddle::Place& place, size_t bytes, size_t smallest) {
     static const char* const text = std::getenv("PADDLE_MOE_KEEP_MEMORY");
     static const bool is_wanted = text == nullptr || std::strcmp(text, "0") != 0;
-    return is_wanted && place.GetType() == phi::AllocationType::CPU && bytes >= kSmallest;
+    return is_wanted && place.GetType() == phi::AllocationType::CPU && bytes >= smallest;
   }
 
   static KeptMemory& instance() {
@@ -163,51 +168,73 @@ class KeptMemory {
     return *memory;
   }
 
-  // A block of bytes .. most_bytes.
-  Block take(size_t bytes, size_t most_bytes) {
-    std::vector<void*> dropped;
-    Block block;
+  // At least `bytes`.
+  Block take_scratch(size_t bytes) {
+    Block block, replaced;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      const auto smaller = [&](const Block& a, const Block& b) {
-        return (a.bytes < bytes ? SIZE_MAX : a.bytes) < (b.bytes < bytes ? SIZE_MAX : b.bytes);
-      };
-      const auto best = std::min_element(free_.begin(), free_.end(), smaller);
-      if (best != free_.end() && best->bytes >= bytes && best->bytes <= most_bytes) {
-        block = *best;
-        free_bytes_ -= block.bytes;
-        free_.erase(best);
-      } else {
-        block.bytes = bytes;
+      const auto smaller = [](const Block& a, const Block& b) { return a.bytes < b.bytes; };
+      auto found = std::lower_bound(scratch_.begin(), scratch_.end(), Block{nullptr, bytes}, smaller);
+      if (found != scratch_.end()) {
+        block = *found;
+        scratch_.erase(found);
+      } else if (!scratch_.empty()) {
+        replaced = scratch_.back();
+        scratch_.pop_back();
       }
-      used_bytes_ += block.bytes;
-      most_used_bytes_ = std::max(most_used_bytes_, used_bytes_);
-      while (!free_.empty() && used_bytes_ + free_bytes_ > most_used_bytes_) {
+    }
+    std::free(replaced.data);
+    return block.data ? block : Block{allocate(bytes), bytes};
+  }
+
+  void give_scratch_back(Block block) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto smaller = [](const Block& a, const Block& b) { return a.bytes < b.bytes; };
+    scratch_.insert(std::upper_bound(scratch_.begin(), scratch_.end(), block, smaller), block);
+  }
+
+  void* take(size_t bytes) {
+    std::vector<void*> dropped;
+    void* block = nullptr;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const auto same =
+          std::find_if(free_.begin(), free_.end(), [&](const Block& one) { return one.bytes == bytes; });
+      if (same != free_.end()) {
+        block = same->data;
+        free_bytes_ -= bytes;
+        free_.erase(same);
+      }
+      const size_t most = std::max(most_used_bytes_, used_bytes_ + bytes);
+      while (!free_.empty() && used_bytes_ + bytes + free_bytes_ > most) {
         dropped.push_back(free_.front().data);
         free_bytes_ -= free_.front().bytes;
         free_.erase(free_.begin());
       }
     }
     for (void* old : dropped) std::free(old);
-    if (block.data || posix_memalign(&block.data, 4096, bytes) == 0) return block;
+    if (!block) block = allocate(bytes);
+    std::lock_guard<std::mutex> lock(mutex_);
+    used_bytes_ += bytes;
+    most_used_bytes_ = std::max(most_used_bytes_, used_bytes_);
+    return block;
+  }
+
+  void give_back(void* data, size_t bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
     used_bytes_ -= bytes;
-    throw std::bad_alloc();
+    free_.push_back({data, bytes});
+    free_bytes_ += bytes;
   }
 
-  void give_back(Block block) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    used_bytes_ -= block.bytes;
-    free_.push_back(block);
-    free_bytes_ += block.bytes;
-  }
-
-  // Frees what no tensor uses, and forgets how much was once in use.
+  // Frees what nothing uses, and forgets how much was once in use.
   size_t release() {
     std::vector<Block> released;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       released.swap(free_);
+      released.insert(released.end(), scratch_.begin(), scratch_.end());
+      scratch_.clear();
       most_used_bytes_ = used_bytes_;
       free_bytes_ = 0;
     }
@@ -220,40 +247,49 @@ class KeptMemory {
   }
 
  private:
+  // What is kept must not be what is missing.
+  void* allocate(size_t bytes) {
+    void* data = nullptr;
+    if (posix_memalign(&data, 4096, bytes) != 0) {
+      release();
+      if (posix_memalign(&data, 4096, bytes) != 0) throw std::bad_alloc();
+    }
+    return data;
+  }
+
   std::mutex mutex_;
-  std::vector<Block> free_;  // the longest unused first
-  size_t used_bytes_ = 0, free_bytes_ = 0, most_used_bytes_ = 0;
+  std::vector<Block> scratch_;                                    // the smallest first
+  std::vector<Block> free_;                                       // of gradients, the longest unused first
+  size_t used_bytes_ = 0, free_bytes_ = 0, most_used_bytes_ = 0;  // of gradients
 };
 
-// A tensor between a forward and its backward, or a gradient.
-paddle::Tensor empty_kept(const Shape& shape, paddle::DataType dtype, const paddle::Place& place) {
-  size_t bytes = phi::SizeOf(dtype);
-  for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
-  if (!KeptMemory::is_for(place, bytes)) return paddle::empty(shape, dtype, place);
-  const KeptMemory::Block block = KeptMemory::instance().take(bytes, bytes);
-  return paddle::from_blob(block.data, shape, dtype, phi::DataLayout::NCHW, place,
-                           [block](void*) { KeptMemory::instance().give_back(block); });
-}
-
+// The gradient of a tensor, not yet computed.
 paddle::Tensor empty_gradient(const paddle::Tensor& tensor) {
-  return empty_kept(tensor.shape(), tensor.dtype(), tensor.place());
+#ifdef PADDLE_MOE_KEPT_GRADIENTS  // not by setup.py before Paddle 3.0, whose from_blob calls the wrong
+                                  // deleters
+  const size_t bytes = static_cast<size_t>(tensor.numel()) * phi::SizeOf(tensor.dtype());
+  if (KeptMemory::is_for(tensor.place(), bytes, KeptMemory::kSmallestGradient)) {
+    return paddle::from_blob(KeptMemory::instance().take(bytes), tensor.shape(), tensor.dtype(),
+                             phi::DataLayout::NCHW, tensor.place(),
+                             [bytes](void* data) { KeptMemory::instance().give_back(data, bytes); });
+  }
+#endif
+  return paddle::empty(tensor.shape(), tensor.dtype(), tensor.place());
 }
 
 class Workspace {
  public:
   Workspace(size_t bytes, const paddle::Place& place) {
     bytes += kAlignment;
-    if (KeptMemory::is_for(place, bytes)) {
-      // The next call may need a little more or less; what is much larger is left to gradients.
-      block_ = KeptMemory::instance().take(bytes, 2 * bytes);
-    } else {
+    if (KeptMemory::is_for(place, bytes, KeptMemory::kSmallestScratch))
+      block_ = KeptMemory::instance().take_scratch(bytes);
+    else
       buffer_ = paddle::empty({static_cast<int64_t>(bytes)}, paddle::DataType::UINT8, place);
-    }
     void* pointer = block_.data ? block_.data : buffer_.data();
     data_ = std::align(kAlignment, bytes - kAlignment, pointer, bytes);
   }
   ~Workspace() {
-    if (block_.data) KeptMemory::instance().give_back(block_);
+    if (block_.data) KeptMemory::instance().give_scratch_back(block_);
   }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
@@ -347,8 +383,8 @@ PaddleTensors experts(const paddle::Tensor& routing_table, const PaddleTensors& 
   paddle::Tensor amax = paddle::empty({problem.num_experts()}, paddle::DataType::FLOAT32, place);
   // An operator has to return what was not computed too, and Paddle 2.6 refuses an empty output.
   const int64_t rows = save_pre_activations ? dispatch::saved_rows(device, problem) : 0;
-  paddle::Tensor pre_activations =
-      empty_kept({std::max<int64_t>(1, rows), rows == 0 ? 1 : 2 * problem.intermediate_size}, dtype, place);
+  paddle::Tensor pre_activations = paddle::empty(
+      {std::max<int64_t>(1, rows), rows == 0 ? 1 : 2 * problem.intermediate_size}, dtype, place);
   Workspace workspace(dispatch::workspace_size(device, problem), place);
   dispatch::mixture_of_experts(device, problem, workspace.data(), out.data(),
                                measurement_mode ? amax.data<float>() : nullptr,

@@ -87,6 +87,13 @@ except RuntimeError as error:
     )
 assert not (target / "refused" / "model.safetensors.index.json").exists()
 
+try:
+    save_checkpoint(target / "mixed", ThreeExperts(parallel=own, permuted_weights=own.rank == 0))
+except ValueError as error:
+    assert "permuted_weights must be the same on all ranks, and is another on the ranks [1, " in str(error)
+else:
+    raise AssertionError("weights that only one rank stores [out, in] were saved")
+
 # The layout of a model: written by this grid, and read by it with the bytes that its shards need.
 expected = Model("bfloat16", seed=3, parallel=own).first
 save_moe_weights(target / "published", {"model.layers.0.mlp": expected}, LAYOUT)
