@@ -405,6 +405,9 @@ assert (fourth.numpy() == expected).all()
 """
 
 
+@pytest.mark.skipif(
+    int(paddle.__version__.partition(".")[0]) < 3, reason="its from_blob calls the deleters of other tensors"
+)
 def test_memory_of_large_gradients_is_kept_unless_told_otherwise():
     run = functools.partial(checks.run_python, "-c", KEPT_MEMORY, timeout=120, PADDLE_MOE_NUM_THREADS="1")
     same, shrunk, released = run().split()[-3:]
