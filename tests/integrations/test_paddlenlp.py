@@ -490,7 +490,7 @@ def test_quantized_experts(family, tmp_path):
     assert len(generated(model)) == len(generated(accelerate(build(family))))
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", sorted({"mixtral", "qwen2_moe", "deepseek_v3"} & family_of.keys()))
 def test_adapters_train_with_quantized_experts(name):
     model = integration.quantize_experts(accelerate(build(family_of[name])), "int4")
     lora = LoRAModel(model, LoRAConfig(target_modules=[".*q_proj.*", ".*o_proj.*"], r=4, lora_alpha=8))
