@@ -135,9 +135,7 @@ def _holdings(model: nn.Layer) -> dict[str, _Holding]:
                 name, tensor = f"{prefix}.{attribute}".lstrip("."), getattr(layer, attribute)
                 if tensor is not None and list(tensor.shape) != part.shape:
                     raise ValueError(f"model: {name} should have the shape {part.shape}, got {tensor.shape}")
-                transposed = (
-                    layer.permuted_weights and layer.quantized is None and attribute in EXPERT_WEIGHTS
-                )
+                transposed = layer.permuted_weights and attribute in EXPERT_WEIGHTS
                 holdings[name] = _Holding(tensor, part, dense[attribute], transposed=transposed)
         elif isinstance(layer, MoEBlock):
             here = {id(tensor) for tensor in layer.state_dict().values()}
