@@ -134,7 +134,7 @@ struct DecodeTask {
   DType dtype;
   Scale scale;  // at the same; its groups begin where the block does, or single elements have their own
   int64_t num_in, num_out;
-  float* block;  // whole runs of kDecodedRun are written, to rows and columns that are not there too
+  float* block;  // of each row whole runs of kDecodedRun may be written
   int64_t block_stride;
 };
 constexpr int64_t kDecodedRun = 64;

@@ -144,6 +144,8 @@ def results_of_blocks(model, family: Family) -> list[np.ndarray]:
 
 def assert_adapters_train(lora) -> None:
     """Those of the attention, in front of experts that are quantised."""
+    lora.mark_only_lora_as_trainable()
+    lora.train()
     ids = paddle.to_tensor(np.random.default_rng(0).integers(0, 60, [4, 16]))
     trained = {name: one for name, one in lora.named_parameters() if not one.stop_gradient}
     assert trained and all("lora" in name for name in trained)
