@@ -6,6 +6,8 @@ Paddle.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -65,3 +67,10 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
+
+
+# paddle.jit.load and paddle.inference look for the operators by name; so they are there once Paddle and then
+# this package are imported.
+if "paddle" in sys.modules:
+    with contextlib.suppress(ImportError, RuntimeError):  # said where an operator is used
+        import_module("paddle_moe.functional")

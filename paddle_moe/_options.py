@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from paddle_moe._core import LAST_EXPERT_PASSED, MAX_THREADS
+from paddle_moe._compiled import _core
 
 
 def flag(name: str, value: Any) -> bool:
@@ -47,8 +47,14 @@ def positive(name: str, value: Any) -> float:
 
 
 def dtype_name(dtype: Any) -> Any:
-    """'float32' for 'float32' and for paddle.float32."""
-    return str(dtype).rpartition(".")[2]
+    """'float32' for 'float32', paddle.float32 and numpy.float32."""
+    return dtype.__name__ if isinstance(dtype, type) else str(dtype).rpartition(".")[2]
+
+
+def type_name(value: Any) -> str:
+    """Of what was passed, for messages; tensors of several libraries have the same name."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def text(name: str, value: Any) -> str:
@@ -91,12 +97,12 @@ def optional_array_list(name: str, value: Any) -> list | None:
 
 
 def last_expert(name: str, value: Any) -> int:
-    return LAST_EXPERT_PASSED if value is None else integer(name, value)
+    return _core.LAST_EXPERT_PASSED if value is None else integer(name, value)
 
 
 def thread_count(name: str, value: Any) -> int:
-    if not 0 <= integer(name, value) <= MAX_THREADS:
-        raise ValueError(f"{name} must be from 0 (the default) to {MAX_THREADS}, got {value}")
+    if not 0 <= integer(name, value) <= _core.MAX_THREADS:
+        raise ValueError(f"{name} must be from 0 (the default) to {_core.MAX_THREADS}, got {value}")
     return value
 
 

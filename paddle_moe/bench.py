@@ -380,6 +380,12 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[int, ...
             f"like 1,8, --rounds at least 1, --dtypes from {', '.join(TOLERANCE)}, --variants from "
             f"{', '.join(VARIANTS)}" + (f"; got {', '.join(unknown)}" if unknown else "")
         )
+    quantised = [dtype for dtype in arguments.dtypes.split(",") if Case(*shapes[0], 1, dtype).is_quantised]
+    if not names or quantised and set(names) <= set(WITHOUT_QUANTISED):
+        what = "--backward" if not names else f"--dtypes {quantised[0]}"
+        raise ValueError(f"--variants must have one that is able to do {what}, got {arguments.variants}")
+    if arguments.merge and not arguments.out:
+        raise ValueError("--merge needs --out FILE.json")
     for option in ("out", "picture"):
         path = getattr(arguments, option)
         if path and (path.is_dir() or not path.parent.is_dir()):
@@ -391,7 +397,7 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[int, ...
     except ValueError as error:
         raise ValueError(f"--threads: {error}") from None
     earlier = None
-    if arguments.merge and arguments.out and arguments.out.exists():
+    if arguments.merge and arguments.out.exists():
         try:
             earlier = json.loads(arguments.out.read_text())
             _report(earlier, [])

@@ -38,7 +38,7 @@ from paddle.base.core import GeneratorState
 from paddle.base.layer_helper import LayerHelper
 from paddle.distributed.fleet.meta_parallel.meta_parallel_base import MetaParallelBase
 from paddle.optimizer.lr import LRScheduler
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from paddle_moe.compat.safetensors_paddle import save_file
 from paddle_moe.integrations.blocks import MoEBlock
@@ -262,7 +262,7 @@ def save_checkpoint(
             everything else is the same on all. paddle.DataParallel and fleet's wrappers are looked through.
         optimizer: its moments, master weights and learning rate scheduler are saved. Or a list of several.
         state: what else the job needs to go on, for example the step and the position in the data; anything
-            that JSON can hold. `load_checkpoint` returns it.
+            that JSON can hold. `load_checkpoint` returns it, on every rank that of rank 0.
         parallel: the ranks; None: those of the FusedMoE layers of the model.
 
     Raises:
@@ -377,18 +377,19 @@ def write_files(
             if state is not None:
                 written.append(name_of("state", "json"))
                 _write_text(written[-1], json.dumps(state))
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # whatever it is, the other ranks wait for this one
             failure = f"{type(error).__name__}: {error}"
-        reports = exchange(parallel, [[file.name for file in written], failure], "writing the files of", path)
+        own = [[file.name for file in written], failure]
+        reports = exchange(parallel, own, "writing the files of", path, after_files=True)
         failures = [f"rank {other}: {why}" for (other, _), (_, why) in zip(everyone, reports) if why]
         if not failures and number == 0:
             temporary = path / f"{INDEX_NAME}.{os.getpid()}.tmp"
             written.append(temporary)
             try:
                 _commit(path, [name for names, _ in reports for name in names], tensors, index, temporary)
-            except (OSError, SafetensorError) as error:
+            except Exception as error:
                 failure = f"{type(error).__name__}: {error}"
-    reports = exchange(parallel, failure, "writing the index of", path)
+    reports = exchange(parallel, failure, "writing the index of", path, after_files=True)
     failures += [f"rank {other}: {why}" for (other, _), why in zip(everyone, reports) if why]
     if failures:
         for file in written:

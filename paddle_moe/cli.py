@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         benchmark.add_arguments(bench)
 
     chosen = parser.parse_args(arguments)
-    return chosen.run(chosen)
+    try:
+        code = chosen.run(chosen)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
+    return code
 
 
 def _logs(arguments: argparse.Namespace) -> int:

@@ -23,14 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-try:
-    from paddle_moe import _core
-except ImportError as error:
-    raise RuntimeError(
-        f"the compiled module paddle_moe._core cannot be imported ({error}); build it with "
-        "`pip install --no-build-isolation .`, or inside a clone with `python setup.py build_ext --inplace`"
-    ) from error
-
+from paddle_moe._compiled import _core
 from paddle_moe._options import EXPERTS_OPTIONS, ROUTE_OPTIONS, WEIGHTS, checked, flag, thread_count
 
 __all__ = [

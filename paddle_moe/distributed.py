@@ -274,21 +274,22 @@ class ParallelContext:
         else:
             self.all_reduce(self.all_reduce(paddle.zeros([1], "int32"), "grid"), "dp")
 
-    def exchange(self, value: Any, what: str, detail: str = "") -> list[Any]:
-        """The values of all ranks of all grids, in the same order on each; any that JSON can hold.
+    def exchange(self, value: Any, what: str, detail: str = "", after_files: bool = False) -> list[Any]:
+        """The values of all ranks of all grids, by rank; any that JSON can hold.
 
-        `what` says what the ranks are doing, and must be the same on all; messages add `detail` to it.
+        `what` says what the ranks are doing, and must be the same on all; messages add `detail` to it. With
+        after_files the time limit does not count what a rank that is still missing takes for files.
         """
         if self._watchdog is not None:
-            return self._watchdog.exchange(value, what, detail)
-        values = [value]
+            return self._watchdog.exchange(value, what, detail, after_files)
+        values = {self.rank: value}
         grid_groups = [self.ep_group, self.tp_group] if self.grid_group is None else [self.grid_group]
         for group in (*grid_groups, self.dp_group):
             if group.nranks > 1:
                 gathered: list[Any] = []
                 dist.all_gather_object(gathered, values, group=group)
-                values = [value for part in gathered for value in part]
-        return values
+                values = {rank: one for part in gathered for rank, one in part.items()}
+        return [values[rank] for rank in sorted(values)]
 
     def check_same_routing(
         self, routing_table: paddle.Tensor, router_weights: paddle.Tensor | None = None
@@ -432,7 +433,8 @@ def init_distributed(
         ep_size: number of expert shards.
         tp_size: number of slices of the intermediate dimension.
         dp_size: number of EP x TP grids, each of which gets tokens of its own.
-        timeout_seconds: how long a rank waits for the others here, in `barrier` and in `all_reduce`.
+        timeout_seconds: how long a rank waits for the others here, in `barrier` and in `all_reduce`. While
+            checkpoints are saved and loaded, how long a rank that others wait for may read and write nothing.
 
     Raises:
         ValueError: a size is no integer, timeout_seconds is not positive and finite, ep_size * tp_size *
@@ -447,14 +449,14 @@ def init_distributed(
     ep_size, tp_size, dp_size = checked(dict.fromkeys(sizes, integer), sizes)
     rank = _launcher_number("PADDLE_TRAINER_ID", "0")
     world_size = _launcher_number("PADDLE_TRAINERS_NUM", "1")
-    if world_size == 1:
-        rank_grid(1, ep_size, tp_size, dp_size)
-        return ParallelContext(*(Group(0, 0, [0]) for _ in range(3)))
     if not 0 <= rank < world_size:
         raise RuntimeError(
             f"PADDLE_TRAINER_ID must be between 0 and PADDLE_TRAINERS_NUM - 1 = {world_size - 1}, got {rank};"
-            " start the ranks with python -m paddle.distributed.launch"
+            " start the ranks with python -m paddle.distributed.launch, or unset it for one rank"
         )
+    if world_size == 1:
+        rank_grid(1, ep_size, tp_size, dp_size)
+        return ParallelContext(*(Group(0, 0, [0]) for _ in range(3)))
 
     watchdog = Watchdog(rank, timeout_seconds)
     _report_the_end(watchdog)

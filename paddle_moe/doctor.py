@@ -35,7 +35,11 @@ PROBE_SECONDS = 120  # for one process, importing Paddle on a busy machine inclu
 LAUNCH_SECONDS = 180
 
 _PACKAGE = Path(__file__).resolve().parent
-_REBUILD = "in a clone of paddle_moe run `pip install --no-build-isolation .` with Paddle installed"
+_REBUILD = (
+    "this clone hides an installed paddle_moe: leave it, or run `python setup.py build_ext --inplace`"
+    if (_PACKAGE.parent / "setup.py").exists()
+    else "in a clone of paddle_moe run `pip install --no-build-isolation .` with Paddle installed"
+)
 
 
 @dataclass
@@ -378,8 +382,11 @@ def _relative_error(actual: Any, expected: Any) -> float:
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
+_ANSWER = "paddle_moe answers: "
+
+
 def _answer(facts: dict[str, Any]) -> None:
-    print(json.dumps(facts), flush=True)
+    print(_ANSWER + json.dumps(facts), flush=True)
 
 
 # ---------------------------------------------------------------- running them
@@ -399,9 +406,10 @@ def _probe(function: str) -> tuple[dict[str, Any] | None, str]:
         return None, f"no answer within {PROBE_SECONDS} s"
     if code < 0:
         return None, f"the process was ended by {signal.Signals(-code).name}"
-    if code:
+    answers = [line[len(_ANSWER) :] for line in output.splitlines() if line.startswith(_ANSWER)]
+    if code or not answers:
         return None, _last_line(output)
-    return json.loads(_last_line(output)), ""
+    return json.loads(answers[-1]), ""
 
 
 def _run(command: list[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:

@@ -25,8 +25,16 @@ from paddle.base.layer_helper import LayerHelper
 from paddle.framework import in_dynamic_mode, in_dynamic_or_pir_mode
 from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
-from paddle_moe._options import EXPERTS_OPTIONS, ROUTE_OPTIONS, WEIGHTS, checked, flag, thread_count
-from paddle_moe.core import _core  # says what to do where it is missing
+from paddle_moe._compiled import BUILD_HINT, _core
+from paddle_moe._options import (
+    EXPERTS_OPTIONS,
+    ROUTE_OPTIONS,
+    WEIGHTS,
+    checked,
+    flag,
+    thread_count,
+    type_name,
+)
 
 try:
     from paddle.jit.marker import unified
@@ -48,20 +56,16 @@ Weights = Union[Tensor, Sequence[Tensor]]
 
 
 def _load_library() -> ctypes.CDLL:
-    build_hint = (
-        "build it against this Paddle with `pip install --no-build-isolation .`, or inside a clone with "
-        "`python setup.py build_ext --inplace`"
-    )
     spec = find_spec("paddle_moe._ops")
     if spec is None:
-        raise RuntimeError(f"the compiled operators of paddle_moe are missing; {build_hint}")
+        raise RuntimeError(f"the compiled operators of paddle_moe are missing; {BUILD_HINT}")
     try:
         load_op_meta_info_and_register_op(spec.origin)
         return ctypes.CDLL(spec.origin)
     except Exception as error:
         raise RuntimeError(
             f"the compiled operators of paddle_moe ({spec.origin}) cannot be loaded into Paddle "
-            f"{paddle.__version__}: {error}; {build_hint}"
+            f"{paddle.__version__}: {error}; {BUILD_HINT}"
         ) from error
 
 
@@ -103,9 +107,9 @@ class _EagerOperator:
                 continue
             items = value if "VECTOR" in kinds and isinstance(value, list) else [value]
             for index, item in enumerate(items):
-                if not isinstance(item, _TENSOR_TYPES):
+                if not isinstance(item, TENSOR_TYPES):
                     entry = f"{name}[{index}]" if len(items) > 1 else name
-                    raise ValueError(f"{entry} must be a paddle.Tensor, got {type(item).__name__}") from None
+                    raise ValueError(f"{entry} must be a paddle.Tensor, got {type_name(item)}") from None
 
 
 class _Operator(_EagerOperator):
@@ -207,12 +211,12 @@ def _cast(tensor: Any, dtype: paddle.dtype) -> Any:
     if isinstance(tensor, list):
         return [_cast(item, dtype) for item in tensor]
     floats = (paddle.float32, paddle.bfloat16, paddle.float16)
-    if not isinstance(tensor, _TENSOR_TYPES) or tensor.dtype == dtype or tensor.dtype not in floats:
+    if not isinstance(tensor, TENSOR_TYPES) or tensor.dtype == dtype or tensor.dtype not in floats:
         return tensor
     return tensor.astype(dtype)
 
 
-_TENSOR_TYPES = (Tensor, paddle.static.Variable, paddle.pir.Value)
+TENSOR_TYPES = (Tensor, paddle.static.Variable, paddle.pir.Value)
 
 
 @unified
@@ -225,10 +229,16 @@ def reshape_like(output: Tensor, tensor: Tensor) -> Tensor:
     return output.reshape(shape)
 
 
+def expect_dtype(name: str, tensor: Tensor, dtype: paddle.dtype, whose: str) -> None:
+    if tensor.dtype != dtype:
+        expected, got = (str(one).rpartition(".")[2] for one in (dtype, tensor.dtype))
+        raise ValueError(f"{name} must have the dtype {whose}, {expected}, got {got}")
+
+
 def _specification(argument: Any) -> Any:
     if isinstance(argument, list):
         return [_specification(item) for item in argument]
-    if isinstance(argument, _TENSOR_TYPES):
+    if isinstance(argument, TENSOR_TYPES):
         return _core.Spec(str(argument.dtype).rpartition(".")[2], list(argument.shape))
     return argument
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 import numpy as np
@@ -14,30 +13,16 @@ import paddle
 from paddle import nn
 
 from paddle_moe import _core, core, functional
-from paddle_moe._options import ROUTE_OPTIONS, at_least, checked, dtype_name, flag, one_of
-from paddle_moe.all_to_all import all_to_all_experts
-from paddle_moe.collectives import enter_shards, leave_shards, no_contribution
-from paddle_moe.params import (
-    EXPERT_WEIGHTS,
-    LayerShard,
-    Part,
-    random_down,
-    random_gate_up,
-    random_gate_weight,
-    shard_range,
-)
-from paddle_moe.quantization import (
-    check_options,
-    check_shards,
-    check_weight,
-    quantised_parts,
-    quantize_stack,
-)
+from paddle_moe._options import ROUTE_OPTIONS, at_least, checked, dtype_name, flag, one_of, type_name
+from paddle_moe.collectives import leave_shards, no_contribution
+from paddle_moe.layer_weights import DTYPES, ShardedWeights, as_tensor
+from paddle_moe.logs import RankLogger
+from paddle_moe.params import PLACE, LayerShard, shard_range
 from paddle_moe.router import Router
+from paddle_moe.sharded import partial_sum
 
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
-    from paddle_moe.logs import RankLogger
 
 
 T = TypeVar("T")
@@ -50,20 +35,10 @@ _CHECKS = {
     "shared_intermediate_size": at_least(0, " (0: none)"),
     "dispatch": one_of("replicated", "alltoall"),
     "reduce": one_of("two", "one"),
-    "dtype": one_of("float32", "bfloat16", "float16"),
+    "dtype": one_of(*DTYPES),
     **dict.fromkeys(("gate_bias", "gate_up_bias", "down_bias", "shared_gate", "correction_bias"), flag),
     **dict.fromkeys(("fp32_reduce", "recompute", "permuted_weights"), flag),
 }
-
-
-def keep_dtypes(func: Callable, kept: Any) -> Callable:
-    """The conversion that nn.Layer._apply is given, but for these tensors without another dtype."""
-    places = {tensor.data_ptr() for tensor in kept}
-
-    def convert(tensor, device, dtype, blocking):
-        return func(tensor, device, tensor.dtype if tensor.data_ptr() in places else dtype, blocking)
-
-    return convert
 
 
 def _now(tensor: paddle.Tensor) -> float:
@@ -71,10 +46,6 @@ def _now(tensor: paddle.Tensor) -> float:
     if tensor.place.is_gpu_place():
         paddle.device.synchronize()
     return time.perf_counter()
-
-
-def _tensor(value: Any) -> paddle.Tensor:
-    return value if isinstance(value, paddle.Tensor) else paddle.to_tensor(value)
 
 
 @dataclass
@@ -92,8 +63,8 @@ class _OwnExperts:
 
     def __init__(self, layer: FusedMoE, measure: bool):
         self.layer, self.measure = layer, measure
-        self.amax = paddle.zeros([0], "float32") if measure else None
-        self.ids = paddle.zeros([0, layer.top_k], "int32")
+        self.amax: paddle.Tensor | None = None
+        self.ids: paddle.Tensor | None = None  # None until called
 
     def __call__(self, rows: paddle.Tensor, ids: paddle.Tensor, weights: paddle.Tensor) -> paddle.Tensor:
         self.ids = ids
@@ -101,19 +72,7 @@ class _OwnExperts:
         return output
 
 
-class _Drawn(nn.initializer.Constant):
-    """Zeros, then what `draw` makes of them; under paddle.LazyGuard once the parameter is initialized."""
-
-    def __init__(self, draw: Callable[[paddle.Tensor], None]):
-        super().__init__(0.0)
-        self.draw = draw
-
-    def forward(self, var: paddle.Tensor, block: Any = None) -> None:
-        super().forward(var, block)
-        self.draw(var)
-
-
-class FusedMoE(nn.Layer):
+class FusedMoE(ShardedWeights):
     """Mixture of experts, split over ranks by expert (EP) and column (TP).
 
     Every rank passes the same hidden_states and gets the same output (unless dispatch="alltoall"). It
@@ -180,7 +139,8 @@ class FusedMoE(nn.Layer):
             zeros, for weights that are loaded later.
         logger: a RankLogger (also assignable as layer.logger). Each forward then writes a "moe_call"
             event, which counts tokens on the host and waits for the device. A program, as of
-            to_static(full_graph=True) or jit.save, writes none.
+            to_static(full_graph=True) or jit.save, writes none. One passed here beside `parallel` also gets
+            the reason when the rank is ended, see ParallelContext.log_failures_to.
 
     Under paddle.LazyGuard the weights are drawn when parameter.initialize() is called.
 
@@ -238,7 +198,6 @@ class FusedMoE(nn.Layer):
                 " before paddle.enable_static() and compile it with paddle.jit.to_static, or call"
                 " paddle_moe.fused_gate_moe with parameters of the program"
             )
-        super().__init__()
         dtype = dtype_name(paddle.get_default_dtype() if dtype is None else dtype)
         gate_dtype = dtype_name(gate_dtype)
         given = locals()
@@ -249,27 +208,12 @@ class FusedMoE(nn.Layer):
             raise ValueError("shared_gate=True needs a shared expert, got shared_intermediate_size=0")
         if bias_update_speed and not correction_bias:
             raise ValueError("bias_update_speed needs a bias to update, got correction_bias=False")
-        if seed == "own":
-            seed = next(self._own_seeds[parallel is not None])
-        elif seed is not None:
-            at_least(0, ", 'own' or None")("seed", seed)
-
-        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
-        self.num_experts, self.top_k = num_experts, top_k
-        self.activation, self.dispatch = activation, dispatch
-        self.reduce, self.fp32_reduce = reduce, fp32_reduce
-        self.shared_intermediate_size = shared_intermediate_size
-        self.recompute, self.chunk_size, self._gate_dtype = recompute, chunk_size, gate_dtype
-        self.parallel, self.logger = parallel, logger
-        # The dtype of the experts' weights since quantize_(), and what shares a scale.
-        self.quantized: str | None = None
-        self.granularity: str | None = None
-        # Groups of `parallel` whose ranks hold parts of the same output.
-        if dispatch == "alltoall":
-            self._partial_groups = ("tp",)
-        else:
-            self._partial_groups = ("ep", "tp") if reduce == "two" else ("grid",)
-        self.router = Router(
+        sources = {"parallel": ("init_distributed", "ep_rank"), "logger": ("get_rank_logger", "event")}
+        for name, (source, attribute) in sources.items():
+            if given[name] is not None and not hasattr(given[name], attribute):
+                raise ValueError(f"{name} must be what {source} returns, or None, got {given[name]!r}")
+        # Options that the router or the operator would refuse are refused before there are weights.
+        router = Router(
             num_experts,
             {name: given[name] for name in ROUTE_OPTIONS},
             balance_loss_weight=balance_loss_weight,
@@ -283,7 +227,6 @@ class FusedMoE(nn.Layer):
             same_tokens="tp" if dispatch == "alltoall" else "grid",
             replicas=("dp", "ep") if dispatch == "alltoall" else ("dp",),
         )
-        # Options that the operator would refuse are refused before there are weights.
         core._experts(
             _core.Spec(dtype, [-1, hidden_size]),
             _core.Spec("int32", [-1, top_k]),
@@ -293,41 +236,46 @@ class FusedMoE(nn.Layer):
             activation=activation,
             chunk_size=chunk_size,
         )
-        if parallel is None:
-            self.ep_rank, self.ep_size, self.tp_rank, self.tp_size = 0, 1, 0, 1
-        else:
-            self.ep_rank, self.ep_size = parallel.ep_rank, parallel.ep_size
-            self.tp_rank, self.tp_size = parallel.tp_rank, parallel.tp_size
-        if self.tp_size > intermediate_size:
-            raise ValueError(
-                f"intermediate_size must be at least tp_size = {self.tp_size}, got {intermediate_size}"
-            )
-
-        self._shard = LayerShard(
+        shard = LayerShard(
             hidden_size,
             intermediate_size,
             num_experts,
             shared_intermediate_size,
             shared_over_grid=dispatch == "replicated",
             permuted_weights=permuted_weights,
-            ep_rank=self.ep_rank,
-            ep_size=self.ep_size,
-            tp_rank=self.tp_rank,
-            tp_size=self.tp_size,
+            **({} if parallel is None else {name: getattr(parallel, name) for name in PLACE}),
         )
-        first, end = self._shard.experts
-        self.experts_min, self.experts_max = first, end - 1
-        self._create_parameters(dtype, gate_bias, gate_up_bias, down_bias, shared_gate, seed)
+        if shard.tp_size > intermediate_size:
+            raise ValueError(
+                f"intermediate_size must be at least tp_size = {shard.tp_size}, got {intermediate_size}"
+            )
+        if seed == "own":
+            seed = next(self._own_seeds[parallel is not None])
+        elif seed is not None:
+            at_least(0, ", 'own' or None")("seed", seed)
+
+        super().__init__(
+            shard, parallel, dtype, gate_dtype, gate_bias, gate_up_bias, down_bias, shared_gate, seed
+        )
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.num_experts, self.top_k = num_experts, top_k
+        self.activation, self.dispatch = activation, dispatch
+        self.reduce, self.fp32_reduce = reduce, fp32_reduce
+        self.shared_intermediate_size = shared_intermediate_size
+        self.recompute, self.chunk_size = recompute, chunk_size
+        self.router, self.logger = router, logger
+        if parallel is not None and isinstance(logger, RankLogger):
+            parallel.log_failures_to(logger)
+        # Groups of `parallel` whose ranks hold parts of the same output.
+        if dispatch == "alltoall":
+            self._partial_groups = ("tp",)
+        else:
+            self._partial_groups = ("ep", "tp") if reduce == "two" else ("grid",)
         bias = paddle.zeros([num_experts], "float32") if correction_bias else None
         self.register_buffer("correction_bias", bias)
         # Tokens per expert since the last update_correction_bias.
         counts = paddle.zeros([num_experts], "int64") if bias_update_speed else None
         self.register_buffer("expert_counts", counts, persistable=False)
-
-    @property
-    def permuted_weights(self) -> bool:
-        """Whether the weights of experts are stored [out, in]."""
-        return self._shard.permuted_weights
 
     @classmethod
     def from_dense(
@@ -358,6 +306,9 @@ class FusedMoE(nn.Layer):
         Raises:
             ValueError: a shape does not fit the others.
         """
+        for name, tensor in (("gate_weight", gate_weight), ("gate_up", gate_up), ("down", down)):
+            if not hasattr(tensor, "shape"):
+                raise ValueError(f"{name} must be a Paddle tensor or a NumPy array, got {type_name(tensor)}")
         if len(gate_up.shape) != 3:
             raise ValueError(f"gate_up must have the shape [E, H, 2I], got {list(gate_up.shape)}")
         num_experts, hidden_size, columns = gate_up.shape
@@ -384,8 +335,8 @@ class FusedMoE(nn.Layer):
             if tensor is not None and list(tensor.shape) != expected:
                 raise ValueError(f"{name} must have the shape {expected}, got {list(tensor.shape)}")
 
-        if "dtype" not in options:
-            options["dtype"] = dtype_name(_tensor(gate_up[:0]).dtype)
+        if options.get("dtype") is None:
+            options["dtype"] = dtype_name(as_tensor(gate_up[:0]).dtype)
             _CHECKS["dtype"]("without dtype=, the dtype of gate_up", options["dtype"])
         layer = cls(
             hidden_size,
@@ -416,195 +367,10 @@ class FusedMoE(nn.Layer):
         )
         return layer
 
-    def _load(self, **dense: Any) -> None:
-        """Cuts this rank's parts out of dense values of parameters and buffers."""
-        shard = replace(self._shard, permuted_weights=False)
-        parts, wholes = shard.parts(), shard.whole().parts()
-        for name, value in dense.items():
-            parameter = getattr(self, name)
-            if value is not None and parameter is not None and parts[name].size:
-                part = _tensor(parts[name].cut(value, wholes[name])).astype(parameter.dtype)
-                if self.permuted_weights and name in EXPERT_WEIGHTS:
-                    part = part.transpose([0, 2, 1])
-                parameter.set_value(part)
-
-    def _create_parameters(
-        self,
-        dtype: str,
-        gate_bias: bool,
-        gate_up_bias: bool,
-        down_bias: bool,
-        shared_gate: bool,
-        seed: int | None,
-    ) -> None:
-        parts = self._shard.parts()
-
-        def weight(name: str, dtype: str, wanted: bool = True) -> paddle.Tensor | None:
-            if not wanted:
-                return None
-            if seed is None or name.endswith("bias"):
-                initializer = nn.initializer.Constant(0.0)
-            else:
-                initializer = _Drawn(lambda parameter: self._draw(name, parameter, seed))
-            attr = paddle.ParamAttr(initializer=initializer)  # a default one yields to set_global_initializer
-            return self.create_parameter(parts[name].shape, attr, dtype)
-
-        shared = self.shared_intermediate_size > 0
-        self.gate_weight = weight("gate_weight", self._gate_dtype)
-        self.gate_bias = weight("gate_bias", self._gate_dtype, gate_bias)
-        self.gate_up_weight = weight("gate_up_weight", dtype)
-        self.down_weight = weight("down_weight", dtype)
-        self.gate_up_bias = weight("gate_up_bias", dtype, gate_up_bias)
-        self._has_down_bias = down_bias
-        self.down_bias = weight("down_bias", dtype, down_bias and self.tp_rank == 0)
-        self.shared_gate_up_weight = weight("shared_gate_up_weight", dtype, shared)
-        self.shared_down_weight = weight("shared_down_weight", dtype, shared)
-        self.shared_gate_weight = weight("shared_gate_weight", self._gate_dtype, shared_gate)
-        self._mark_parameters()
-
-    def _mark_parameters(self) -> None:
-        """The flags by which fleet and PaddleNLP know gates, and parameters that differ between ranks."""
-        for gate in (self.gate_weight, self.gate_bias):
-            if gate is not None:
-                gate.is_gate = True
-        if self.ep_size * self.tp_size == 1:
-            return
-        # What holds the same shard, and may share its optimizer state, is the data-parallel group.
-        color = {"color": "moe_expert", "group": self.parallel.dp_group}
-        experts = [self.gate_up_weight, self.down_weight, self.gate_up_bias, self.down_bias]
-        shared = [self.shared_gate_up_weight, self.shared_down_weight]
-        if self.quantized is not None:  # buffers, which wrappers broadcast too
-            experts += [self.gate_up_scale, self.down_scale]
-            if self.shared_intermediate_size:
-                shared += [self.shared_gate_up_scale, self.shared_down_scale]
-        if self.dispatch == "replicated":
-            experts += shared
-        elif self.tp_size > 1:
-            for parameter in (p for p in shared if p is not None):
-                parameter.is_distributed = parameter.no_sync = True
-                parameter.shard_group = "tp"
-        for parameter in (p for p in experts if p is not None):
-            parameter.is_distributed = parameter.expert = parameter.no_sync = True
-            parameter.shard_group = "grid"
-            if getattr(parameter, "color", None) is None:  # which is set once
-                parameter.color = color
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedMoE:
-        """With weights of its own; the groups and the logger are shared."""
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        memo[id(self.logger)] = self.logger
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        twin._mark_parameters()  # Paddle copies no attributes of parameters
-        return twin
-
-    def _apply(self, func, device, dtype, blocking, include_sublayers=True):
-        """Conversions, also that of paddle.amp.decorate, leave the dtype of buffers and of float32 gates."""
-        kept = [buffer for buffer in self._buffers.values() if buffer is not None]
-        if self._gate_dtype == "float32":
-            gates = (self.gate_weight, self.gate_bias, self.shared_gate_weight)
-            gates = [gate for gate in gates if gate is not None]
-            kept += gates + [gate.grad for gate in gates if gate.grad is not None]
-        super()._apply(keep_dtypes(func, kept), device, dtype, blocking, include_sublayers)
-
-    def parts(self, *, dense: bool = False) -> dict[str, Part]:
-        """Which part of the dense weights each parameter and buffer is; with dense, on a single rank.
-
-        The dimensions are those of params.LayerShard.parts; of quantised weights and their scales those of
-        quantization.quantised_parts. A rank whose down_bias is None, because another holds it, has an empty
-        part of it.
-        """
-        parts = (self._shard.whole() if dense else self._shard).parts()
-        if self.quantized is not None:
-            own, everyone = quantised_parts(self._shard, self.quantized, self.granularity)
-            parts.update(everyone if dense else own)
-        held = {name for name in parts if getattr(self, name, None) is not None}
-        if self._has_down_bias:
-            held.add("down_bias")
-        return {name: part for name, part in parts.items() if name in held}
-
-    @paddle.no_grad()
-    def quantize_(self, dtype: str | paddle.dtype = "int8", granularity: str | None = None) -> FusedMoE:
-        """Turns the weights of this rank's experts, and of the shared one, into 8- or 4-bit numbers.
-
-        Afterwards gate_up_weight [E_l, 2 I_l, H], down_weight [E_l, H, I_l] and those of the shared expert
-        are buffers, int8, int4 as paddle_moe.pack_int4 packs it, or the bits of fp8 as uint8, stored
-        transposed because few tokens read them fastest so, beside buffers gate_up_scale, down_scale,
-        shared_gate_up_scale and shared_down_scale. Router, gates and biases stay as they are. There is no way
-        back. The weights are frozen; gradients go through them to hidden_states, router, gates and biases.
-        With TP, scales belong to a rank's slice. To load what was saved of it, a state_dict() or a checkpoint
-        (on any grid with the same tp_size and, where there is a shared expert, the same ranks), make a layer,
-        quantise it with the same arguments, and load.
-
-        Args:
-            dtype, granularity: see paddle_moe.quantize.
-
-        Returns:
-            The layer.
-
-        Raises:
-            ValueError: see paddle_moe.quantize; the layer is left as it was.
-            RuntimeError: the weights are quantised already, not initialised, or on a GPU; Paddle is 2.6 and
-                the layer is one of several shards.
-        """
-        if self.quantized is not None:
-            raise RuntimeError(f"the expert weights of this layer are {self.quantized} already")
-        # Here, so that ranks without experts refuse the same.
-        dtype, granularity = check_options(dtype, granularity)
-        check_shards("quantize_", self.ep_size * self.tp_size)
-        quantised = {}
-        for name, parts in (("gate_up", 2), ("down", 1), ("shared_gate_up", 2), ("shared_down", 1)):
-            weight = getattr(self, f"{name}_weight")
-            if weight is not None:
-                if weight.size and not weight._is_initialized():
-                    raise RuntimeError(
-                        f"{name}_weight has no values, as under paddle.LazyGuard; call its initialize() first"
-                    )
-                check_weight(f"{name}_weight", weight)
-                quantised[name] = quantize_stack(
-                    weight, dtype, granularity, parts, permuted=self.permuted_weights
-                )
-        for name, tensors in quantised.items():
-            delattr(self, f"{name}_weight")
-            for what, tensor in zip(("weight", "scale"), tensors):
-                self.register_buffer(f"{name}_{what}", tensor)
-        self.quantized, self.granularity = dtype, granularity
-        self._shard = replace(self._shard, permuted_weights=True)
-        self._mark_parameters()
-        return self
-
-    def _scales(self, prefix: str = "") -> dict[str, Any]:
-        """The options of mixture_of_experts that say how weights are quantised."""
-        if self.quantized is None:
-            return {}
-        return {name: getattr(self, prefix + name) for name in ("gate_up_scale", "down_scale")}
-
-    @paddle.no_grad()
-    def _draw(self, name: str, parameter: paddle.Tensor, seed: int) -> None:
-        """Gives the parameter `name` the values that belong to `seed`."""
-        shared = name.startswith("shared_")
-        if name in ("gate_weight", "shared_gate_weight"):
-            weight = random_gate_weight(seed, self.hidden_size, parameter.shape[1])
-            parameter.set_value(paddle.to_tensor(weight).astype(parameter.dtype))
-            return
-        # The shared expert has the id after the routed ones.
-        experts = [self.num_experts] if shared else range(self.experts_min, self.experts_max + 1)
-        size = self.shared_intermediate_size if shared else self.intermediate_size
-        start, stop = self._shard.shared_columns if shared else self._shard.columns
-        for slot, expert in enumerate(experts if start < stop else ()):
-            if name.endswith("gate_up_weight"):
-                values = random_gate_up(seed, expert, self.hidden_size, size)
-                halves = values.reshape([self.hidden_size, 2, size])
-                values = halves[:, :, start:stop].reshape([self.hidden_size, -1])
-            else:
-                values = random_down(seed, expert, self.hidden_size, size)[start:stop]
-            if self.permuted_weights:
-                values = np.ascontiguousarray(values.T)
-            parameter[slot] = paddle.to_tensor(values).astype(parameter.dtype)
-
     def _logits(self, tokens: paddle.Tensor) -> paddle.Tensor:
         return self.router.logits(tokens, self.gate_weight, self.gate_bias, self.training)
 
+    @functional.without_autocast
     def route(self, hidden_states: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
         """(routing_table int32 [T, K], router_weights fp32 [T, K]) for hidden_states [T, H].
 
@@ -613,6 +379,7 @@ class FusedMoE(nn.Layer):
         logits = self._logits(hidden_states)
         return self.router.drop(*self.router.choose(logits, self.correction_bias), self.training)
 
+    @functional.without_autocast
     def partial_output(
         self, hidden_states: paddle.Tensor, routing_table: paddle.Tensor, router_weights: paddle.Tensor
     ) -> paddle.Tensor:
@@ -622,9 +389,7 @@ class FusedMoE(nn.Layer):
         Arguments are [T, H], [T, K], [T, K]. The gradients of hidden_states, router_weights and the shared
         gate are sums over the same ranks, so all of them run the backward together.
         """
-        with functional.own_autocast():
-            output = self._partial_output(hidden_states, routing_table, router_weights).output
-        return output
+        return self._partial_output(hidden_states, routing_table, router_weights).output
 
     def _partial_output(
         self,
@@ -636,38 +401,28 @@ class FusedMoE(nn.Layer):
         autocast = functional._autocast_dtype()
         if autocast is not None:  # here, so that every rank casts and reduces alike
             hidden_states = hidden_states.astype(autocast)
-        dtype = "float32" if self.fp32_reduce else hidden_states.dtype
-        replicated = [hidden_states, router_weights]
-        if self.shared_intermediate_size:
-            replicated.append(self._shared_share(hidden_states))
-        hidden_states, router_weights, *share = enter_shards(
-            replicated, self.parallel, self._partial_groups, self.fp32_reduce
+        experts = _OwnExperts(self, measure)
+        travels = self.dispatch == "alltoall" and self.ep_size > 1
+        ranges = [shard_range(self.num_experts, rank, self.ep_size) for rank in range(self.ep_size)]
+        seconds = {"all": 0.0, "experts": 0.0, "shared": 0.0}
+        output = self._watched(partial_sum, seconds, "all")(
+            hidden_states,
+            routing_table,
+            router_weights,
+            self._shared_share(hidden_states) if self.shared_intermediate_size else None,
+            routed=self._watched(experts, seconds, "experts"),
+            shared=self._watched(self._shared_output, seconds, "shared"),
+            parallel=self.parallel,
+            groups=self._partial_groups,
+            fp32=self.fp32_reduce,
+            expert_ranges=ranges if travels else None,
         )
-
-        def shared_output() -> paddle.Tensor | None:
-            return self._shared_output(hidden_states, *share) if share else None
-
-        if self.dispatch == "alltoall" and self.ep_size > 1:
-            own_experts = _OwnExperts(self, measure)
-            ranges = [shard_range(self.num_experts, rank, self.ep_size) for rank in range(self.ep_size)]
-            seconds = {"all": 0.0, "experts": 0.0, "shared": 0.0}
-            routed, shared = self._watched(all_to_all_experts, seconds, "all")(
-                hidden_states,
-                routing_table,
-                router_weights,
-                self._watched(own_experts, seconds, "experts"),
-                ranges,
-                self.parallel,
-                self._watched(shared_output, seconds, "shared"),
-            )
-            amax, ids = own_experts.amax, own_experts.ids
-            exchange_seconds = seconds["all"] - seconds["experts"] - seconds["shared"]
-        else:
-            routed, amax = self._routed_output(hidden_states, routing_table, router_weights, measure)
-            shared, ids, exchange_seconds = shared_output(), routing_table, 0.0
-        if shared is not None:  # in fp32, also because the CPU has no half-precision addition
-            routed = routed.astype("float32") + shared.astype("float32")
-        return _Partial(routed.astype(dtype), amax, ids, exchange_seconds)
+        exchange_seconds = seconds["all"] - seconds["experts"] - seconds["shared"] if travels else 0.0
+        if experts.ids is None:  # an all-to-all does not call a rank without experts
+            experts.ids = paddle.zeros([0, self.top_k], "int32")
+            experts.amax = paddle.zeros([0], "float32") if measure else None
+        output = output.astype("float32" if self.fp32_reduce else hidden_states.dtype)
+        return _Partial(output, experts.amax, experts.ids, exchange_seconds)
 
     @property
     def _is_timed(self) -> bool:
@@ -679,9 +434,9 @@ class FusedMoE(nn.Layer):
         if not self._is_timed:
             return function
 
-        def call(*arguments: Any) -> T:
+        def call(*arguments: Any, **options: Any) -> T:
             started = _now(self.gate_weight)
-            result = function(*arguments)
+            result = function(*arguments, **options)
             seconds[name] += _now(self.gate_weight) - started
             return result
 
@@ -779,11 +534,15 @@ class FusedMoE(nn.Layer):
         if (routing_table is None) != (router_weights is None):
             missing = "routing_table" if routing_table is None else "router_weights"
             raise ValueError(f"routing_table and router_weights belong together, got None for {missing}")
+        if not isinstance(hidden_states, functional.TENSOR_TYPES):
+            raise ValueError(f"hidden_states must be a paddle.Tensor, got {type_name(hidden_states)}")
         if not hidden_states.shape or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden_states must have the shape [..., H] with H = {self.hidden_size}, "
                 f"got {list(hidden_states.shape)}"
             )
+        if self.quantized is None and functional._autocast_dtype() is None:
+            functional.expect_dtype("hidden_states", hidden_states, self.down_weight.dtype, "of the layer")
         replayed = routing_table is not None
         if replayed and not (routing_table.shape and router_weights.shape):
             raise ValueError(
@@ -910,5 +669,6 @@ class FusedMoE(nn.Layer):
             f"activation={self.activation}, shared_intermediate_size={self.shared_intermediate_size}, "
             f"ep {self.ep_rank} of {self.ep_size}, tp {self.tp_rank} of {self.tp_size}, "
             f"dispatch={self.dispatch}, reduce={self.reduce}, permuted_weights={self.permuted_weights}, "
-            f"dtype={str(self.down_weight.dtype).rpartition('.')[2]}"
+            f"dtype={self.quantized or dtype_name(self.down_weight.dtype)}"
+            + (f", granularity={self.granularity}" if self.quantized else "")
         )

@@ -54,7 +54,7 @@ def print_summary(summary: Summary) -> None:
 
 
 def _state(rank: RankSummary) -> str:
-    state = "finished" if rank.finished else "running or killed"
+    state = "failed" if rank.failed else "finished" if rank.finished else "running or killed"
     return state + (f", {rank.unreadable_lines} unreadable lines" if rank.unreadable_lines else "")
 
 
@@ -167,7 +167,8 @@ def _draw_heat_map(figure: Any, axes: Any, layers: list[LayerLoad]) -> None:
     )
     axes.set_ylabel("layer")
     _tidy(axes)
-    _label_experts(axes, layers[0], _colours_of_ep_ranks(layers[0]))
+    widest = max(layers, key=lambda layer: max(layer.tokens_per_expert))
+    _label_experts(axes, widest, _colours_of_ep_ranks(widest))
 
 
 def _label_experts(axes: Any, layer: LayerLoad, colours: dict[int, Any]) -> None:

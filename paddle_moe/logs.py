@@ -55,6 +55,7 @@ LAUNCH_DIRECTORY = "launch"  # log_dir value that stands for the --log_dir of pa
 _FILE_NAME = re.compile(
     r"(?P<prefix>.+?)(_dp_rank_(?P<dp>\d+))?_ep_rank_(?P<ep>\d+)_tp_rank_(?P<tp>\d+)\.jsonl"
 )
+_ENDED_BY = "ended by "
 _RESERVED_FIELDS = ("time", "ep_rank", "tp_rank", "dp_rank", "event", "pid")
 
 
@@ -178,7 +179,7 @@ class RankLogger(logging.Logger):
         # The interpreter keeps the exception that ended it here; a prompt keeps the last one that it showed.
         exception = getattr(sys, "last_value", None)
         if exception is not None and not hasattr(sys, "ps1"):
-            self.error("ended by %s: %s", type(exception).__name__, exception)
+            self.error(": ".join(filter(None, (_ENDED_BY + type(exception).__name__, str(exception)))))
         self.close()
 
 
@@ -269,13 +270,16 @@ def _resolve_log_dir(log_dir: str | os.PathLike | None) -> Path:
 def _describe_process() -> dict[str, Any]:
     """The launcher gives all ranks of one job the same endpoints, and other ports to the next job."""
     environment = os.environ
+
+    def number(name: str) -> int | None:
+        text = environment.get(name, "")
+        return int(text) if text.isdecimal() else None
+
     endpoints = environment.get("PADDLE_MASTER", "") + environment.get("PADDLE_TRAINER_ENDPOINTS", "")
     return {
         "run": hashlib.sha256(endpoints.encode()).hexdigest()[:12] if endpoints else None,
-        "rank": int(environment["PADDLE_TRAINER_ID"]) if "PADDLE_TRAINER_ID" in environment else None,
-        "world_size": int(environment["PADDLE_TRAINERS_NUM"])
-        if "PADDLE_TRAINERS_NUM" in environment
-        else None,
+        "rank": number("PADDLE_TRAINER_ID"),
+        "world_size": number("PADDLE_TRAINERS_NUM"),
         "host": socket.gethostname(),
     }
 
@@ -416,6 +420,7 @@ class RankSummary:
     errors: list[str]
     result: dict[str, Any] | None  # fields of the last "result" event
     finished: bool  # False: still running, or killed
+    failed: bool  # ended by an exception
     unreadable_lines: int
 
 
@@ -519,6 +524,7 @@ def _summarize_rank(rank: RankEvents) -> RankSummary:
         if results
         else None,
         finished=bool(rank.named("stop")),
+        failed=any(str(event.get("message", "")).startswith(_ENDED_BY) for event in rank.named("error")),
         unreadable_lines=rank.unreadable_lines,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,11 @@ def shard_experts(
 
     columns = down_weights[0].shape[inputs_axis] if num_experts else 0
 
+    def held(name: str, arrays: Any) -> Any:
+        if len(arrays) != num_experts:
+            raise ValueError(f"{name} must hold {num_experts} experts like down_weights, got {len(arrays)}")
+        return arrays
+
     def cut(name: str, weights: Any, axis: int, halves: int) -> Any:
         def own(weight: Any) -> Any:
             if num_experts and weight.shape[axis] != halves * columns:
@@ -130,24 +135,18 @@ def shard_experts(
             return slice_intermediate(weight, tp_rank, tp_size, axis=axis, halves=halves)
 
         if not isinstance(weights, (list, tuple)):
-            if len(weights) != num_experts:
-                raise ValueError(
-                    f"{name} must hold {num_experts} experts like down_weights, got {len(weights)}"
-                )
-            return own(weights[experts])
+            return own(held(name, weights)[experts])
         if halves == 2 and len(weights) == 2 * num_experts:
             kept, halves = [*weights[:num_experts][experts], *weights[num_experts:][experts]], 1
-        elif len(weights) == num_experts:
-            kept = weights[experts]
         else:
-            raise ValueError(f"{name} must hold {num_experts} arrays, one per expert, got {len(weights)}")
+            kept = held(name, weights)[experts]
         return [own(weight) for weight in kept]
 
     return ExpertShard(
         gate_up_weights=cut("gate_up_weights", gate_up_weights, outputs_axis, 2),
         down_weights=cut("down_weights", down_weights, inputs_axis, 1),
         gate_up_bias=None if gate_up_bias is None else cut("gate_up_bias", gate_up_bias, -1, 2),
-        down_bias=None if down_bias is None or tp_rank > 0 else down_bias[experts],
+        down_bias=None if down_bias is None or tp_rank > 0 else held("down_bias", down_bias)[experts],
         experts_min=experts.start,
         experts_max=experts.stop - 1,
     )
@@ -224,6 +223,8 @@ class Part:
 
 # Of a FusedMoE: what permuted_weights and quantize_() are about.
 EXPERT_WEIGHTS = ("gate_up_weight", "down_weight", "shared_gate_up_weight", "shared_down_weight")
+# Where in which grid a rank is.
+PLACE = ("ep_rank", "ep_size", "tp_rank", "tp_size")
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,11 @@ class LayerShard:
     ep_size: int = 1
     tp_rank: int = 0
     tp_size: int = 1
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """In the order of PLACE."""
+        return tuple(getattr(self, name) for name in PLACE)
 
     @property
     def experts(self) -> tuple[int, int]:
@@ -327,6 +333,25 @@ def random_gate_up(seed: int, expert: int, hidden_dim: int, ffn_dim: int) -> np.
 def random_down(seed: int, expert: int, hidden_dim: int, ffn_dim: int) -> np.ndarray:
     """The second of random_expert alone."""
     return _uniform((seed, _EXPERT, expert, 1), (ffn_dim, hidden_dim), 1 / ffn_dim)
+
+
+def drawn_values(shard: LayerShard, name: str, seed: int) -> Iterator[np.ndarray]:
+    """What a rank's parameter `name` of a FusedMoE gets from `seed`: all of a gate; experts one by one."""
+    hidden, shared = shard.hidden_size, name.startswith("shared_")
+    if name not in EXPERT_WEIGHTS:
+        yield random_gate_weight(seed, hidden, 1 if shared else shard.num_experts)
+        return
+    # The shared expert has the id after the routed ones.
+    experts = [shard.num_experts] if shared else range(*shard.experts)
+    size = shard.shared_intermediate_size if shared else shard.intermediate_size
+    start, stop = shard.shared_columns if shared else shard.columns
+    for expert in experts if start < stop else ():
+        if name.endswith("gate_up_weight"):
+            halves = random_gate_up(seed, expert, hidden, size).reshape([hidden, 2, size])
+            values = halves[:, :, start:stop].reshape([hidden, -1])
+        else:
+            values = random_down(seed, expert, hidden, size)[start:stop]
+        yield np.ascontiguousarray(values.T) if shard.permuted_weights else values
 
 
 def _random_routing(

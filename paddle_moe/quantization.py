@@ -12,7 +12,7 @@ from typing import Callable
 import paddle
 
 from paddle_moe import reference
-from paddle_moe._options import at_least, dtype_name, flag, one_of
+from paddle_moe._options import at_least, dtype_name, flag, one_of, type_name
 from paddle_moe.params import LayerShard, Part
 
 __all__ = ["pack_int4", "quantize"]
@@ -52,7 +52,7 @@ def pack_int4(numbers: paddle.Tensor) -> paddle.Tensor:
         ValueError: another dtype, or a number out of range.
     """
     if not isinstance(numbers, paddle.Tensor) or not dtype_name(numbers.dtype).lstrip("u").startswith("int"):
-        got = dtype_name(numbers.dtype) if isinstance(numbers, paddle.Tensor) else type(numbers).__name__
+        got = dtype_name(numbers.dtype) if isinstance(numbers, paddle.Tensor) else type_name(numbers)
         raise ValueError(f"numbers must be a paddle.Tensor of integers, got {got}")
     if numbers.ndim == 0:
         raise ValueError("numbers must have at least one dimension [..., in], got none")
@@ -97,7 +97,7 @@ def quantize(
     if dtype == "int4" and not permuted:
         raise ValueError("permuted must be True for int4, which is stored [out, in], got False")
     if not isinstance(weight, paddle.Tensor):
-        raise ValueError(f"weight must be a paddle.Tensor, got {type(weight).__name__}")
+        raise ValueError(f"weight must be a paddle.Tensor, got {type_name(weight)}")
     _check_dtype("weight", weight)
     at_least(1)("parts", parts)
     with paddle.no_grad():

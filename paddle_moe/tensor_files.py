@@ -154,15 +154,20 @@ class CheckpointError(ValueError):
         super().__init__("\n".join([f"{path} was not loaded, {number}:", *lines]))
 
 
-def exchange(parallel: ParallelContext | None, value: Any, what: str, path: Any) -> list[Any]:
-    """The values of all ranks, by rank; any that JSON can hold. The path may differ between hosts."""
-    return [value] if parallel is None else parallel.exchange(value, what, str(path))
+def exchange(
+    parallel: ParallelContext | None, value: Any, what: str, path: Any, after_files: bool = False
+) -> list[Any]:
+    """The values of all ranks, by rank; any that JSON can hold. The path may differ between hosts.
+
+    after_files: a rank that others wait for may take as long as it goes on reading and writing.
+    """
+    return [value] if parallel is None else parallel.exchange(value, what, str(path), after_files)
 
 
 def raise_together(path: Any, problems: Sequence[Problem], parallel: ParallelContext | None) -> None:
     """Raises a CheckpointError on all ranks if there is a problem on any of them."""
     sent = [[one.file, one.key, one.expected, one.found] for one in problems]
-    everyone = exchange(parallel, sent, "checking", path)
+    everyone = exchange(parallel, sent, "checking", path, after_files=True)
     merged = {Problem(*fields): None for one in everyone for fields in one}
     if merged:
         raise CheckpointError(path, list(merged))
@@ -571,19 +576,27 @@ def execute(
 
     Raises:
         CheckpointError: on every rank, with the problems of all ranks; nothing was assigned.
+        RuntimeError: on every rank, when one could not read on.
     """
     raise_together(path, [*problems, *(one for plan in plans for one in plan.problems)], parallel)
     report = LoadReport()
     total = sum(plan.num_bytes(name) for plan in plans for name in plan.targets)
     if parallel is not None and parallel.rank > 0:
         progress = None
-    with progress_bar(progress, total, "bytes") as advance:
-        for plan in plans:
-            report.loaded += plan.loaded
-            report.unmatched += plan.unmatched
-            for name, target in plan.targets.items():
-                report.bytes_read += _fill(plan.files, target, plan.boxes[name])
-                advance(plan.num_bytes(name))
+    failure, cause = None, None
+    try:
+        with progress_bar(progress, total, "bytes") as advance:
+            for plan in plans:
+                report.loaded += plan.loaded
+                report.unmatched += plan.unmatched
+                for name, target in plan.targets.items():
+                    report.bytes_read += _fill(plan.files, target, plan.boxes[name])
+                    advance(plan.num_bytes(name))
+    except Exception as error:
+        failure, cause = f"{type(error).__name__}: {error}", error
+    reasons = exchange(parallel, failure, "reading", path, after_files=True)
+    if failures := [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]:
+        raise RuntimeError(f"{path} was loaded in part; {'; '.join(failures)}") from cause
     return report
 
 

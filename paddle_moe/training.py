@@ -63,10 +63,7 @@ def average_gradients(
         return
     trained = [parameter for parameter in parameters if not parameter.stop_gradient]
     for parameter in trained:
-        if parameter.grad is not None and parameter.grad.is_selected_rows():
-            raise ValueError(
-                f"parameters: the gradient of {parameter.name} is sparse, which is not supported"
-            )
+        _expect_dense(parameter, parameter.grad)
     for experts in (False, True):
         of_kind = [parameter for parameter in trained if getattr(parameter, "expert", False) == experts]
         # Another EP rank holds other experts.
@@ -101,6 +98,11 @@ def broadcast_parameters(parameters: Iterable[paddle.Tensor], parallel: Parallel
         for group, place in groups.items():
             value = parameter.detach().clone() if place == 0 else paddle.zeros_like(parameter)
             parameter.set_value(parallel.all_reduce(value, group))
+
+
+def _expect_dense(parameter: paddle.Tensor, gradient: paddle.Tensor | None) -> None:
+    if gradient is not None and gradient.is_selected_rows():
+        raise ValueError(f"parameters: the gradient of {parameter.name} is sparse, which is not supported")
 
 
 def _buckets(parameters: list[paddle.Tensor]) -> Iterator[list[paddle.Tensor]]:
@@ -188,6 +190,7 @@ def _clipped(
     for (parameter, gradient), counts in zip(params_grads, counted):
         if not counts:
             continue
+        _expect_dense(parameter, gradient)
         group = getattr(parameter, "shard_group", None if parameter.is_distributed else "")
         if group is None:
             raise ValueError(
@@ -202,10 +205,15 @@ def _clipped(
         return params_grads, norm
     factor = (clip_norm / norm).clip(max=1.0)
     clipped = [
-        (parameter, (gradient.astype("float32") * factor).astype(gradient.dtype) if counts else gradient)
+        (parameter, _scaled(gradient, factor) if counts else gradient)
         for (parameter, gradient), counts in zip(params_grads, counted)
     ]
     return clipped, norm
+
+
+def _scaled(gradient: paddle.Tensor, factor: paddle.Tensor) -> paddle.Tensor:
+    wide = "float64" if gradient.dtype == paddle.float64 else "float32"
+    return (gradient.astype(wide) * factor.astype(wide)).astype(gradient.dtype)
 
 
 def parameters_of(optimizer: Any) -> list[paddle.Tensor]:

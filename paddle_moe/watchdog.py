@@ -96,12 +96,16 @@ class Watchdog:
         """
         return self._ask("hosts", type="join", host=host, port=port, config=config)
 
-    def exchange(self, value: Any, what: str, detail: str = "") -> list[Any]:
+    def exchange(self, value: Any, what: str, detail: str = "", after_files: bool = False) -> list[Any]:
         """Waits for every rank and returns the values of all, by rank.
 
         What the ranks are doing must be the same on all, or all of them end; `detail` is for messages only.
+        after_files: the ranks come from reading or writing files, one perhaps much later than another; so the
+        limit counts from the last byte that any rank still missing has read or written.
         """
-        return self._ask("values", type="exchange", value=value, what=what, detail=detail)
+        return self._ask(
+            "values", type="exchange", value=value, what=what, detail=detail, after_files=after_files
+        )
 
     def set_groups(self, groups: dict[str, list[int]]) -> None:
         """The global ranks in the groups of this rank, by slot."""
@@ -209,6 +213,7 @@ class _Child:
         self.departed: dict[int, dict[str, int]] = {}  # what the ranks that have left had counted
         self.reported: set[tuple[str, int]] = set()
         self.log: dict[str, Any] | None = None
+        self.bytes_moved, self.looked_at = 0, float("inf")  # until all have joined
         self.failed = False
         self.parent_gone_since: float | None = None
         self.done = False
@@ -234,6 +239,11 @@ class _Child:
         elif self.join is not None:
             self.connect(now)
         elif self.coordinator_channel is not None:
+            if now - self.looked_at > self.timeout / 4:
+                self.looked_at = now
+                before, self.bytes_moved = self.bytes_moved, _bytes_moved(self.parent)
+                if self.bytes_moved != before:
+                    self.coordinator_channel.send(type="moved")
             for slot, wait in self.waits().items():
                 hopeless = any(counts[slot] < wait["count"] for counts in self.departed_from(wait["ranks"]))
                 limit = _STRAGGLER_SECONDS if hopeless else self.timeout
@@ -361,6 +371,8 @@ class _Child:
                 self.coordinator_channel.send(type="state", counts=self.counts(), waits=self.waits())
             else:
                 self.rank_channel.send(**message)
+                if message["type"] == "joined":
+                    self.looked_at = 0.0
                 if "error" in message:
                     self.close(self.coordinator_channel)
                     self.coordinator_channel = None
@@ -399,6 +411,16 @@ class _Child:
             channel.socket.close()
 
 
+def _bytes_moved(process: int) -> int:
+    """What a process has read and written so far, mapped files included; 0 where the system does not tell."""
+    try:
+        with open(f"/proc/{process}/io") as file:
+            numbers = dict(line.split(": ") for line in file)
+        return sum(int(numbers[name]) for name in ("rchar", "wchar", "read_bytes", "write_bytes"))
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
 def _is_join(message: dict[str, Any]) -> bool:
     """Anyone who reaches the port may send anything."""
     rank, config = message.get("rank"), message.get("config")
@@ -423,6 +445,7 @@ class _Member:
         self.name = f"rank {self.rank} ({self.process})"
         self.host = host
         self.active = True
+        self.moved_at = 0.0  # when it was last seen to have read or written anything
         self.error: str | None = None
         self.counts: dict[str, int] = {}  # of the collectives entered so far; known once asked for
         self.waits: dict[str, dict[str, Any]] = {}
@@ -446,7 +469,7 @@ class _Coordinator:
         self.refusal: str | None = None
         self.refuse_at = time.monotonic() + timeout
         self.exchanges: dict[int, dict[str, Any]] = {}  # the ranks that are in one, and with what
-        self.exchange_deadline = 0.0
+        self.exchange_since = 0.0
         self.causes: list[tuple[int, str]] = []  # (priority, text), lower is nearer the root
         self.first_death: float | None = None
         self.stuck: tuple[_Member, str] | None = None
@@ -494,13 +517,15 @@ class _Coordinator:
             self.accept()
 
     def accept(self) -> None:
-        # Paddle's own store listens on this port next.
-        self.selector.unregister(self.listener)
-        self.listener.close()
+        self.stop_listening()  # Paddle's own store listens on this port next
         self.accepted = True
         self.joined.sort(key=lambda member: member.rank)
         for member in self.joined:
             member.channel.send(type="joined", hosts=[one.host for one in self.joined])
+
+    def stop_listening(self) -> None:
+        self.selector.unregister(self.listener)
+        self.listener.close()
 
     def configs(self) -> dict[str, list[int]]:
         ranks_of: dict[str, list[int]] = collections.defaultdict(list)
@@ -528,6 +553,8 @@ class _Coordinator:
         missing = sorted(set(range(world_size)) - present)
         if len(self.configs()) > 1 or len(present) < len(self.joined) or not missing:
             kind, self.refusal = "mismatch", self.describe_configs()
+            if not missing:  # nobody has still to be told, and the ranks may try again
+                self.stop_listening()
         else:
             kind = "absent"
             self.refusal = (
@@ -549,11 +576,8 @@ class _Coordinator:
 
     def on_exchange(self, member: _Member, message: dict[str, Any]) -> None:
         if not self.exchanges:
-            self.exchange_deadline = time.monotonic() + self.timeout
+            self.exchange_since = time.monotonic()
         self.exchanges[member.rank] = message
-        self.consider_exchange()
-
-    def consider_exchange(self) -> None:
         if len(self.exchanges) == len(self.joined):
             if len({message["what"] for message in self.exchanges.values()}) > 1:
                 self.add_cause(1, self.describe_exchanges())
@@ -562,8 +586,14 @@ class _Coordinator:
             self.exchanges = {}
             for member in self.joined:
                 member.channel.send(type="values", values=values)
-        elif self.exchanges and any(not one.active and one.rank not in self.exchanges for one in self.joined):
-            self.exchange_deadline = time.monotonic()  # it will not come any more
+
+    def exchange_deadline(self) -> float:
+        absent = [one for one in self.joined if one.rank not in self.exchanges]
+        if not all(one.active for one in absent):
+            return 0.0  # it will not come any more
+        after_files = any(message["after_files"] for message in self.exchanges.values())
+        moved_at = [one.moved_at for one in absent] if after_files else []
+        return max([self.exchange_since, *moved_at]) + self.timeout
 
     def describe_exchanges(self) -> str:
         ranks_of: dict[str, list[int]] = collections.defaultdict(list)
@@ -594,7 +624,9 @@ class _Coordinator:
         for other in self.joined:
             if other.active:
                 other.channel.send(type="departed", rank=member.rank, counts=member.counts)
-        self.consider_exchange()
+
+    def on_moved(self, member: _Member, message: dict[str, Any]) -> None:
+        member.moved_at = time.monotonic()
 
     def on_stuck(self, member: _Member, message: dict[str, Any]) -> None:
         if self.stuck is None:
@@ -624,7 +656,7 @@ class _Coordinator:
             if self.refusal is None and now > self.refuse_at:
                 self.refuse()
             return
-        if self.exchanges and now > self.exchange_deadline and self.stuck is None:
+        if self.exchanges and now > self.exchange_deadline() and self.stuck is None:
             self.find_stuck(self.joined[min(self.exchanges)], "")
         if self.end_at is not None and now > self.end_at and self.ended_at is None:
             self.end_all(now)

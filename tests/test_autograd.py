@@ -290,6 +290,22 @@ def test_fused_gate_moe_passes_recompute_on():
     assert abs(kept - recomputed - pre_activations) < 4096
 
 
+def test_a_layer_passes_recompute_on():
+    """For its routed experts and for the shared one."""
+    x = paddle.randn([256, 128])
+    x.stop_gradient = False
+    sizes = [
+        kept_bytes(lambda layer=layer: layer(x))
+        for shared in (0, 96)
+        for recompute in (False, True)
+        for layer in [
+            paddle_moe.FusedMoE(128, 192, 4, 2, shared_intermediate_size=shared, recompute=recompute)
+        ]
+    ]
+    assert abs(sizes[0] - sizes[1] - 4 * 256 * 2 * 384) < 4096
+    assert abs(sizes[2] - sizes[3] - 4 * 256 * (2 * 384 + 192)) < 4096
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_between_forward_and_backward_and_in_the_backward(recompute):
     from paddle.base import core as paddle_core

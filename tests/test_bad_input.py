@@ -318,7 +318,7 @@ def test_what_is_no_tensor_is_named(function, name, value, message):
 
 
 def test_a_numpy_array_is_no_paddle_tensor():
-    with pytest.raises(ValueError, match=exactly("gate_weight must be a paddle.Tensor, got ndarray")):
+    with pytest.raises(ValueError, match=exactly("gate_weight must be a paddle.Tensor, got numpy.ndarray")):
         paddle_moe.gate(paddle.zeros([T, H]), zeros(H, E))
 
 

@@ -172,6 +172,12 @@ def test_a_wrong_peer_is_not_timed_and_a_wrong_operator_fails(monkeypatch, capsy
         (["--out", "."], "--out must be a file in a directory that exists, got ."),
         (["--picture", "no/a.png"], "--picture must be a file in a directory that exists, got no/a.png"),
         (["--out", __file__, "--merge"], "test_bench.py is no report of this command"),
+        (["--merge"], "--merge needs --out"),
+        (["--variants", "vllm,ggml", "--backward"], "--variants must have one that is able to do --backward"),
+        (
+            ["--variants", "vllm", "--dtypes", "float32,int8"],
+            "one that is able to do --dtypes int8, got vllm",
+        ),
     ],
 )
 def test_bad_options(monkeypatch, capsys, options, error):

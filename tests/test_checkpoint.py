@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.paddle import save_file
 
 import paddle_moe
-from paddle_moe import CheckpointError, checkpoint, load_checkpoint, save_checkpoint
+from paddle_moe import CheckpointError, checkpoint, load_checkpoint, save_checkpoint, tensor_files
 from paddle_moe.checkpoint import create_moments
 
 
@@ -265,6 +265,15 @@ def test_another_job_that_saves_to_the_same_directory(tmp_path, monkeypatch):
         save_checkpoint(tmp_path, model, optimizer, state="fifth")
     assert load_checkpoint(tmp_path, model, optimizer) == "fourth"
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_files_are_on_the_disk_before_the_index_is(tmp_path, monkeypatch):
+    flushed, flush = [], checkpoint._flush
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: (flush(path), flushed.append(path.name)))
+    save(tmp_path)
+    index = next(number for number, name in enumerate(flushed) if name.endswith(".tmp"))
+    written = {path.name for path in tmp_path.iterdir() if path.name != tensor_files.INDEX_NAME}
+    assert len(written) == 3 and written <= set(flushed[:index])
 
 
 def test_a_save_that_fails_at_the_index_leaves_nothing(tmp_path, monkeypatch):

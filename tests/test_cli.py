@@ -155,6 +155,32 @@ def test_doctor_of_a_good_installation(tmp_path):
     )
 
 
+def test_doctor_among_libraries_that_print(tmp_path):
+    """Whatever stands before or after an answer."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, sys\n"
+        "if b'-c' in open('/proc/self/cmdline', 'rb').read().split(b'\\0'):  # not the doctor itself\n"
+        "    print('Error in cpuinfo: no such thing', file=sys.stderr)\n"
+        "    atexit.register(print, 'bye')\n"
+    )
+    code, checks = doctor(tmp_path, PYTHONPATH=f"{PACKAGE.parent}{os.pathsep}{tmp_path}")
+    assert code == 0, checks
+
+
+def test_output_that_nobody_reads_to_its_end(log_directory):
+    """As with `| head`."""
+    command = [sys.executable, "-m", "paddle_moe", "logs", str(log_directory), "--json"]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+        text=True,
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 1
+
+
 @pytest.fixture
 def copy_without_modules(tmp_path):
     copy = tmp_path / "copy" / "paddle_moe"

@@ -10,7 +10,7 @@ import sys
 
 import checks
 import pytest
-from test_sanitizers import ROOT, cmake_tool, run, unused_isas
+from test_sanitizers import ROOT, cmake_tool, run, run_ctest, unused_isas
 
 # Not about the back end, or about threads and instruction sets that it does not have.
 LEFT_OUT = "paddle or thread or instruction_set or forked"
@@ -27,13 +27,6 @@ CPU_CHECKS = [path.stem for path in sorted((ROOT / "tests/cpp").glob("test_*.cc"
 CUDA_CHECKS = [f"emulated_{path.stem}" for path in sorted((ROOT / "tests/cuda_emulator").glob("test_*.cc"))]
 
 
-def run_cpp_checks(directory: str, checks: list[str]) -> None:
-    options = ["--tests-regex", f"^({'|'.join(checks)})$", "--output-on-failure", "--timeout", "400"]
-    options += ["--parallel", "2"]
-    done = run([*cmake_tool("ctest"), "--test-dir", directory, *options], 900)
-    assert f"100% tests passed, 0 tests failed out of {len(checks)}" in done
-
-
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory) -> str:
     """A build of all C++ checks, and of paddle_moe._core linked with the emulated kernels."""
@@ -46,14 +39,14 @@ def emulated(tmp_path_factory) -> str:
 @pytest.mark.parametrize("checks", [CPU_CHECKS, CUDA_CHECKS], ids=["cpu", "cuda"])
 def test_cpp_checks(emulated, checks):
     """Those of the CPU are here because they can be built along; test_sanitizers.py has them too."""
-    run_cpp_checks(emulated, checks)
+    run_ctest(emulated, checks, seconds=400)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_cpp_checks_under_the_address_sanitizer(tmp_path):
     build(str(tmp_path), *CUDA_CHECKS, PADDLE_MOE_SANITIZE="address", CMAKE_CXX_FLAGS_RELEASE="-O1")
-    run_cpp_checks(str(tmp_path), CUDA_CHECKS)
+    run_ctest(str(tmp_path), CUDA_CHECKS, seconds=400)
 
 
 @pytest.fixture(scope="module")

@@ -403,6 +403,21 @@ def test_a_norm_without_clipping(clip_norm):
             ClipGradByGlobalNorm(bad, parallel)
 
 
+def test_clipping_keeps_float64_and_refuses_sparse_gradients():
+    parallel = init_distributed()
+    linear = paddle.nn.Linear(3, 3).to(dtype="float64")
+    linear(paddle.randn([2, 3], "float64")).sum().backward()
+    before = linear.weight.grad.numpy()
+    norm = clip_gradients(linear.parameters(), 1e9, parallel)
+    np.testing.assert_array_equal(linear.weight.grad.numpy(), before)
+    clip_gradients(linear.parameters(), norm.item() / 2, parallel)
+    np.testing.assert_allclose(linear.weight.grad.numpy(), before / 2, rtol=1e-6)
+    embedding = paddle.nn.Embedding(5, 3, sparse=True)
+    embedding(paddle.to_tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=f"the gradient of {embedding.weight.name} is sparse"):
+        clip_gradients(embedding.parameters(), 1.0, parallel)
+
+
 # ---------------------------------------------------------------- what Paddle refuses on a CPU
 
 

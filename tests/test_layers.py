@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import numpy as np
 import paddle
@@ -179,6 +180,36 @@ def test_to_static(shape, tmp_path):
     np.testing.assert_array_equal(static(x).numpy(), expected)
     paddle.jit.save(static, str(tmp_path / "layer"))
     np.testing.assert_array_equal(paddle.jit.load(str(tmp_path / "layer"))(x).numpy(), expected)
+
+
+def test_wrong_arguments_are_named(tmp_path):
+    layer = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K)
+    x = paddle.zeros([3, HIDDEN])
+    calls = {
+        "hidden_states must be a paddle.Tensor, got NoneType": lambda: layer(None),
+        "hidden_states must be a paddle.Tensor, got list": lambda: layer([x]),
+        "hidden_states must have the dtype of the layer, float32, got bfloat16": lambda: layer(
+            x.astype("bfloat16")
+        ),
+        "parallel must be what init_distributed returns, or None, got 2": lambda: FusedMoE(
+            HIDDEN, INTER, EXPERTS, TOP_K, parallel=2
+        ),
+        "logger must be what get_rank_logger returns, or None, got 'log'": lambda: FusedMoE(
+            HIDDEN, INTER, EXPERTS, TOP_K, logger="log"
+        ),
+        "gate_up must be a Paddle tensor or a NumPy array, got list": lambda: FusedMoE.from_dense(
+            **{**dense_weights(), "gate_up": [1.0]}, top_k=TOP_K
+        ),
+        "dtype must be float32, bfloat16, float16, got float64": lambda: layer.to(dtype="float64"),
+        "dtype must be float32, bfloat16, float16, got int8": lambda: layer.to(dtype="int8"),
+    }
+    for text, call in calls.items():
+        with pytest.raises(ValueError, match=re.escape(text) + "$"):
+            call()
+    layer(x)  # is what it was
+    assert FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, dtype=np.float32).down_weight.dtype == paddle.float32
+    half = FusedMoE.from_dense(**dense_weights("bfloat16"), top_k=TOP_K, dtype=None)
+    assert half.down_weight.dtype == paddle.bfloat16
 
 
 def test_events(tmp_path):

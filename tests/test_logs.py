@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import paddle_moe
-from paddle_moe import logs
+from paddle_moe import log_report, logs
 from paddle_moe.log_report import print_summary, save_picture
 
 PACKAGE_PARENT = Path(paddle_moe.__file__).parents[1]
@@ -570,6 +570,19 @@ def test_picture(tmp_path, ep_size, tp_size, experts, layers):
         for colour in ("#33415c", "#f4a259")
     )
     assert kernel / collective == pytest.approx(3, rel=0.1)
+
+
+def test_heat_map_of_layers_with_different_numbers_of_experts(tmp_path):
+    from matplotlib.figure import Figure
+
+    write_events(
+        tmp_path, 0, 0, start(1.0), call([1, 2], 0, 3.0, 1.0, "small"), call([1] * 16, 0, 3.0, 1.0, "large")
+    )
+    figure = Figure()
+    axes = figure.subplots()
+    log_report._draw_heat_map(figure, axes, summarize(tmp_path).layers)
+    assert axes.get_xlim() == pytest.approx((-0.6, 15.6))
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["small", "large"]
 
 
 def test_bars_have_the_height_of_their_load(tmp_path):

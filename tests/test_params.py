@@ -155,7 +155,7 @@ def test_partial_outputs_of_all_shards_add_up(layout, permuted, num_experts, int
     ("gate_up", "message"),
     [
         (np.zeros((3, 4, 6)), "gate_up_weights must hold 2 experts like down_weights, got 3"),
-        ([np.zeros((4, 6))] * 3, "gate_up_weights must hold 2 arrays, one per expert, got 3"),
+        ([np.zeros((4, 6))] * 3, "gate_up_weights must hold 2 experts like down_weights, got 3"),
         (
             np.zeros((2, 4, 10)),
             r"gate_up_weights .* size 6 in dimension -1, as I = 3 .* got the shape \[2, 4, 10\]",
@@ -169,6 +169,12 @@ def test_partial_outputs_of_all_shards_add_up(layout, permuted, num_experts, int
 def test_shard_errors(gate_up, message):
     with pytest.raises(ValueError, match=message):
         shard_experts(gate_up, [np.zeros((3, 4))] * 2)
+
+
+@pytest.mark.parametrize("bias", [np.zeros((3, 4)), [np.zeros(4)]])
+def test_a_down_bias_of_another_length(bias):
+    with pytest.raises(ValueError, match="down_bias must hold 2 experts like down_weights, got [13]"):
+        shard_experts(np.zeros((2, 4, 6)), np.zeros((2, 3, 4)), down_bias=bias)
 
 
 @pytest.mark.parametrize("shared_over_grid", [True, False])

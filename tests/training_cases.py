@@ -117,8 +117,7 @@ def autocast(level: str, dtype: str = "bfloat16") -> Iterator[None]:
 def native_operators() -> Iterator[dict[str, set[str]]]:
     """The names of Paddle's own operators that are called from Python, by the level of autocast at the call.
 
-    Not those behind + or *, which Paddle calls from C++. On a GPU the level says what they compute in; here
-    they have no half precision that could show.
+    On a GPU the level says what they compute in; here they have no half precision that could show.
     """
     seen: dict[str, set[str]] = {}
 
@@ -129,15 +128,19 @@ def native_operators() -> Iterator[dict[str, set[str]]]:
 
         return call
 
-    names = [name for name in dir(paddle._C_ops) if not name.startswith("_")]
-    functions = {name: getattr(paddle._C_ops, name) for name in names}
-    for name, function in functions.items():
-        setattr(paddle._C_ops, name, watched(name, function))
+    names = [(paddle._C_ops, name) for name in dir(paddle._C_ops) if not name.startswith("_")]
+    arithmetic = [
+        f"__{reverse}{name}__" for reverse in ("", "r") for name in ("add", "sub", "mul", "truediv")
+    ]
+    names += [(paddle.Tensor, name) for name in arithmetic]
+    functions = {place: getattr(*place) for place in names}
+    for (home, name), function in functions.items():
+        setattr(home, name, watched(name.strip("_") if home is paddle.Tensor else name, function))
     try:
         yield seen
     finally:
-        for name, function in functions.items():
-            setattr(paddle._C_ops, name, function)
+        for (home, name), function in functions.items():
+            setattr(home, name, function)
 
 
 class Model(paddle.nn.Layer):

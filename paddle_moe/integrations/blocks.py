@@ -22,12 +22,12 @@ from paddle import nn
 
 from paddle_moe import functional
 from paddle_moe._options import dtype_name
-from paddle_moe.all_to_all import all_to_all_experts
-from paddle_moe.collectives import enter_shards, leave_shards, no_contribution
+from paddle_moe.collectives import leave_shards, no_contribution
 from paddle_moe.distributed import ParallelContext
-from paddle_moe.layers import keep_dtypes
+from paddle_moe.layer_weights import keep_dtypes
 from paddle_moe.params import Part, shard_range
 from paddle_moe.quantization import quantize_stack, quantize_stored
+from paddle_moe.sharded import partial_sum
 
 Tensor = paddle.Tensor
 _MISSING = ...  # stays itself in a copy
@@ -546,38 +546,29 @@ class MoEBlock:
     ) -> Tensor:
         parallel, groups = self.parallel, ["tp" if self.dispatch == "alltoall" else "grid"]
         tokens = self.tokens(hidden_states).astype(self._compute_dtype())
-        entering = [tokens, router_weights]
-        if self.shared_expert() is not None:
-            if shared_weights is None:
-                shared_weights = paddle.ones_like(tokens[:, :1], dtype="float32")
-            entering.append(shared_weights)
         if parallel is not None and os.environ.get("PADDLE_MOE_CHECK") == "1" and groups == ["grid"]:
             parallel.check_same_routing(routing_table, router_weights)
-        tokens, router_weights, *shared_weights = enter_shards(entering, parallel, groups, fp32=True)
-
-        def shared_output() -> Tensor | None:
-            if not shared_weights:
-                return None
-            only = paddle.zeros_like(tokens[:, :1], dtype="int32")
-            weights = listed_weights([self.shared_expert()])
-            return self._run_or_nothing(tokens, only, shared_weights[0], weights, 0)
-
-        if self.dispatch == "alltoall" and parallel.ep_size > 1:
-            output, shared = all_to_all_experts(
-                tokens,
-                routing_table,
-                router_weights,
-                self._routed_output,
-                self._ranges,
-                parallel,
-                shared_output,
-            )
-        else:
-            output, shared = self._routed_output(tokens, routing_table, router_weights), shared_output()
-        if shared is not None:  # in float32, also because the CPU has no half-precision addition
-            output = (output.astype("float32") + shared.astype("float32")).astype(tokens.dtype)
-        output = leave_shards(output, parallel, groups)
+        if self.shared_expert() is not None and shared_weights is None:
+            shared_weights = paddle.ones_like(tokens[:, :1], dtype="float32")
+        output = partial_sum(
+            tokens,
+            routing_table,
+            router_weights,
+            shared_weights if self.shared_expert() is not None else None,
+            routed=self._routed_output,
+            shared=self._shared_output,
+            parallel=parallel,
+            groups=groups,
+            fp32=True,
+            expert_ranges=self._ranges if self.dispatch == "alltoall" and parallel.ep_size > 1 else None,
+        )
+        output = leave_shards(output.astype(tokens.dtype), parallel, groups)
         return output.astype(hidden_states.dtype).reshape(hidden_states.shape)
+
+    def _shared_output(self, tokens: Tensor, shared_weights: Tensor) -> Tensor:
+        only = paddle.zeros_like(tokens[:, :1], dtype="int32")
+        weights = listed_weights([self.shared_expert()])
+        return self._run_or_nothing(tokens, only, shared_weights, weights, 0)
 
     def _routed_output(self, tokens: Tensor, routing_table: Tensor, router_weights: Tensor) -> Tensor:
         if not self._stacked() and not self.held():

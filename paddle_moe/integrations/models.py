@@ -232,6 +232,7 @@ class Integration:
         layout: str = "auto",
         cast: str = "lossless",
         progress: bool = False,
+        parallel: ParallelContext | None = None,
     ) -> LoadReport:
         """Fills a model, accelerated or not, from safetensors files; each rank reads only what it holds.
 
@@ -246,6 +247,7 @@ class Integration:
                 become every other, with rounding. "none": dtypes must be equal. Files with fp8 weights and a
                 scale for each block of 128 x 128 count as float32, those in MXFP4 as bfloat16.
             progress: show a bar on the first rank, outside a terminal lines.
+            parallel: as in save_checkpoint. Without it replicas load each for itself.
 
         Returns:
             LoadReport: the keys loaded, the keys of the files that nothing asked for, the bytes read.
@@ -294,20 +296,28 @@ class Integration:
         plan = Plan(
             files, targets, sources, path=path, must_match=lambda key: key.startswith(inside), cast=cast
         )
-        return execute([plan], path, _parallel_of(model), progress=f"loading {path}" if progress else None)
+        parallel = _parallel_of(model, parallel)
+        return execute([plan], path, parallel, progress=f"loading {path}" if progress else None)
 
     def save_checkpoint(
-        self, model: nn.Layer, path: str | os.PathLike, *, layout: str = "huggingface"
+        self,
+        model: nn.Layer,
+        path: str | os.PathLike,
+        *,
+        layout: str = "huggingface",
+        parallel: ParallelContext | None = None,
     ) -> None:
         """The reverse of :meth:`load_checkpoint`: writes the weights of a model, spread over ranks or not.
 
-        All ranks that share the model call it together, and pass what they hold to each other through files,
-        so ``path`` needs twice the room for a while.
+        All ranks of `parallel` call it together, and pass what they hold to each other through files, so
+        ``path`` needs twice the room for a while.
 
         Args:
             model: accelerated or not.
             path: a directory that all ranks see, without an index file; made when missing.
             layout: "huggingface" or "paddle", as in load_checkpoint.
+            parallel: the ranks; None: those that the model was divided over. Of a model that is not divided,
+                the process that calls writes, so without `parallel` only one of several replicas may call.
 
         Raises:
             ValueError: an unknown layout, or path has an index file already.
@@ -317,7 +327,7 @@ class Integration:
         holdings, sources = self._sources(model, layout)
         if sources is None:
             raise ValueError(self._unknown_names(model))
-        parallel = _parallel_of(model)
+        parallel = _parallel_of(model, parallel)
         size = 1 if parallel is None else parallel.size("grid")
         rank = 0 if parallel is None else parallel.ep_rank * parallel.tp_size + parallel.tp_rank
         targets, homes = {}, {}
@@ -473,9 +483,12 @@ def published_parts(
     ]
 
 
-def _parallel_of(model: nn.Layer) -> ParallelContext | None:
+def _parallel_of(model: nn.Layer, parallel: ParallelContext | None) -> ParallelContext | None:
     blocks = (layer for layer in model.sublayers(include_self=True) if isinstance(layer, MoEBlock))
-    return next((block.parallel for block in blocks), None)
+    own = next((block.parallel for block in blocks), None)
+    if None not in (own, parallel) and own is not parallel:
+        raise ValueError("parallel must be the one that the model was accelerated with, or None")
+    return own or parallel
 
 
 _LAYOUTS = ("huggingface", "paddle")

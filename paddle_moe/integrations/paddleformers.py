@@ -15,7 +15,7 @@ from dataclasses import replace
 import paddle
 from paddle.nn import functional as F
 
-from paddle_moe.functional import gate, route
+from paddle_moe.functional import gate, route, without_autocast
 from paddle_moe.integrations.blocks import MoEBlock, Slice, Weights, stacked_weights
 from paddle_moe.integrations.models import Holdings, Integration, published_by_blocks, published_parts
 from paddle_moe.losses import load_balancing_loss, router_z_loss
@@ -161,7 +161,7 @@ class GptOss(MoEBlock):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         router, tokens = self.router, self.tokens(hidden_states)
-        logits = _gate_by_rows(tokens, router.weight) + router.bias.astype("float32")
+        logits = _gate_by_rows(tokens, router.weight, router.bias)
         routing_table, router_weights = route(logits, router.top_k, scoring="softmax_topk")
         output = self.mix(hidden_states, routing_table, router_weights)
         scores = paddle.put_along_axis(
@@ -170,10 +170,11 @@ class GptOss(MoEBlock):
         return output, scores.astype(hidden_states.dtype)
 
 
-def _gate_by_rows(tokens: Tensor, weight: Tensor) -> Tensor:
+@without_autocast  # which would lower the product
+def _gate_by_rows(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Router logits for a weight [E, H]; gate() takes [H, E], and transposing costs more than this."""
-    with paddle.amp.auto_cast(False):  # which would lower the product
-        return paddle.matmul(tokens.astype("float32"), weight.astype("float32"), transpose_y=True)
+    logits = paddle.matmul(tokens.astype("float32"), weight.astype("float32"), transpose_y=True)
+    return logits if bias is None else logits + bias.astype("float32")
 
 
 def _only_used(ids: Tensor, weights: Weights) -> tuple[Tensor, Weights]:

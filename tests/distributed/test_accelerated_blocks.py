@@ -17,7 +17,7 @@ from training_cases import autocast, native_operators
 from paddle_moe import load_checkpoint, save_checkpoint
 
 GRID = ("graphs_of_one_shape", "half_precision", "all_to_all", "steps_of_an_optimizer", "recomputed")
-GRID += ("checkpointed", "built_under_patch", "quantized")
+GRID += ("checkpointed", "saved_by_replicas", "built_under_patch", "quantized")
 FLEET = ("all_to_all", "steps_of_an_optimizer", "checkpointed", "divided_by_fleet")
 
 

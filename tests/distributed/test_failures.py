@@ -172,17 +172,22 @@ def test_rank_that_never_starts(run):
 # ---------------------------------------------------------------- watchdogs alone, without Paddle
 
 
-def join_and(code: str, ranks: Sequence[int] = (0, 1, 2), before: str = "") -> list[str]:
+def join_and(
+    code: str,
+    ranks: Sequence[int] = (0, 1, 2),
+    before: str = "",
+    join: str = "watchdog.join('127.0.0.1', port, {'world_size': size})",
+    limit: float = 20,
+) -> list[str]:
     """What ranks print that join a job, then run `code`; `before` runs on rank 0 when it listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = (
-        "import json, socket, sys\nfrom paddle_moe.watchdog import Watchdog\n"
-        "rank, size, port = map(int, sys.argv[1:])\nwatchdog = Watchdog(rank, 20)\n"
+        "import json, socket, sys, time\nfrom paddle_moe.watchdog import Watchdog\n"
+        f"rank, size, port = map(int, sys.argv[1:])\nwatchdog = Watchdog(rank, {limit})\n"
         f"if rank == 0:\n    watchdog.listen(port)\n{textwrap.indent(before, '    ')}\n"
-        "watchdog.join('127.0.0.1', port, {'world_size': size})\n"
-        f"{code}\nwatchdog.leave()\nprint('finished')"
+        f"{join}\n{code}\nwatchdog.leave()\nprint('finished')"
     )
     processes = [
         subprocess.Popen(
@@ -218,6 +223,35 @@ def test_ranks_that_meet_in_different_calls():
 def test_a_path_that_differs_between_hosts():
     code = "print(watchdog.exchange(rank, 'loading', f'/host{rank}/files'))"
     assert join_and(code) == ["[0, 1, 2]\nfinished\n"] * 3
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_rank_that_writes_for_longer_than_the_limit(writes, tmp_path):
+    """The others wait for it, but not for one that does nothing."""
+    write = f"open({str(tmp_path / 'file')!r}, 'a').write('x')" if writes else "pass"
+    code = (
+        "if rank == 1:\n"
+        f"    for _ in range(40): time.sleep(0.25); {write}\n"
+        "print(watchdog.exchange(rank, 'writing the files of', 'there', after_files=True))"
+    )
+    for rank, said in enumerate(join_and(code, limit=4)):
+        if writes:
+            assert said == "[0, 1, 2]\nfinished\n"
+        else:
+            reason = "rank [02] waited in writing the files of there; rank 1 did not arrive there"
+            assert re.search(f"paddle_moe: rank {rank} ends: {reason}\n", said), said
+
+
+def test_ranks_that_were_refused_try_again():
+    """On the same port, which the coordinator has let go when all ranks have heard of it."""
+    again = (
+        "try: watchdog.join('127.0.0.1', port, {'world_size': size, 'ep_size': 1 + (rank == 1)})\n"
+        "except ValueError as error: print('refused')\n"
+        "watchdog = Watchdog(rank, 20)\n"
+        "if rank == 0: watchdog.listen(port)\n"
+        "watchdog.join('127.0.0.1', port, {'world_size': size})\n"
+    )
+    assert join_and("", join=again) == ["refused\nfinished\n"] * 3
 
 
 MALFORMED = [

@@ -251,6 +251,23 @@ def checkpointed():
 
 
 @check
+def saved_by_replicas():
+    """A model that every rank has whole is written once, in turns; `parallel` says who the ranks are."""
+    path = Path(os.environ["PADDLE_LOG_DIR"]) / "whole"
+    expected, model = (Block(3, 6) for _ in range(2))
+    accelerate(expected)
+    integration.save_checkpoint(expected, path, layout="paddle", parallel=parallel)
+    for parameter in model.parameters():
+        parameter.set_value(paddle.zeros_like(parameter))
+    accelerate(model)
+    integration.load_checkpoint(model, path, layout="paddle", parallel=parallel)
+    for name, tensor in expected.state_dict().items():
+        assert (tensor == model.state_dict()[name]).all(), name
+    size = 1 if FLEET else parallel.size("grid")
+    assert len(list(path.glob("*.safetensors"))) == size, list(path.iterdir())
+
+
+@check
 def quantized():
     """With TP, scales of down belong to a rank's rows; without, each owner of an expert makes the same."""
 

@@ -8,6 +8,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import paddle
 
@@ -15,7 +16,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from checkpoint_cases import LAYOUT, ThreeExperts, assert_loaded, fill_moments, make_optimizer
 from layer_cases import HIDDEN
 
-from paddle_moe import init_distributed, load_checkpoint, load_moe_weights, save_checkpoint, save_moe_weights
+from paddle_moe import (
+    checkpoint,
+    init_distributed,
+    load_checkpoint,
+    load_moe_weights,
+    save_checkpoint,
+    save_moe_weights,
+    tensor_files,
+)
 from paddle_moe.distributed import ParallelContext
 from paddle_moe.tensor_files import CheckpointError
 
@@ -86,6 +95,28 @@ except RuntimeError as error:
         error
     )
 assert not (target / "refused" / "model.safetensors.index.json").exists()
+
+
+# Whatever keeps one rank from writing or reading is an error of all.
+def out_of_memory(*_, **__):
+    raise MemoryError("no room")
+
+
+failing = own.rank == 1
+with patch.object(checkpoint, "save_file", out_of_memory if failing else checkpoint.save_file):
+    try:
+        save_checkpoint(target / "failed", model)
+    except RuntimeError as error:
+        assert str(error).endswith("rank 1: MemoryError: no room"), error
+    else:
+        raise AssertionError("a rank that could not write was not noticed on this one")
+with patch.object(tensor_files, "_fill", out_of_memory if failing else tensor_files._fill):
+    try:
+        load_checkpoint(target / "float32", model)
+    except RuntimeError as error:
+        assert str(error).endswith("was loaded in part; rank 1: MemoryError: no room"), error
+    else:
+        raise AssertionError("a rank that could not read on was not noticed on this one")
 
 try:
     save_checkpoint(target / "mixed", ThreeExperts(parallel=own, permuted_weights=own.rank == 0))

@@ -1,0 +1,266 @@
+"""What a rank holds of a FusedMoE layer: the parameters and buffers of its shard.
+
+How they are made, drawn and cut out of dense weights, and what must survive copies, conversions and
+quantisation: values, dtypes, and the flags by which others know what ranks do not share.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Callable
+
+import paddle
+from paddle import nn
+
+from paddle_moe._options import dtype_name
+from paddle_moe.params import EXPERT_WEIGHTS, LayerShard, Part, drawn_values
+from paddle_moe.quantization import (
+    check_options,
+    check_shards,
+    check_weight,
+    quantised_parts,
+    quantize_stack,
+)
+
+if TYPE_CHECKING:
+    from paddle_moe.distributed import ParallelContext
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def keep_dtypes(func: Callable, kept: Any) -> Callable:
+    """The conversion that nn.Layer._apply is given, but for these tensors without another dtype."""
+    places = {tensor.data_ptr() for tensor in kept}
+
+    def convert(tensor, device, dtype, blocking):
+        return func(tensor, device, tensor.dtype if tensor.data_ptr() in places else dtype, blocking)
+
+    return convert
+
+
+def as_tensor(value: Any) -> paddle.Tensor:
+    return value if isinstance(value, paddle.Tensor) else paddle.to_tensor(value)
+
+
+class _Drawn(nn.initializer.Constant):
+    """Zeros, then what `draw` makes of them; under paddle.LazyGuard once the parameter is initialized."""
+
+    def __init__(self, draw: Callable[[paddle.Tensor], None]):
+        super().__init__(0.0)
+        self.draw = draw
+
+    def forward(self, var: paddle.Tensor, block: Any = None) -> None:
+        super().forward(var, block)
+        self.draw(var)
+
+
+class ShardedWeights(nn.Layer):
+    """The base of FusedMoE, which describes the parameters.
+
+    Args:
+        shard: which part of the layer this rank holds, in the grid of `parallel`.
+        dtype: of the weights and biases of experts. gate_dtype: of the gates.
+        gate_bias, gate_up_bias, down_bias, shared_gate: whether there are such.
+        seed: what weights are drawn from; None: zeros.
+    """
+
+    def __init__(
+        self,
+        shard: LayerShard,
+        parallel: ParallelContext | None,
+        dtype: str,
+        gate_dtype: str,
+        gate_bias: bool,
+        gate_up_bias: bool,
+        down_bias: bool,
+        shared_gate: bool,
+        seed: int | None,
+    ):
+        super().__init__()
+        self._shard, self.parallel = shard, parallel
+        self.ep_rank, self.ep_size, self.tp_rank, self.tp_size = shard.place
+        first, end = shard.experts
+        self.experts_min, self.experts_max = first, end - 1
+        self._gate_dtype, self._has_down_bias = gate_dtype, down_bias
+        # The dtype of the experts' weights since quantize_(), and what shares a scale.
+        self.quantized: str | None = None
+        self.granularity: str | None = None
+        self._create_parameters(dtype, gate_bias, gate_up_bias, shared_gate, seed)
+
+    def _create_parameters(
+        self,
+        dtype: str,
+        gate_bias: bool,
+        gate_up_bias: bool,
+        shared_gate: bool,
+        seed: int | None,
+    ) -> None:
+        parts = self._shard.parts()
+
+        def weight(name: str, dtype: str, wanted: bool = True) -> paddle.Tensor | None:
+            if not wanted:
+                return None
+            if seed is None or name.endswith("bias"):
+                initializer = nn.initializer.Constant(0.0)
+            else:
+                initializer = _Drawn(lambda parameter: self._draw(name, parameter, seed))
+            attr = paddle.ParamAttr(initializer=initializer)  # a default one yields to set_global_initializer
+            return self.create_parameter(parts[name].shape, attr, dtype)
+
+        shared = self._shard.shared_intermediate_size > 0
+        self.gate_weight = weight("gate_weight", self._gate_dtype)
+        self.gate_bias = weight("gate_bias", self._gate_dtype, gate_bias)
+        self.gate_up_weight = weight("gate_up_weight", dtype)
+        self.down_weight = weight("down_weight", dtype)
+        self.gate_up_bias = weight("gate_up_bias", dtype, gate_up_bias)
+        self.down_bias = weight("down_bias", dtype, self._has_down_bias and self.tp_rank == 0)
+        self.shared_gate_up_weight = weight("shared_gate_up_weight", dtype, shared)
+        self.shared_down_weight = weight("shared_down_weight", dtype, shared)
+        self.shared_gate_weight = weight("shared_gate_weight", self._gate_dtype, shared_gate)
+        self._mark_parameters()
+
+    @paddle.no_grad()
+    def _draw(self, name: str, parameter: paddle.Tensor, seed: int) -> None:
+        """Gives the parameter `name` the values that belong to `seed`."""
+        values = drawn_values(self._shard, name, seed)
+        if name not in EXPERT_WEIGHTS:
+            parameter.set_value(paddle.to_tensor(next(values)).astype(parameter.dtype))
+            return
+        for slot, of_expert in enumerate(values):
+            parameter[slot] = paddle.to_tensor(of_expert).astype(parameter.dtype)
+
+    def _load(self, **dense: Any) -> None:
+        """Cuts this rank's parts out of dense values of parameters and buffers."""
+        shard = replace(self._shard, permuted_weights=False)
+        parts, wholes = shard.parts(), shard.whole().parts()
+        for name, value in dense.items():
+            parameter = getattr(self, name)
+            if value is not None and parameter is not None and parts[name].size:
+                part = as_tensor(parts[name].cut(value, wholes[name])).astype(parameter.dtype)
+                if self.permuted_weights and name in EXPERT_WEIGHTS:
+                    part = part.transpose([0, 2, 1])
+                parameter.set_value(part)
+
+    @property
+    def permuted_weights(self) -> bool:
+        """Whether the weights of experts are stored [out, in]."""
+        return self._shard.permuted_weights
+
+    def _mark_parameters(self) -> None:
+        """The flags by which fleet and PaddleNLP know gates, and parameters that differ between ranks."""
+        for gate in (self.gate_weight, self.gate_bias):
+            if gate is not None:
+                gate.is_gate = True
+        if self.ep_size * self.tp_size == 1:
+            return
+        # What holds the same shard, and may share its optimizer state, is the data-parallel group.
+        color = {"color": "moe_expert", "group": self.parallel.dp_group}
+        experts = [self.gate_up_weight, self.down_weight, self.gate_up_bias, self.down_bias]
+        shared = [self.shared_gate_up_weight, self.shared_down_weight]
+        if self.quantized is not None:  # buffers, which wrappers broadcast too
+            experts += [self.gate_up_scale, self.down_scale]
+            if self._shard.shared_intermediate_size:
+                shared += [self.shared_gate_up_scale, self.shared_down_scale]
+        if self._shard.shared_over_grid:
+            experts += shared
+        elif self.tp_size > 1:
+            for parameter in (p for p in shared if p is not None):
+                parameter.is_distributed = parameter.no_sync = True
+                parameter.shard_group = "tp"
+        for parameter in (p for p in experts if p is not None):
+            parameter.is_distributed = parameter.expert = parameter.no_sync = True
+            parameter.shard_group = "grid"
+            if getattr(parameter, "color", None) is None:  # which is set once
+                parameter.color = color
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedWeights:
+        """With weights of its own; the groups and the logger are shared."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin._mark_parameters()  # Paddle copies no attributes of parameters
+        return twin
+
+    def _apply(self, func, device, dtype, blocking, include_sublayers=True):
+        """Conversions, also that of paddle.amp.decorate, leave the dtype of buffers and of float32 gates."""
+        if dtype is not None and dtype_name(dtype) not in DTYPES:
+            raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {dtype_name(dtype)}")
+        kept = [buffer for buffer in self._buffers.values() if buffer is not None]
+        if self._gate_dtype == "float32":
+            gates = (self.gate_weight, self.gate_bias, self.shared_gate_weight)
+            gates = [gate for gate in gates if gate is not None]
+            kept += gates + [gate.grad for gate in gates if gate.grad is not None]
+        super()._apply(keep_dtypes(func, kept), device, dtype, blocking, include_sublayers)
+
+    def parts(self, *, dense: bool = False) -> dict[str, Part]:
+        """Which part of the dense weights each parameter and buffer is; with dense, on a single rank.
+
+        The dimensions are those of params.LayerShard.parts; of quantised weights and their scales those of
+        quantization.quantised_parts. A rank whose down_bias is None, because another holds it, has an empty
+        part of it.
+        """
+        parts = (self._shard.whole() if dense else self._shard).parts()
+        if self.quantized is not None:
+            own, everyone = quantised_parts(self._shard, self.quantized, self.granularity)
+            parts.update(everyone if dense else own)
+        held = {name for name in parts if getattr(self, name, None) is not None}
+        if self._has_down_bias:
+            held.add("down_bias")
+        return {name: part for name, part in parts.items() if name in held}
+
+    @paddle.no_grad()
+    def quantize_(self, dtype: str | paddle.dtype = "int8", granularity: str | None = None) -> ShardedWeights:
+        """Turns the weights of this rank's experts, and of the shared one, into 8- or 4-bit numbers.
+
+        Afterwards gate_up_weight [E_l, 2 I_l, H], down_weight [E_l, H, I_l] and those of the shared expert
+        are buffers, int8, int4 as paddle_moe.pack_int4 packs it, or the bits of fp8 as uint8, stored
+        transposed because few tokens read them fastest so, beside buffers gate_up_scale, down_scale,
+        shared_gate_up_scale and shared_down_scale. Router, gates and biases stay as they are. There is no way
+        back. The weights are frozen; gradients go through them to hidden_states, router, gates and biases.
+        With TP, scales belong to a rank's slice. To load what was saved of it, a state_dict() or a checkpoint
+        (on any grid with the same tp_size and, where there is a shared expert, the same ranks), make a layer,
+        quantise it with the same arguments, and load.
+
+        Args:
+            dtype, granularity: see paddle_moe.quantize.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ValueError: see paddle_moe.quantize; the layer is left as it was.
+            RuntimeError: the weights are quantised already, not initialised, or on a GPU; Paddle is 2.6 and
+                the layer is one of several shards.
+        """
+        if self.quantized is not None:
+            raise RuntimeError(f"the expert weights of this layer are {self.quantized} already")
+        # Here, so that ranks without experts refuse the same.
+        dtype, granularity = check_options(dtype, granularity)
+        check_shards("quantize_", self.ep_size * self.tp_size)
+        quantised = {}
+        for name, parts in (("gate_up", 2), ("down", 1), ("shared_gate_up", 2), ("shared_down", 1)):
+            weight = getattr(self, f"{name}_weight")
+            if weight is not None:
+                if weight.size and not weight._is_initialized():
+                    raise RuntimeError(
+                        f"{name}_weight has no values, as under paddle.LazyGuard; call its initialize() first"
+                    )
+                check_weight(f"{name}_weight", weight)
+                quantised[name] = quantize_stack(
+                    weight, dtype, granularity, parts, permuted=self.permuted_weights
+                )
+        for name, tensors in quantised.items():
+            delattr(self, f"{name}_weight")
+            for what, tensor in zip(("weight", "scale"), tensors):
+                self.register_buffer(f"{name}_{what}", tensor)
+        self.quantized, self.granularity = dtype, granularity
+        self._shard = replace(self._shard, permuted_weights=True)
+        self._mark_parameters()
+        return self
+
+    def _scales(self, prefix: str = "") -> dict[str, Any]:
+        """The options of mixture_of_experts that say how weights are quantised."""
+        if self.quantized is None:
+            return {}
+        return {name: getattr(self, prefix + name) for name in ("gate_up_scale", "down_scale")}

@@ -1,0 +1,62 @@
+"""What every rank does around the experts that it holds, in an order that is the same on all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Callable
+
+import paddle
+
+from paddle_moe.all_to_all import all_to_all_experts
+from paddle_moe.collectives import enter_shards
+
+if TYPE_CHECKING:
+    from paddle_moe.distributed import ParallelContext
+
+Tensor = paddle.Tensor
+
+
+def partial_sum(
+    tokens: Tensor,
+    routing_table: Tensor,
+    router_weights: Tensor,
+    shared_weights: Tensor | None,
+    *,
+    routed: Callable[[Tensor, Tensor, Tensor], Tensor],
+    shared: Callable[[Tensor, Tensor], Tensor],
+    parallel: ParallelContext | None,
+    groups: Sequence[str],
+    fp32: bool,
+    expert_ranges: Sequence[tuple[int, int]] | None = None,
+) -> Tensor:
+    """What this rank adds to the output of a layer whose experts are divided over ranks.
+
+    The sum over the ranks of `groups` is the output (collectives.leave_shards); the gradients of `tokens`,
+    `router_weights` and `shared_weights` are summed over them here.
+
+    Args:
+        tokens: [T, H]. routing_table, router_weights: [T, K]. All are the same on the ranks of `groups`.
+        shared_weights: [T, 1] fp32, of the shared expert in each token; None: there is no such expert.
+        routed: of (rows [N, H], ids [N, K], weights [N, K]) the sum over this rank's experts, [N, H].
+        shared: of (tokens, shared_weights) this rank's part of the shared expert, [T, H].
+        fp32: sum the gradients in fp32.
+        expert_ranges: each EP rank has tokens of its own, which travel to the experts, see
+            all_to_all.all_to_all_experts. None: they have the same tokens.
+
+    Returns:
+        [T, H] in the dtype of `tokens`; with a shared expert fp32, also because the CPU has no half-precision
+        addition.
+    """
+    entering = [tokens, router_weights, *([] if shared_weights is None else [shared_weights])]
+    tokens, router_weights, *entered = enter_shards(entering, parallel, groups, fp32)
+
+    def of_shared() -> Tensor | None:
+        return shared(tokens, *entered) if entered else None
+
+    if expert_ranges is None:
+        output, addend = routed(tokens, routing_table, router_weights), of_shared()
+    else:
+        output, addend = all_to_all_experts(
+            tokens, routing_table, router_weights, routed, expert_ranges, parallel, of_shared
+        )
+    return output if addend is None else output.astype("float32") + addend.astype("float32")
