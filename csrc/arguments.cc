@@ -93,9 +93,9 @@ int64_t stride(const Tensor& tensor, size_t dim) {
   return result;
 }
 
-// A dimension of size 1 has no meaningful stride, and in an array without elements none has, so any is
-// accepted there.
-bool is_contiguous_from(const Tensor& tensor, size_t first_dim) {
+}  // namespace
+
+bool is_contiguous(const Tensor& tensor, size_t first_dim) {
   if (std::count(tensor.shape.begin(), tensor.shape.end(), 0) != 0) return true;
   int64_t expected = 1;
   for (size_t i = tensor.shape.size(); i-- > first_dim;) {
@@ -105,8 +105,10 @@ bool is_contiguous_from(const Tensor& tensor, size_t first_dim) {
   return true;
 }
 
+namespace {
+
 void expect_contiguous(const Name& name, const Tensor& tensor, size_t first_dim = 0) {
-  if (!is_contiguous_from(tensor, first_dim)) {
+  if (!is_contiguous(tensor, first_dim)) {
     fail(name, " must be contiguous", first_dim ? " in its last dimension" : "", ", got the shape ",
          shape_text(tensor.shape), " with the strides ", list_text(tensor.strides, false),
          "; pass a contiguous copy");
@@ -510,7 +512,6 @@ Problem resolve(const Arguments& a) {
 
   const Layout layout = find_layout(a);
   const int64_t num_experts = layout.num_experts;
-  if (known(num_experts)) p.experts.resize(num_experts);
   const bool t = a.permuted_weights;
 
   // H and I come from the first weight of each kind, hidden_states completes H.

@@ -48,6 +48,10 @@ struct Tensor {
 
 std::string dtype_text(const Tensor& tensor);  // for error messages
 
+// From a dimension on. One of size 1 has no meaningful stride, and in an array without elements none has, so
+// any is accepted there.
+bool is_contiguous(const Tensor& tensor, size_t first_dim = 0);
+
 // ---------------------------------------------------------------- mixture_of_experts
 
 constexpr int64_t kLastExpertPassed = std::numeric_limits<int64_t>::min();

@@ -23,9 +23,11 @@ def current_stream(array: Any) -> int:
     return sys.modules["cupy"].cuda.get_current_stream(array.device.id).ptr
 
 
-def device_of(array: Any) -> Any:
-    """A context in which the device of `array` is the current one of its library."""
-    return sys.modules["torch"].cuda.device(array.device) if _library(array) == "torch" else array.device
+def export(first: Any, array: Any, stream: int) -> Any:
+    """The DLPack capsule of `array`; PyTorch exports none of a device that is not its current one."""
+    device = first.device if _library(first) == "cupy" else sys.modules["torch"].cuda.device(first.device)
+    with device:
+        return array.__dlpack__(stream=stream)
 
 
 def empty(array: Any, dtype: str, shape: list[int]) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -581,7 +582,14 @@ def set_num_threads(n: int) -> None:
 
 def get_num_threads() -> int:
     """How many threads the operators for Paddle use on a CPU."""
-    return _library.paddle_moe_num_threads()
+    number = _library.paddle_moe_num_threads()
+    if number < 0:
+        text = os.environ.get("PADDLE_MOE_NUM_THREADS")
+        raise RuntimeError(
+            f"PADDLE_MOE_NUM_THREADS must be a number from 1 to {_core.MAX_THREADS}, got {text!r}; without it"
+            " all cores of the process are used"
+        )
+    return number
 
 
 def release_memory() -> int:

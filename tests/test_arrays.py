@@ -89,6 +89,50 @@ def test_dlpack_arrays_are_read_in_place_and_given_back():
     assert [sys.getrefcount(array) for array in arrays.values()] == counts
 
 
+class CopiesItself(DLPackOnly):
+    """An array whose library exports a copy each time, which the capsule alone keeps alive."""
+
+    def __dlpack__(self):
+        return self.array.copy().__dlpack__()
+
+
+def test_arrays_that_are_copies_live_as_long_as_the_call():
+    """Large ones, whose memory the C library would take away at once."""
+    rng = np.random.default_rng(0)
+    tokens, experts = 20000, 16
+    copy = {
+        name: CopiesItself(array)
+        for name, array in (
+            ("logits", rng.standard_normal((tokens, experts), "float32")),
+            ("grad", rng.standard_normal((tokens, 2), "float32")),
+            ("hidden", rng.standard_normal((tokens, H), "float32")),
+            ("gate", rng.standard_normal((H, experts), "float32")),
+        )
+    }
+    plain = {name: one.array for name, one in copy.items()}
+    ids, weights = core.route(plain["logits"], 2)
+    for array, expected in zip(core.route(copy["logits"], 2), (ids, weights)):
+        np.testing.assert_array_equal(array, expected)
+    np.testing.assert_array_equal(
+        core.route_backward(copy["grad"], CopiesItself(ids), copy["logits"], 2),
+        core.route_backward(plain["grad"], ids, plain["logits"], 2),
+    )
+    for array, expected in zip(
+        core.gate_backward(copy["logits"], copy["hidden"], copy["gate"]),
+        core.gate_backward(plain["logits"], plain["hidden"], plain["gate"]),
+    ):
+        np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.parametrize("dtype", ["V0", np.dtype([])])
+def test_dtypes_without_a_size(dtype):
+    nothing = np.zeros((2, H), dtype)
+    with pytest.raises(ValueError, match="hidden_states must have the dtype"):
+        core.gate(nothing, np.zeros((H, E), "float32"))
+    with pytest.raises(ValueError, match="workspace must be a writable, contiguous uint8 array"):
+        core.gate(np.zeros((2, H), "float32"), np.zeros((H, E), "float32"), workspace=nothing)
+
+
 def test_paddle_tensors_through_dlpack():
     arrays = arguments()
     tensors = {name: paddle.to_tensor(array) for name, array in arrays.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -186,6 +187,9 @@ try:
     print(core.num_threads())
     logits = core.gate(np.ones((64, 8), np.float32), np.ones((8, 4), np.float32))
     assert (logits == 8).all()
+    if sys.argv[1] == "no threads":  # the benchmark's own ones
+        from paddle_moe import _core
+        assert _core.measure_flops(False, 4) > 0
 except RuntimeError as error:
     print(error)
 """
@@ -218,6 +222,45 @@ def test_default_number_of_threads(case, environment, expected):
     unset = dict.fromkeys(names, "")
     printed = checks.run_python("-c", DEFAULT_THREADS, case, timeout=120, **{**unset, **environment})
     assert re.fullmatch(expected, printed.strip()), printed
+
+
+# A caller that is pinned to a processor at first, and then is not; prints the affinities of all threads.
+PINNED = """
+import os
+import numpy as np
+from paddle_moe import core
+
+def call():
+    core.gate(np.ones((4096, 64), np.float32), np.ones((64, 64), np.float32))
+
+core.set_num_threads(2)
+everywhere = os.sched_getaffinity(0)
+os.sched_setaffinity(0, {min(everywhere)})
+call()
+os.sched_setaffinity(0, everywhere)
+call()
+print([sorted(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="affinity as Linux has it")
+def test_workers_leave_the_processor_that_a_caller_was_pinned_to():
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        pytest.skip("needs two processors")
+    affinities = json.loads(checks.run_python("-c", PINNED, timeout=120))
+    assert allowed[:1] not in affinities, affinities
+
+
+def test_a_wrong_number_of_threads_that_is_set_late():
+    code = (
+        "import os, paddle, paddle_moe\nos.environ['PADDLE_MOE_NUM_THREADS'] = 'two'\n"
+        "try: paddle_moe.get_num_threads()\n"
+        "except RuntimeError as error: print(error)"
+    )
+    unset = dict.fromkeys(("PADDLE_MOE_NUM_THREADS", "OMP_NUM_THREADS"), "")
+    printed = checks.run_python("-c", code, timeout=120, **unset)
+    assert printed.startswith("PADDLE_MOE_NUM_THREADS must be a number from 1 to 4096, got 'two'"), printed
 
 
 def test_calls_from_several_python_threads_at_once(threads):

@@ -134,31 +134,6 @@ struct Array {
 
 py::module_ library() { return py::module_::import("paddle_moe._cuda_arrays"); }
 
-// While it lives, the device of an array is the current one of its library: PyTorch exports no others.
-class LibraryDevice {
- public:
-  LibraryDevice() = default;
-  ~LibraryDevice() {
-    if (!context_) return;
-    try {
-      context_.attr("__exit__")(py::none(), py::none(), py::none());
-    } catch (py::error_already_set& error) {
-      error.discard_as_unraisable("the device that was current before a call of paddle_moe.core");
-    }
-  }
-  LibraryDevice(const LibraryDevice&) = delete;
-  LibraryDevice& operator=(const LibraryDevice&) = delete;
-
-  void enter(const py::object& array) {
-    const py::object context = library().attr("device_of")(array);
-    context.attr("__enter__")();
-    context_ = context;
-  }
-
- private:
-  py::object context_;
-};
-
 // The bytes from the first to the last of an array of a call.
 struct Extent {
   Extent(std::string name, const Tensor& view) : name(std::move(name)) {
@@ -205,7 +180,8 @@ class Reader {
     return array;
   }
 
-  // The array that was read last will be written: it must not overlap one that was read before it.
+  // The array that was read last, of a dtype that is known, will be written: it must not overlap one that was
+  // read before it.
   void expect_apart() const {
     const Extent& written = extents_.back();
     for (const Extent& other : extents_) {
@@ -264,7 +240,6 @@ class Reader {
         device_ = dispatch::cuda_device(name.c_str(), device.id, nullptr);
         const auto stream = library().attr("current_stream")(object).cast<uintptr_t>();
         device_.stream = reinterpret_cast<cuda::Stream>(stream);
-        library_device_.enter(object);
       } else if (device.type != dlpack::kCpu) {
         fail(name + " must be on the CPU or on a CUDA GPU, got " + text(device));
       }
@@ -296,7 +271,7 @@ class Reader {
     result.view.data = array.data();
     result.view.dtype = dtype_of(array.dtype());
     if (result.view.dtype == DType::kOther) result.view.other_dtype = py::str(array.dtype());
-    const py::ssize_t item = array.itemsize();
+    const py::ssize_t item = std::max<py::ssize_t>(1, array.itemsize());  // 0: of a dtype without fields
     for (py::ssize_t i = 0; i < array.ndim(); ++i) {
       if (array.strides(i) % item != 0) fail(name + " must have strides that are multiples of its item size");
       result.view.shape.push_back(array.shape(i));
@@ -309,7 +284,7 @@ class Reader {
     settle(name, object, dlpack_device_of(name, object));
     Array result;
     try {
-      result.owner = on_gpu() ? object.attr("__dlpack__")(py::arg("stream") = stream_for(object))
+      result.owner = on_gpu() ? library().attr("export")(first_, object, stream_for(object))
                               : object.attr("__dlpack__")();
     } catch (const py::error_already_set& error) {
       fail(name + " cannot be read through DLPack: " + error.what());
@@ -340,7 +315,6 @@ class Reader {
   }
 
   Device device_ = dispatch::cpu_device();
-  LibraryDevice library_device_;
   dlpack::Device dlpack_device_{dlpack::kCpu, 0};
   py::object first_;
   std::string first_name_;
@@ -364,14 +338,9 @@ class Output {
     }
     if (!array_.writable) fail(name + " must be writable, got a read-only array");
     if (!given.is_none()) reader->expect_apart();
-    if (any_strides) return;
-    const bool empty = std::count(shape.begin(), shape.end(), 0) != 0;
-    int64_t stride = 1;
-    for (size_t i = shape.size(); i-- > 0; stride *= shape[i]) {
-      if (!empty && shape[i] > 1 && !view.strides.empty() && view.strides[i] != stride) {
-        fail(name + " must be contiguous, got the strides " +
-             py::repr(py::cast(view.strides)).cast<std::string>());
-      }
+    if (!any_strides && !is_contiguous(view)) {
+      fail(name + " must be contiguous, got the strides " +
+           py::repr(py::cast(view.strides)).cast<std::string>());
     }
   }
 
@@ -510,9 +479,9 @@ class Route {
 
   py::object backward(const py::object& routing_table, const py::object& grad_router_weights,
                       const py::object& out) {
-    const RouteBackwardProblem problem =
-        resolve_route_backward(problem_, reader_.read("routing_table", routing_table).view,
-                               reader_.read("grad_router_weights", grad_router_weights).view);
+    const Array table = reader_.read("routing_table", routing_table);
+    const Array grad = reader_.read("grad_router_weights", grad_router_weights);
+    const RouteBackwardProblem problem = resolve_route_backward(problem_, table.view, grad.view);
     const Output grad_logits("out", out, numpy_dtype(DType::kFloat32),
                              {problem_.num_tokens, problem_.num_experts}, &reader_);
     {

@@ -146,6 +146,7 @@ class KeptMemory {
   struct Block {
     void* data = nullptr;
     size_t bytes = 0;
+    bool operator<(const Block& other) const { return bytes < other.bytes; }
   };
 
   static constexpr size_t kSmallestScratch = size_t{1} << 20;
@@ -173,8 +174,7 @@ class KeptMemory {
     Block block, replaced;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      const auto smaller = [](const Block& a, const Block& b) { return a.bytes < b.bytes; };
-      auto found = std::lower_bound(scratch_.begin(), scratch_.end(), Block{nullptr, bytes}, smaller);
+      const auto found = std::lower_bound(scratch_.begin(), scratch_.end(), Block{nullptr, bytes});
       if (found != scratch_.end()) {
         block = *found;
         scratch_.erase(found);
@@ -189,8 +189,7 @@ class KeptMemory {
 
   void give_scratch_back(Block block) {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto smaller = [](const Block& a, const Block& b) { return a.bytes < b.bytes; };
-    scratch_.insert(std::upper_bound(scratch_.begin(), scratch_.end(), block, smaller), block);
+    scratch_.insert(std::upper_bound(scratch_.begin(), scratch_.end(), block), block);
   }
 
   void* take(size_t bytes) {
@@ -229,19 +228,20 @@ class KeptMemory {
 
   // Frees what nothing uses, and forgets how much was once in use.
   size_t release() {
-    std::vector<Block> released;
+    std::vector<Block> gradients, scratch;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      released.swap(free_);
-      released.insert(released.end(), scratch_.begin(), scratch_.end());
-      scratch_.clear();
+      gradients.swap(free_);
+      scratch.swap(scratch_);
       most_used_bytes_ = used_bytes_;
       free_bytes_ = 0;
     }
     size_t bytes = 0;
-    for (const Block& block : released) {
-      std::free(block.data);
-      bytes += block.bytes;
+    for (const auto* blocks : {&gradients, &scratch}) {
+      for (const Block& block : *blocks) {
+        std::free(block.data);
+        bytes += block.bytes;
+      }
     }
     return bytes;
   }
@@ -419,26 +419,17 @@ PaddleTensors experts_backward(const paddle::Tensor& routing_table, const Paddle
   for (size_t i = 0; i < tensors.size(); ++i) {
     gradients.push_back(wanted[i] ? empty_gradient(tensors[i]) : paddle::Tensor());
   }
-  auto arguments = [&](const PaddleTensors& list) {
-    return experts_arguments(routing_table, list, counts, PADDLE_MOE_EXPERTS_OPTIONS);
-  };
-  // An unwanted gradient keeps the shape of its argument and has no data.
-  PaddleTensors described = gradients;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    if (!wanted[i]) described[i] = tensors[i];
-  }
-  Arguments results = arguments(described);
+  const Arguments arguments = experts_arguments(routing_table, tensors, counts, PADDLE_MOE_EXPERTS_OPTIONS);
+  // A gradient has the shape and dtype of its argument, and no data where it is not wanted.
+  Arguments results = arguments;
   std::vector<Tensor*> views{&results.hidden_states, &results.router_weights};
   for (auto* list : {&results.gate_up_weights, &results.down_weights, &results.gate_up_bias,
                      &results.down_bias, &results.gate_up_scale, &results.down_scale}) {
     for (Tensor& tensor : *list) views.push_back(&tensor);
   }
-  for (size_t i = 0; i < views.size(); ++i) {
-    if (!wanted[i]) views[i]->data = nullptr;
-  }
-  const BackwardProblem problem =
-      resolve_backward(arguments(tensors), view(grad_out),
-                       pre_activations.shape()[1] == 1 ? Tensor{} : view(pre_activations), results);
+  for (size_t i = 0; i < views.size(); ++i) views[i]->data = wanted[i] ? gradients[i].data() : nullptr;
+  const BackwardProblem problem = resolve_backward(
+      arguments, view(grad_out), pre_activations.shape()[1] == 1 ? Tensor{} : view(pre_activations), results);
   Workspace workspace(dispatch::backward_workspace_size(device, problem), place);
   dispatch::mixture_of_experts_backward(device, problem, workspace.data());
   return gradients;
@@ -657,5 +648,12 @@ PD_BUILD_OP(paddle_moe_fused_gate_moe)
 PADDLE_MOE_EXPORT void paddle_moe_set_num_threads(int num_threads) {
   paddle_moe::cpu::set_num_threads(num_threads);
 }
-PADDLE_MOE_EXPORT int paddle_moe_num_threads() { return paddle_moe::cpu::num_threads(); }
+// -1 where PADDLE_MOE_NUM_THREADS makes no sense: no exception may leave a function of C.
+PADDLE_MOE_EXPORT int paddle_moe_num_threads() {
+  try {
+    return paddle_moe::cpu::num_threads();
+  } catch (const std::runtime_error&) {
+    return -1;
+  }
+}
 PADDLE_MOE_EXPORT size_t paddle_moe_release_memory() { return paddle_moe::KeptMemory::instance().release(); }

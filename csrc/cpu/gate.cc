@@ -85,12 +85,12 @@ void gate_hidden_block(const GateBackwardProblem& b, const GateBackwardLayout& l
     kernels().copy_row(b.grad_logits + (first_token + i) * p.num_experts, DType::kFloat32, p.num_experts,
                        Operand::kFloat32, scratch.rows + i * layout.row_stride * kUnitBytes);
   }
-  const Matrix transposed{p.weight.data, p.weight.out_stride, p.weight.in_stride};
-  const int64_t width = block_columns(storage_of(transposed), num_tokens);
+  const Matrix weight = transposed(p.weight);
+  const int64_t width = block_columns(storage_of(weight), num_tokens);
   for (int64_t column = 0; column < p.hidden_size; column += 2 * width) {
     const int64_t columns = std::min(2 * width, p.hidden_size - column);
-    kernels().gemm(neighbours_gemm(scratch.rows, layout.row_stride, p.num_experts, Operand::kFloat32,
-                                   transposed, p.weight_dtype, {0, 0, num_tokens, column, columns, width},
+    kernels().gemm(neighbours_gemm(scratch.rows, layout.row_stride, p.num_experts, Operand::kFloat32, weight,
+                                   p.weight_dtype, {0, 0, num_tokens, column, columns, width},
                                    scratch.thread.result, sums_stride(width), scratch.thread));
     kernels().store_block(
         {scratch.thread.result,
@@ -132,8 +132,7 @@ void gate_weight_block(const GateBackwardProblem& b, const GateScratch& scratch,
     task.accumulate = task.chained = true;
     kernels().gemm(task);
   }
-  Matrix gradient = from_column(b.weight, column, p.weight_dtype);
-  gradient.data = advance(gradient.data, row * gradient.in_stride, p.weight_dtype);
+  const Matrix gradient = from_row(from_column(b.weight, column, p.weight_dtype), row, p.weight_dtype);
   kernels().store_block({scratch.thread.result, 2 * kPackedColumns, rows, columns, gradient, p.weight_dtype});
 }
 

@@ -1,5 +1,5 @@
-// What one instruction set offers to the scheduler in moe.cc. The same template source, kernels.inc, is
-// compiled once per instruction set.
+// What one instruction set offers to the schedulers in moe.cc, moe_backward.cc and gate.cc. The same template
+// source, kernels.inc, is compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -188,16 +188,15 @@ struct ColumnSumsTask {
 };
 
 // out[t, :] = sum over k of weight[t, k] * (down[position[t, k], :] + bias of the expert), skipping position
-// -1.
+// -1. A null weight is 1; without experts there is no bias.
 struct CombineTask {
   const float* down;
   int64_t down_stride;
   const int32_t* position;      // [num_tokens, top_k]
   const int32_t* local_expert;  // [num_tokens, top_k]
-  const float* weight;          // [num_tokens, top_k]
-  const Expert* experts;
+  const float* weight;          // [num_tokens, top_k], or null
+  const Expert* experts;        // or null
   DType bias_dtype;
-  bool has_bias;
   int64_t num_tokens, top_k, hidden_size;
   DType dtype;
   void* out;  // [num_tokens, hidden_size]

@@ -88,7 +88,7 @@ class Chunk {
       const size_t before = first_.size();
       if (rows > 0) {
         const Expert& expert = p_.experts[e];
-        const int64_t wanted = divide_up(kStreamedBlocksPerThread * threads_, active_experts_);
+        const int64_t wanted = divide_up(threads_, active_experts_);
         // The first GEMM computes the same columns of gate and up together, the second GEMM two neighbouring
         // blocks of columns.
         cut_into_blocks(e, begin_[e], begin_[e + 1], p_.intermediate_size, 1,
@@ -194,37 +194,23 @@ class Chunk {
   }
 
   void activate(const GemmBlock& block, const ThreadScratch& scratch) {
-    const Expert& expert = p_.experts[block.expert];
-    const int64_t out_bytes = w_.operand == Operand::kFloat32 ? kUnitBytes : 2;
-    char* row = w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes;
+    ActivateTask activate = activate_task(p_, block, scratch);
+    char* const row = w_.inter_rows + block.first_row * w_.inter_stride * kUnitBytes;
     const Int16Row integers(p_.intermediate_size, w_.operand);
     static_assert(kPackedColumns % kInt16Group == 0, "blocks of columns are whole groups");
-    float* powers = nullptr;
+    activate.operand = w_.operand;
+    activate.out = row + block.first_column * (w_.operand == Operand::kFloat32 ? kUnitBytes : 2);
+    activate.out_stride = w_.inter_stride;
+    activate.plane_bytes = integers.plane_bytes();
     if (is_integer(w_.operand))
-      powers = reinterpret_cast<float*>(row + integers.powers_at()) + block.first_column / kInt16Group;
-    auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p_.bias_dtype) : nullptr; };
-    ActivateTask activate{scratch.result,
-                          scratch.result + block.width,
-                          sums_stride(block.width),
-                          block.num_rows,
-                          block.num_columns,
-                          bias(expert.gate_bias),
-                          bias(expert.up_bias),
-                          p_.bias_dtype,
-                          p_.activation,
-                          p_.dtype,
-                          w_.operand,
-                          row + block.first_column * out_bytes,
-                          w_.inter_stride,
-                          powers,
-                          integers.plane_bytes(),
-                          0};
+      activate.powers =
+          reinterpret_cast<float*>(row + integers.powers_at()) + block.first_column / kInt16Group;
     if (saved_->rows) {
       const int64_t inter = p_.intermediate_size;
-      const int64_t row = saved_->next[block.expert] + block.first_row - begin_[block.expert];
+      const int64_t saved_row = saved_->next[block.expert] + block.first_row - begin_[block.expert];
       activate.saved_stride = 2 * inter;
       activate.saved_gate = const_cast<void*>(
-          advance(saved_->rows, row * activate.saved_stride + block.first_column, p_.dtype));
+          advance(saved_->rows, saved_row * activate.saved_stride + block.first_column, p_.dtype));
       activate.saved_up = const_cast<void*>(advance(activate.saved_gate, inter, p_.dtype));
     }
     kernels().activate(&activate);
@@ -235,10 +221,10 @@ class Chunk {
     const int64_t token = task * kTokensPerCombineTask, slot = token * p_.top_k;
     char* out = static_cast<char*>(out_) +
                 (first_token_ + token) * p_.hidden_size * static_cast<int64_t>(dtype_size(p_.dtype));
-    kernels().combine(
-        {w_.down_rows, w_.down_stride, w_.slots.position + slot, w_.slots.expert + slot,
-         w_.slots.weight + slot, p_.experts.data(), p_.bias_dtype, p_.experts[0].down_bias != nullptr,
-         std::min(kTokensPerCombineTask, num_tokens_ - token), p_.top_k, p_.hidden_size, p_.dtype, out});
+    kernels().combine({w_.down_rows, w_.down_stride, w_.slots.position + slot, w_.slots.expert + slot,
+                       w_.slots.weight + slot, p_.experts[0].down_bias ? p_.experts.data() : nullptr,
+                       p_.bias_dtype, std::min(kTokensPerCombineTask, num_tokens_ - token), p_.top_k,
+                       p_.hidden_size, p_.dtype, out});
   }
 
   static void raise(uint32_t* maximum, uint32_t value) {
@@ -270,7 +256,7 @@ size_t workspace_size(const Problem& problem, int num_threads) {
   return Layout(problem, nullptr, num_threads).bytes;
 }
 
-int64_t count_rows(const Problem& problem) { return saved_rows(problem).back(); }
+int64_t count_rows(const Problem& problem) { return saved_begin(problem).back(); }
 
 void mixture_of_experts(const Problem& problem, int num_threads, void* workspace, void* out, float* amax,
                         void* pre_activations) {
@@ -278,7 +264,7 @@ void mixture_of_experts(const Problem& problem, int num_threads, void* workspace
   std::vector<uint32_t> amax_bits(amax ? problem.num_experts() : 0, 0);
   Saved saved{pre_activations, {}};
   if (pre_activations) {
-    saved.next = saved_rows(problem);
+    saved.next = saved_begin(problem);
     saved.next.pop_back();
   }
   for (int64_t t = 0; t < problem.num_tokens; t += layout.tokens) {

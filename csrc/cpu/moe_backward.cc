@@ -102,7 +102,6 @@ struct Layout {
     const int64_t units = rows_per_unit == 1 ? n : n / 2 + std::min(n, p.num_experts());
     slots = Slots(&arena, n);
     row_weight = arena.take<float>(n * sizeof(float));
-    ones = arena.take<float>(n * sizeof(float));
     hidden_units = arena.take<char>(units * hidden_unit_bytes);
     hidden_rows = hidden_row ? arena.take<char>(n * hidden_bytes) : hidden_units;
     grad_rows = arena.take<char>(n * grad_stride * kUnitBytes);
@@ -116,11 +115,11 @@ struct Layout {
         arena.take<float>(wanted.gate_up_bias || wanted.down_bias ? p.num_experts() * bias_stride * 4 : 0);
     // Between chunks the gradients of weights have to stay in fp32; where they are fp32 themselves, they are
     // their own accumulators.
-    const bool separate = tokens < p.num_tokens && p.dtype != DType::kFloat32;
-    gate_up_sums =
-        arena.take<float>(separate && wanted.gate_up ? p.num_experts() * 2 * p.hidden_size * inter * 4 : 0);
-    down_sums = arena.take<float>(separate && wanted.down ? p.num_experts() * p.hidden_size * inter * 4 : 0);
-    separate_sums = separate;
+    separate_sums = tokens < p.num_tokens && p.dtype != DType::kFloat32;
+    gate_up_sums = arena.take<float>(
+        separate_sums && wanted.gate_up ? p.num_experts() * 2 * p.hidden_size * inter * 4 : 0);
+    down_sums =
+        arena.take<float>(separate_sums && wanted.down ? p.num_experts() * p.hidden_size * inter * 4 : 0);
     large_gradients = weight_bytes > kCachedGradientBytes;
     scratch = take_thread_scratch(&arena, threads, quantised ? kBlockUnits * kDecodedColumns : 0);
     bytes = arena.used();
@@ -136,7 +135,7 @@ struct Layout {
   int64_t hidden_grad_stride, router_sums, bias_stride;                                     // floats
   int64_t tokens;
   Slots slots;
-  float *row_weight, *ones;
+  float* row_weight;
   char *hidden_rows, *hidden_units, *grad_rows, *pre_activations, *gate_up_rows, *inter_units;
   float *hidden_grad_rows, *sums, *bias_sums, *gate_up_sums, *down_sums;
   bool separate_sums, large_gradients;
@@ -172,7 +171,6 @@ class Chunk {
         begin_(sort_slots(p_, first_token, num_tokens, layout.slots)) {
     for (int64_t i = 0; i < num_tokens * p_.top_k; ++i) {
       if (w_.slots.position[i] >= 0) w_.row_weight[w_.slots.position[i]] = w_.slots.weight[i];
-      w_.ones[i] = 1.0f;
     }
     for (int64_t e = 0; e < p_.num_experts(); ++e)
       first_unit_.push_back(first_unit_.back() + divide_up(rows_of(e), w_.rows_per_unit));
@@ -247,8 +245,7 @@ class Chunk {
   int32_t cut(Stage stage, int64_t e, int64_t columns, int64_t neighbours, Storage storage) {
     const size_t before = tasks_.size();
     if (rows_of(e) > 0) {
-      cut_into_blocks(e, begin_[e], begin_[e + 1], columns, neighbours, storage,
-                      kStreamedBlocksPerThread * threads_,
+      cut_into_blocks(e, begin_[e], begin_[e + 1], columns, neighbours, storage, threads_,
                       [&](const GemmBlock& block) { add(stage, block); });
     }
     return static_cast<int32_t>(tasks_.size() - before);
@@ -377,22 +374,10 @@ class Chunk {
   }
 
   void recompute(const GemmBlock& block, const ThreadScratch& scratch) {
-    const Expert& expert = p_.experts[block.expert];
-    const GemmTask gemm = gate_up_gemm(w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes,
-                                       w_.hidden_stride, p_, w_.hidden_operand, block, scratch);
-    kernels().gemm(gemm);
-    auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p_.bias_dtype) : nullptr; };
-    ActivateTask activate{};
-    activate.gate = scratch.result;
-    activate.up = scratch.result + block.width;
-    activate.gate_up_stride = gemm.result_stride;
-    activate.num_rows = block.num_rows;
-    activate.columns = block.num_columns;
-    activate.gate_bias = bias(expert.gate_bias);
-    activate.up_bias = bias(expert.up_bias);
-    activate.bias_dtype = p_.bias_dtype;
+    kernels().gemm(gate_up_gemm(w_.hidden_rows + block.first_row * w_.hidden_stride * kUnitBytes,
+                                w_.hidden_stride, p_, w_.hidden_operand, block, scratch));
+    ActivateTask activate = activate_task(p_, block, scratch);
     activate.activation.kind = Activation::kIdentity;  // only what is saved counts
-    activate.dtype = p_.dtype;
     activate.saved_gate = pre_activations(block.expert, block.first_row, block.first_column);
     activate.saved_up = const_cast<void*>(advance(activate.saved_gate, p_.intermediate_size, p_.dtype));
     activate.saved_stride = 2 * p_.intermediate_size;
@@ -613,8 +598,8 @@ class Chunk {
       char* out = static_cast<char*>(b_.hidden_states) + (first_token_ + block.first_row) * p_.hidden_size *
                                                              static_cast<int64_t>(dtype_size(p_.dtype));
       kernels().combine({w_.hidden_grad_rows, w_.hidden_grad_stride, w_.slots.position + first_slot,
-                         w_.slots.expert + first_slot, w_.ones + first_slot, nullptr, p_.bias_dtype, false,
-                         block.num_rows, p_.top_k, p_.hidden_size, p_.dtype, out});
+                         w_.slots.expert + first_slot, nullptr, nullptr, p_.bias_dtype, block.num_rows,
+                         p_.top_k, p_.hidden_size, p_.dtype, out});
     }
     for (int64_t i = first_slot; w_.wanted.router && i < first_slot + block.num_rows * p_.top_k; ++i) {
       float sum = 0.0f;
@@ -662,7 +647,7 @@ size_t backward_workspace_size(const BackwardProblem& problem, int num_threads) 
 void mixture_of_experts_backward(const BackwardProblem& problem, int num_threads, void* workspace) {
   const Layout layout(problem, workspace, num_threads);
   const Problem& p = problem.forward;
-  Progress progress{saved_rows(p), std::vector<bool>(p.num_experts(), false)};
+  Progress progress{saved_begin(p), std::vector<bool>(p.num_experts(), false)};
   if (problem.pre_activations && problem.saved_rows < progress.saved_row.back()) {
     throw std::invalid_argument(
         "pre_activations must have a row for each of the " + std::to_string(progress.saved_row.back()) +

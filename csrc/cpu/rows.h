@@ -1,6 +1,6 @@
 // What the forward and the backward of mixture_of_experts share: the rows of a chunk of tokens, that is the
-// slots (token, k) whose expert is local, sorted by expert; and how an expert's GEMM is cut into blocks,
-// which the gate uses too.
+// slots (token, k) whose expert is local, sorted by expert; how an expert's GEMM is cut into blocks; and the
+// tasks of such blocks, of which the gate uses neighbours_gemm() too.
 #pragma once
 
 #include <algorithm>
@@ -21,9 +21,6 @@ constexpr int64_t kRowsPerCopyTask = 32;
 constexpr int64_t kTokensPerCombineTask = 16;
 // A thread is woken for at least this many bytes of weights; less is done before it is awake.
 constexpr int64_t kWeightBytesPerThread = 256 * 1024;
-// Blocks that are not packed are made narrower until each thread has this many; more would cost long runs of
-// memory.
-constexpr int64_t kStreamedBlocksPerThread = 1;
 
 inline float load_float(const void* data, int64_t i, DType dtype) {
   switch (dtype) {
@@ -105,7 +102,7 @@ inline std::vector<int64_t> sort_slots(const Problem& p, int64_t first_token, in
 
 // The same over the whole call, whatever the chunks: this is how pre-activations are kept. Each chunk moves
 // the experts' places on by its own rows.
-inline std::vector<int64_t> saved_rows(const Problem& p) {
+inline std::vector<int64_t> saved_begin(const Problem& p) {
   std::vector<int64_t> begin(p.num_experts() + 1, 0);
   for (int64_t i = 0; i < p.num_tokens * p.top_k; ++i) {
     const int32_t e = local_expert(p, i);
@@ -125,7 +122,7 @@ struct GemmBlock {
 
 // Calls add(block) for all blocks of rows begin .. end - 1. `neighbours` is 2 where the two blocks of columns
 // are neighbours, 1 where they are the same columns of two weights. blocks_wanted: blocks that are not packed
-// become narrower until there are this many.
+// become narrower until there are this many: one for each thread, more would cost long runs of memory.
 template <class Add>
 void cut_into_blocks(int64_t expert, int64_t begin, int64_t end, int64_t columns, int64_t neighbours,
                      Storage storage, int64_t blocks_wanted, const Add& add) {
@@ -171,7 +168,26 @@ inline GemmTask gate_up_gemm(const void* rows, int64_t row_stride, const Problem
   return task;
 }
 
-// A block's rows x two neighbouring blocks of columns of one weight.
+// What becomes of gate and up, as gate_up_gemm() left them, for the caller to complete: where it goes, or is
+// saved.
+inline ActivateTask activate_task(const Problem& p, const GemmBlock& block, const ThreadScratch& scratch) {
+  const Expert& expert = p.experts[block.expert];
+  const auto bias = [&](const void* b) { return b ? advance(b, block.first_column, p.bias_dtype) : nullptr; };
+  ActivateTask task{};
+  task.gate = scratch.result;
+  task.up = scratch.result + block.width;
+  task.gate_up_stride = sums_stride(block.width);
+  task.num_rows = block.num_rows;
+  task.columns = block.num_columns;
+  task.gate_bias = bias(expert.gate_bias);
+  task.up_bias = bias(expert.up_bias);
+  task.bias_dtype = p.bias_dtype;
+  task.activation = p.activation;
+  task.dtype = p.dtype;
+  return task;
+}
+
+// A block's rows x two neighbouring blocks of columns of one weight, quantised ones still without scales.
 inline GemmTask neighbours_gemm(const void* rows, int64_t row_stride, int64_t depth, Operand operand,
                                 const Matrix& weight, DType weight_dtype, const GemmBlock& block,
                                 float* result, int64_t result_stride, const ThreadScratch& scratch) {

@@ -60,10 +60,10 @@ class Pool {
   }
 
  private:
-  // Where the system allows no more threads, those that are there do the work.
+  // Where the system allows no more threads, or has no memory for them, those that are there do the work.
   void start_workers(size_t count) {
-    workers_.reserve(count);
     try {
+      workers_.reserve(count);
       while (workers_.size() < count) {
         std::thread worker([this] { work(); });
         workers_.push_back(worker.native_handle());
@@ -71,6 +71,7 @@ class Pool {
         caller_cpu_ = -1;
       }
     } catch (const std::system_error&) {
+    } catch (const std::bad_alloc&) {
     }
   }
 
@@ -84,17 +85,17 @@ class Pool {
   }
 
   // Linux likes to wake a worker on the processor of the caller, which stays busy, and may take milliseconds
-  // to move it.
+  // to move it. So workers may run wherever the caller may, but there.
   void keep_off_this_cpu() {
 #if defined(__linux__)
     const int cpu = sched_getcpu();
-    if (cpu == caller_cpu_) return;
-    caller_cpu_ = cpu;
+    if (cpu == caller_cpu_ || cpu < 0) return;
     cpu_set_t others;
-    if (sched_getaffinity(0, sizeof others, &others) != 0 || cpu < 0) return;
+    if (sched_getaffinity(0, sizeof others, &others) != 0) return;
     CPU_CLR(cpu, &others);
-    if (CPU_COUNT(&others) == 0) return;
+    if (CPU_COUNT(&others) == 0) return;  // the caller is pinned, for now perhaps
     for (pthread_t worker : workers_) pthread_setaffinity_np(worker, sizeof others, &others);
+    caller_cpu_ = cpu;
 #endif
   }
 

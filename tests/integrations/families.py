@@ -110,7 +110,7 @@ def assert_routes_as_in_float32(integration, family: Family, models, how: str) -
         return routings[-1]
 
     def lowered(*factors, **options):  # as auto_cast does on a GPU alone
-        dtype = functional._autocast_dtype()
+        dtype = functional._paddle_autocast_dtype()
         return matmul(*(factors if dtype is None else [one.astype(dtype) for one in factors]), **options)
 
     matmul = paddle.matmul
