@@ -67,8 +67,11 @@ def parse_arguments() -> argparse.Namespace:
         "--timeout", type=float, default=DEFAULT_TIMEOUT_SECONDS, help="seconds to wait for a rank"
     )
     arguments = parser.parse_args()
-    if arguments.repeat < 1:
-        parser.error(f"--repeat must be at least 1, got {arguments.repeat}")
+    for name in ("repeat", "hidden", "ffn", "experts", "top_k"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.top_k > arguments.experts:
+        parser.error(f"--top-k must be at most --experts = {arguments.experts}, got {arguments.top_k}")
     return arguments
 
 
@@ -248,7 +251,11 @@ def run(arguments: argparse.Namespace, context: ParallelContext, logger: RankLog
 
 def main() -> None:
     arguments = parse_arguments()
-    with init_distributed(arguments.ep, arguments.tp, timeout_seconds=arguments.timeout) as context:
+    try:
+        context = init_distributed(arguments.ep, arguments.tp, timeout_seconds=arguments.timeout)
+    except ValueError as error:
+        sys.exit(f"run_moe.py: {error}")
+    with context:
         logger = get_rank_logger(
             context.ep_rank, context.tp_rank, log_dir=arguments.log_dir, prefix=arguments.prefix
         )

@@ -280,6 +280,8 @@ class Trainer:
         )
         self.losses = state["losses"]
         self.say(f"resumed from {self.checkpoint} at step {len(self.losses)}")
+        if len(self.losses) >= self.arguments.steps:
+            self.say(f"nothing left to train: --steps is {self.arguments.steps}")
 
     def save(self) -> None:
         state = {"losses": self.losses, "arguments": self.of_the_run()}
@@ -409,7 +411,11 @@ def one_line_errors() -> Iterator[None]:
 def main() -> None:
     arguments = parse_arguments()
     sizes = arguments.ep, arguments.tp, arguments.dp
-    with paddle_moe.init_distributed(*sizes, timeout_seconds=arguments.timeout) as parallel:
+    try:
+        parallel = paddle_moe.init_distributed(*sizes, timeout_seconds=arguments.timeout)
+    except ValueError as error:
+        sys.exit(f"train_lm.py: {error}")
+    with parallel:
         logger = paddle_moe.get_rank_logger(
             parallel.ep_rank, parallel.tp_rank, dp_rank=parallel.dp_rank, log_dir=arguments.out
         )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
 
 import paddle_moe
-from paddle_moe import core
+from paddle_moe import _cuda_arrays, core
 
 T, H, I, K, E = 5, 16, 12, 2, 4
 
@@ -122,6 +124,35 @@ def test_arrays_that_are_copies_live_as_long_as_the_call():
         core.gate_backward(plain["logits"], plain["hidden"], plain["gate"]),
     ):
         np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_current_device_of_torch_is_changed_for_the_export_alone(fails, monkeypatch):
+    """PyTorch exports arrays on its current device only."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    class Array:
+        __module__, device = "torch", 1
+
+        def __dlpack__(self, stream):
+            assert current[-1] == 1
+            if fails:
+                raise BufferError("no")
+            return stream
+
+    fake = SimpleNamespace(cuda=SimpleNamespace(device=device))
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    with pytest.raises(BufferError) if fails else contextlib.nullcontext():
+        assert _cuda_arrays.export(Array(), Array(), 7) == 7
+    assert current == [0]
 
 
 @pytest.mark.parametrize("dtype", ["V0", np.dtype([])])
