@@ -24,6 +24,7 @@ import numpy as np
 import paddle
 from safetensors import SafetensorError, safe_open
 
+from paddle_moe._options import one_of
 from paddle_moe.console import progress_bar
 from paddle_moe.params import Part
 
@@ -517,8 +518,7 @@ class Plan:
         Raises:
             ValueError: cast is none of these.
         """
-        if cast not in _CASTS:
-            raise ValueError(f"cast must be one of {', '.join(_CASTS)}, got {cast!r}")
+        one_of(*_CASTS)("cast", cast)
         self.files, self.targets = files, targets
         self.problems = [*files.problems, *problems]
         self.boxes: dict[str, list[tuple[Source, dict[str, tuple[int, int]]]]] = {

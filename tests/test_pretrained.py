@@ -551,7 +551,7 @@ def test_bad_arguments(tmp_path):
     write(tmp_path / "model", published("gpt_oss", dense_weights(bias=True)))
     with pytest.raises(ValueError, match="path must be a directory without model.safetensors.index.json"):
         save_moe_weights(tmp_path / "model", {"mlp": layer}, "gpt_oss")
-    with pytest.raises(ValueError, match="cast must be one of lossless, any, none, got 'lossles'"):
+    with pytest.raises(ValueError, match="cast must be 'lossless', 'any' or 'none', got 'lossles'"):
         load_moe_weights(tmp_path / "model", {"mlp": layer}, "gpt_oss", cast="lossles")
     others = {"mlp.experts.down_proj": (paddle.zeros([1]), False)}
     with pytest.raises(ValueError, match=r"others must not have mlp.experts.down_proj, which .*\['mlp'\]"):

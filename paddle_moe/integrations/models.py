@@ -16,6 +16,7 @@ from typing import Any
 import paddle
 from paddle import nn
 
+from paddle_moe._options import one_of
 from paddle_moe.checkpoint import part_key
 from paddle_moe.distributed import ParallelContext, init_distributed
 from paddle_moe.integrations.blocks import MoEBlock, Slice, listed_weights
@@ -96,7 +97,7 @@ class Integration:
                 does not compute; nothing has been changed then.
             RuntimeError: see init_distributed.
         """
-        _check_dispatch(dispatch)
+        _DISPATCH("dispatch", dispatch)
         found = list(self._find(model))
         if not found:
             if any(isinstance(layer, MoEBlock) for layer in model.sublayers(include_self=True)):
@@ -189,7 +190,7 @@ class Integration:
         all ranks hold: fill it with load_checkpoint, or call broadcast_parameters. Arguments and errors are
         those of :meth:`accelerate`.
         """
-        _check_dispatch(dispatch)
+        _DISPATCH("dispatch", dispatch)
         if self._original_init:
             raise ValueError(f"{self.package} is patched already; unpatch() it first")
         stocks, errors = {}, []
@@ -258,7 +259,7 @@ class Integration:
                 found, for all that is missing, doubled, truncated, of another shape or dtype, and for keys of
                 the mixture-of-experts blocks that the model lacks. Nothing was assigned.
         """
-        _check_layout(layout, ("auto", "huggingface", "paddle"))
+        one_of("auto", *_LAYOUTS)("layout", layout)
         files, holdings = TensorFiles(path), _holdings(model)
         candidates = {one: self._sources(model, one) for one in _LAYOUTS if layout in ("auto", one)}
         if layout == "auto" and candidates["huggingface"][1] is None:
@@ -323,7 +324,7 @@ class Integration:
             ValueError: an unknown layout, or path has an index file already.
             RuntimeError: a rank could not write, on every rank.
         """
-        _check_layout(layout, _LAYOUTS)
+        one_of(*_LAYOUTS)("layout", layout)
         holdings, sources = self._sources(model, layout)
         if sources is None:
             raise ValueError(self._unknown_names(model))
@@ -492,16 +493,7 @@ def _parallel_of(model: nn.Layer, parallel: ParallelContext | None) -> ParallelC
 
 
 _LAYOUTS = ("huggingface", "paddle")
-
-
-def _check_layout(layout: str, known: tuple[str, ...]) -> None:
-    if layout not in known:
-        raise ValueError(f"layout must be one of {', '.join(known)}, got {layout!r}")
-
-
-def _check_dispatch(dispatch: str) -> None:
-    if dispatch not in ("replicated", "alltoall"):
-        raise ValueError(f"dispatch must be 'replicated' or 'alltoall', got {dispatch!r}")
+_DISPATCH = one_of("replicated", "alltoall")
 
 
 def _context(ep_size: int, tp_size: int, parallel: ParallelContext | None) -> ParallelContext | None:

@@ -398,7 +398,7 @@ def test_published_names_need_accelerated_blocks(tmp_path):
     for call in (load_checkpoint, save_checkpoint):
         with pytest.raises(ValueError, match="known only of .*, with all of their blocks accelerated"):
             call(model, tmp_path, layout="huggingface")
-    with pytest.raises(ValueError, match="layout must be one of huggingface, paddle, got 'torch'"):
+    with pytest.raises(ValueError, match="layout must be 'huggingface' or 'paddle', got 'torch'"):
         save_checkpoint(model, tmp_path, layout="torch")
 
 
