@@ -6,8 +6,8 @@ Paddle.
 
 from __future__ import annotations
 
-import contextlib
 import sys
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -72,5 +72,7 @@ def __dir__() -> list[str]:
 # paddle.jit.load and paddle.inference look for the operators by name; so they are there once Paddle and then
 # this package are imported.
 if "paddle" in sys.modules:
-    with contextlib.suppress(ImportError, RuntimeError):  # said where an operator is used
+    try:
         import_module("paddle_moe.functional")
+    except RuntimeError as error:  # paddle_moe.core may work all the same
+        warnings.warn(str(error), stacklevel=2)

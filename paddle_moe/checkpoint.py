@@ -52,6 +52,7 @@ from paddle_moe.tensor_files import (
     Source,
     Target,
     TensorFiles,
+    at_files,
     exchange,
     execute,
     raise_together,
@@ -361,35 +362,32 @@ def write_files(
     before = _identity(path / INDEX_NAME)
     with contextlib.ExitStack() as lock:
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            if number == 0:
-                lock.enter_context(_only_save(path))
-            for kind, by_key in tensors.items():
-                if by_key:
-                    name_of(kind, "safetensors").touch(exist_ok=False)
-                    written.append(name_of(kind, "safetensors"))
-                    dense = {key: tensor.detach().contiguous() for key, tensor in by_key.items()}
-                    # safetensors replaces the file by one for its owner alone.
-                    mode = written[-1].stat().st_mode
-                    save_file(dense, str(written[-1]), metadata={"format": file_format})
-                    written[-1].chmod(mode)
-                    _flush(written[-1])
-            if state is not None:
-                written.append(name_of("state", "json"))
-                _write_text(written[-1], json.dumps(state))
+            with at_files(parallel):
+                path.mkdir(parents=True, exist_ok=True)
+                if number == 0:
+                    lock.enter_context(_only_save(path))
+                for kind, by_key in tensors.items():
+                    if by_key:
+                        name_of(kind, "safetensors").touch(exist_ok=False)
+                        written.append(name_of(kind, "safetensors"))
+                        _write_tensors(written[-1], by_key, file_format)
+                if state is not None:
+                    written.append(name_of("state", "json"))
+                    _write_text(written[-1], json.dumps(state))
         except Exception as error:  # whatever it is, the other ranks wait for this one
             failure = f"{type(error).__name__}: {error}"
         own = [[file.name for file in written], failure]
-        reports = exchange(parallel, own, "writing the files of", path, after_files=True)
+        reports = exchange(parallel, own, "writing the files of", path)
         failures = [f"rank {other}: {why}" for (other, _), (_, why) in zip(everyone, reports) if why]
         if not failures and number == 0:
             temporary = path / f"{INDEX_NAME}.{os.getpid()}.tmp"
             written.append(temporary)
             try:
-                _commit(path, [name for names, _ in reports for name in names], tensors, index, temporary)
+                with at_files(parallel):
+                    _commit(path, [name for names, _ in reports for name in names], tensors, index, temporary)
             except Exception as error:
                 failure = f"{type(error).__name__}: {error}"
-    reports = exchange(parallel, failure, "writing the index of", path, after_files=True)
+    reports = exchange(parallel, failure, "writing the index of", path)
     failures += [f"rank {other}: {why}" for (other, _), why in zip(everyone, reports) if why]
     if failures:
         for file in written:
@@ -398,6 +396,15 @@ def write_files(
         unchanged = _identity(path / INDEX_NAME) == before
         there = "what was there before is unchanged" if unchanged else "another job has saved there meanwhile"
         raise RuntimeError(f"{path} was not saved; {there}. {'; '.join(dict.fromkeys(failures))}")
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, paddle.Tensor], file_format: str) -> None:
+    """Fills a file that is there and empty."""
+    mode = file.stat().st_mode  # safetensors replaces the file by one for its owner alone
+    dense = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    save_file(dense, str(file), metadata={"format": file_format})
+    file.chmod(mode)
+    _flush(file)
 
 
 def _identity(file: Path) -> list[int] | None:

@@ -160,6 +160,7 @@ class ParallelContext:
         self.deep_ep_buffer: Any = None
         self.ep_pairs: dict[int, Group] = {others[0]: ep_group} if len(others) == 1 else {}
         self._watchdog = watchdog
+        self.logs_failures = False  # to a logger that the user has named
         self._grid = self._self_test()
 
     @classmethod
@@ -274,14 +275,13 @@ class ParallelContext:
         else:
             self.all_reduce(self.all_reduce(paddle.zeros([1], "int32"), "grid"), "dp")
 
-    def exchange(self, value: Any, what: str, detail: str = "", after_files: bool = False) -> list[Any]:
+    def exchange(self, value: Any, what: str, detail: str = "") -> list[Any]:
         """The values of all ranks of all grids, by rank; any that JSON can hold.
 
-        `what` says what the ranks are doing, and must be the same on all; messages add `detail` to it. With
-        after_files the time limit does not count what a rank that is still missing takes for files.
+        `what` says what the ranks are doing, and must be the same on all; messages add `detail` to it.
         """
         if self._watchdog is not None:
-            return self._watchdog.exchange(value, what, detail, after_files)
+            return self._watchdog.exchange(value, what, detail)
         values = {self.rank: value}
         grid_groups = [self.ep_group, self.tp_group] if self.grid_group is None else [self.grid_group]
         for group in (*grid_groups, self.dp_group):
@@ -290,6 +290,18 @@ class ParallelContext:
                 dist.all_gather_object(gathered, values, group=group)
                 values = {rank: one for part in gathered for rank, one in part.items()}
         return [values[rank] for rank in sorted(values)]
+
+    def files(self) -> contextlib.AbstractContextManager[None]:
+        """Around the reading or writing of files: the others wait for as long as this rank gets on with them.
+
+        Without the watchdog of `init_distributed` the transport's own limit holds.
+        """
+        return contextlib.nullcontext() if self._watchdog is None else self._watchdog.files()
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether it is from `init_distributed`, over several ranks."""
+        return self._watchdog is not None
 
     def check_same_routing(
         self, routing_table: paddle.Tensor, router_weights: paddle.Tensor | None = None
@@ -318,7 +330,12 @@ class ParallelContext:
                 )
 
     def log_failures_to(self, logger: RankLogger) -> None:
-        """Has the watchdog add the reason to the log files of this rank when it ends the rank."""
+        """Has the watchdog add the reason to the log files of this rank when it ends the rank.
+
+        Raises:
+            RuntimeError: the logger was closed.
+        """
+        self.logs_failures = True
         if self._watchdog is not None:
             self._watchdog.log_to(str(logger.log_path), str(logger.events_path), logger.place)
 
@@ -440,8 +457,8 @@ def init_distributed(
         ValueError: a size is no integer, timeout_seconds is not positive and finite, ep_size * tp_size *
             dp_size is not the number of ranks, or the ranks were given different sizes; the text names the
             ranks and their values, on every rank.
-        RuntimeError: a variable of the launcher is no number, a rank does not come within timeout_seconds, or
-            a group fails its self-test.
+        RuntimeError: a variable of the launcher is no number, or no rank of its world; a rank does not come
+            within timeout_seconds; or a group fails its self-test.
     """
     if positive("timeout_seconds", timeout_seconds) == math.inf:
         raise ValueError("timeout_seconds must be finite, got inf")

@@ -36,7 +36,7 @@ LAUNCH_SECONDS = 180
 
 _PACKAGE = Path(__file__).resolve().parent
 _REBUILD = (
-    "this clone hides an installed paddle_moe: leave it, or run `python setup.py build_ext --inplace`"
+    "in this clone run `python setup.py build_ext --inplace`, or leave it for where paddle_moe is installed"
     if (_PACKAGE.parent / "setup.py").exists()
     else "in a clone of paddle_moe run `pip install --no-build-isolation .` with Paddle installed"
 )
@@ -406,10 +406,10 @@ def _probe(function: str) -> tuple[dict[str, Any] | None, str]:
         return None, f"no answer within {PROBE_SECONDS} s"
     if code < 0:
         return None, f"the process was ended by {signal.Signals(-code).name}"
-    answers = [line[len(_ANSWER) :] for line in output.splitlines() if line.startswith(_ANSWER)]
-    if code or not answers:
+    _, found, answer = output.rpartition(_ANSWER)  # other libraries print too
+    if code or not found:
         return None, _last_line(output)
-    return json.loads(answers[-1]), ""
+    return json.JSONDecoder().raw_decode(answer)[0], ""
 
 
 def _run(command: list[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:

@@ -175,7 +175,6 @@ class ShardedWeights(nn.Layer):
                 parameter.color = color
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedWeights:
-        """With weights of its own; the groups and the logger are shared."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))

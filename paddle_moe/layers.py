@@ -6,6 +6,7 @@ import itertools
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from paddle import nn
 
 from paddle_moe import _core, core, functional
 from paddle_moe._options import ROUTE_OPTIONS, at_least, checked, dtype_name, flag, one_of, type_name
+from paddle_moe.all_to_all import all_to_all_experts
 from paddle_moe.collectives import leave_shards, no_contribution
 from paddle_moe.layer_weights import DTYPES, ShardedWeights, as_tensor
 from paddle_moe.logs import RankLogger
@@ -140,7 +142,7 @@ class FusedMoE(ShardedWeights):
         logger: a RankLogger (also assignable as layer.logger). Each forward then writes a "moe_call"
             event, which counts tokens on the host and waits for the device. A program, as of
             to_static(full_graph=True) or jit.save, writes none. One passed here beside `parallel` also gets
-            the reason when the rank is ended, see ParallelContext.log_failures_to.
+            the reason when the rank is ended, unless ParallelContext.log_failures_to has named another.
 
     Under paddle.LazyGuard the weights are drawn when parameter.initialize() is called.
 
@@ -264,7 +266,7 @@ class FusedMoE(ShardedWeights):
         self.shared_intermediate_size = shared_intermediate_size
         self.recompute, self.chunk_size = recompute, chunk_size
         self.router, self.logger = router, logger
-        if parallel is not None and isinstance(logger, RankLogger):
+        if parallel is not None and isinstance(logger, RankLogger) and not parallel.logs_failures:
             parallel.log_failures_to(logger)
         # Groups of `parallel` whose ranks hold parts of the same output.
         if dispatch == "alltoall":
@@ -402,22 +404,27 @@ class FusedMoE(ShardedWeights):
         if autocast is not None:  # here, so that every rank casts and reduces alike
             hidden_states = hidden_states.astype(autocast)
         experts = _OwnExperts(self, measure)
-        travels = self.dispatch == "alltoall" and self.ep_size > 1
-        ranges = [shard_range(self.num_experts, rank, self.ep_size) for rank in range(self.ep_size)]
         seconds = {"all": 0.0, "experts": 0.0, "shared": 0.0}
-        output = self._watched(partial_sum, seconds, "all")(
+        routed, shared, exchange = experts, self._shared_output, None
+        if self.dispatch == "alltoall" and self.ep_size > 1:
+            ranges = [shard_range(self.num_experts, rank, self.ep_size) for rank in range(self.ep_size)]
+            exchange = partial(all_to_all_experts, expert_ranges=ranges, parallel=self.parallel)
+            exchange = self._watched(exchange, seconds, "all")
+            routed = self._watched(routed, seconds, "experts")
+            shared = self._watched(shared, seconds, "shared")
+        output = partial_sum(
             hidden_states,
             routing_table,
             router_weights,
             self._shared_share(hidden_states) if self.shared_intermediate_size else None,
-            routed=self._watched(experts, seconds, "experts"),
-            shared=self._watched(self._shared_output, seconds, "shared"),
+            routed=routed,
+            shared=shared,
             parallel=self.parallel,
             groups=self._partial_groups,
             fp32=self.fp32_reduce,
-            expert_ranges=ranges if travels else None,
+            exchange=exchange,
         )
-        exchange_seconds = seconds["all"] - seconds["experts"] - seconds["shared"] if travels else 0.0
+        exchange_seconds = seconds["all"] - seconds["experts"] - seconds["shared"]
         if experts.ids is None:  # an all-to-all does not call a rank without experts
             experts.ids = paddle.zeros([0, self.top_k], "int32")
             experts.amax = paddle.zeros([0], "float32") if measure else None
@@ -644,6 +651,11 @@ class FusedMoE(ShardedWeights):
         others = [paddle.zeros([count], "float32") for count in (before, after)]
         everywhere = paddle.concat([others[0], amax, others[1]])
         return self.parallel.all_reduce(everywhere, "grid", "max")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedMoE:
+        """With weights of its own; the groups and the logger are shared."""
+        memo[id(self.logger)] = self.logger
+        return super().__deepcopy__(memo)
 
     def update_correction_bias(self) -> None:
         """Moves correction_bias by bias_update_speed towards balance, see policies.balanced_correction_bias.

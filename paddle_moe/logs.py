@@ -13,7 +13,7 @@ the files. The package writes
     warning   message; RankLogger.warning() writes it too
     error     message; RankLogger.error(), .exception() and .critical() write it too
     result    whatever a job reports at its end
-    stop      when Python exits; missing when the rank was killed
+    stop      when Python exits; missing when the rank was killed; exception, if one ended it
 
 and `event()` takes any other name. NaN and the infinities, which JSON lacks, become "nan", "inf" and "-inf".
 Data-parallel replicas after the first have `{prefix}_dp_rank_{d}` in place of `{prefix}`, and "dp_rank" in
@@ -55,7 +55,6 @@ LAUNCH_DIRECTORY = "launch"  # log_dir value that stands for the --log_dir of pa
 _FILE_NAME = re.compile(
     r"(?P<prefix>.+?)(_dp_rank_(?P<dp>\d+))?_ep_rank_(?P<ep>\d+)_tp_rank_(?P<tp>\d+)\.jsonl"
 )
-_ENDED_BY = "ended by "
 _RESERVED_FIELDS = ("time", "ep_rank", "tp_rank", "dp_rank", "event", "pid")
 
 
@@ -123,11 +122,11 @@ class RankLogger(logging.Logger):
 
     @property
     def log_path(self) -> Path:
-        return self._files.log_path
+        return self._open_files().log_path
 
     @property
     def events_path(self) -> Path:
-        return self._files.events_path
+        return self._open_files().events_path
 
     def event(self, name: str, /, **fields: Any) -> None:
         """Appends one event. Values may be anything JSON knows, NumPy scalars and arrays, or tensors.
@@ -141,20 +140,26 @@ class RankLogger(logging.Logger):
             raise ValueError(
                 f"fields: {', '.join(clash)} is written by the logger itself; choose another name"
             )
-        if self._files is None:
-            raise RuntimeError(
-                f"{self.name} is closed; get_rank_logger({self.ep_rank}, {self.tp_rank}) opens it again"
-            )
-        files = self._files
+        files = self._open_files()
         files.write_event(
             {"time": round(time.time(), 6), **self.place, "event": name, "pid": files.pid, **fields}
         )
 
     def close(self) -> None:
         """Writes the "stop" event and closes the files; `get_rank_logger` opens them again."""
+        self._close()
+
+    def _open_files(self) -> _RankFiles:
+        if self._files is None:
+            raise RuntimeError(
+                f"{self.name} is closed; get_rank_logger({self.ep_rank}, {self.tp_rank}) opens it again"
+            )
+        return self._files
+
+    def _close(self, **how: Any) -> None:
         if self._files is None:
             return
-        self.event("stop")
+        self.event("stop", **how)
         for handler in self._files.handlers:
             self.removeHandler(handler)
             handler.close()
@@ -179,7 +184,8 @@ class RankLogger(logging.Logger):
         # The interpreter keeps the exception that ended it here; a prompt keeps the last one that it showed.
         exception = getattr(sys, "last_value", None)
         if exception is not None and not hasattr(sys, "ps1"):
-            self.error(": ".join(filter(None, (_ENDED_BY + type(exception).__name__, str(exception)))))
+            self.error(": ".join(filter(None, (f"ended by {type(exception).__name__}", str(exception)))))
+            self._close(exception=type(exception).__name__)
         self.close()
 
 
@@ -524,7 +530,7 @@ def _summarize_rank(rank: RankEvents) -> RankSummary:
         if results
         else None,
         finished=bool(rank.named("stop")),
-        failed=any(str(event.get("message", "")).startswith(_ENDED_BY) for event in rank.named("error")),
+        failed=any("exception" in event for event in rank.named("stop")),
         unreadable_lines=rank.unreadable_lines,
     )
 

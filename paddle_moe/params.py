@@ -142,11 +142,12 @@ def shard_experts(
             kept = held(name, weights)[experts]
         return [own(weight) for weight in kept]
 
+    own_down_bias = None if down_bias is None else held("down_bias", down_bias)[experts]
     return ExpertShard(
         gate_up_weights=cut("gate_up_weights", gate_up_weights, outputs_axis, 2),
         down_weights=cut("down_weights", down_weights, inputs_axis, 1),
         gate_up_bias=None if gate_up_bias is None else cut("gate_up_bias", gate_up_bias, -1, 2),
-        down_bias=None if down_bias is None or tp_rank > 0 else held("down_bias", down_bias)[experts],
+        down_bias=own_down_bias if tp_rank == 0 else None,
         experts_min=experts.start,
         experts_max=experts.stop - 1,
     )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Callable
 
 import paddle
 
-from paddle_moe.all_to_all import all_to_all_experts
 from paddle_moe.collectives import enter_shards
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def partial_sum(
     parallel: ParallelContext | None,
     groups: Sequence[str],
     fp32: bool,
-    expert_ranges: Sequence[tuple[int, int]] | None = None,
+    exchange: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
 ) -> Tensor:
     """What this rank adds to the output of a layer whose experts are divided over ranks.
 
@@ -40,8 +39,8 @@ def partial_sum(
         routed: of (rows [N, H], ids [N, K], weights [N, K]) the sum over this rank's experts, [N, H].
         shared: of (tokens, shared_weights) this rank's part of the shared expert, [T, H].
         fp32: sum the gradients in fp32.
-        expert_ranges: each EP rank has tokens of its own, which travel to the experts, see
-            all_to_all.all_to_all_experts. None: they have the same tokens.
+        exchange: all_to_all.all_to_all_experts of this rank, where each EP rank has tokens of its own, which
+            travel to the experts. None: they have the same tokens.
 
     Returns:
         [T, H] in the dtype of `tokens`; with a shared expert fp32, also because the CPU has no half-precision
@@ -53,10 +52,8 @@ def partial_sum(
     def of_shared() -> Tensor | None:
         return shared(tokens, *entered) if entered else None
 
-    if expert_ranges is None:
+    if exchange is None:
         output, addend = routed(tokens, routing_table, router_weights), of_shared()
     else:
-        output, addend = all_to_all_experts(
-            tokens, routing_table, router_weights, routed, expert_ranges, parallel, of_shared
-        )
+        output, addend = exchange(tokens, routing_table, router_weights, routed, meanwhile=of_shared)
     return output if addend is None else output.astype("float32") + addend.astype("float32")

@@ -13,6 +13,7 @@ A quantised tensor is found under the name that it has decoded, see EncodedTenso
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -155,20 +156,20 @@ class CheckpointError(ValueError):
         super().__init__("\n".join([f"{path} was not loaded, {number}:", *lines]))
 
 
-def exchange(
-    parallel: ParallelContext | None, value: Any, what: str, path: Any, after_files: bool = False
-) -> list[Any]:
-    """The values of all ranks, by rank; any that JSON can hold. The path may differ between hosts.
+def exchange(parallel: ParallelContext | None, value: Any, what: str, path: Any) -> list[Any]:
+    """The values of all ranks, by rank; any that JSON can hold. The path may differ between hosts."""
+    return [value] if parallel is None else parallel.exchange(value, what, str(path))
 
-    after_files: a rank that others wait for may take as long as it goes on reading and writing.
-    """
-    return [value] if parallel is None else parallel.exchange(value, what, str(path), after_files)
+
+def at_files(parallel: ParallelContext | None) -> contextlib.AbstractContextManager[None]:
+    """Around what one rank may take much longer for than another: see ParallelContext.files."""
+    return contextlib.nullcontext() if parallel is None else parallel.files()
 
 
 def raise_together(path: Any, problems: Sequence[Problem], parallel: ParallelContext | None) -> None:
     """Raises a CheckpointError on all ranks if there is a problem on any of them."""
     sent = [[one.file, one.key, one.expected, one.found] for one in problems]
-    everyone = exchange(parallel, sent, "checking", path, after_files=True)
+    everyone = exchange(parallel, sent, "checking", path)
     merged = {Problem(*fields): None for one in everyone for fields in one}
     if merged:
         raise CheckpointError(path, list(merged))
@@ -576,7 +577,8 @@ def execute(
 
     Raises:
         CheckpointError: on every rank, with the problems of all ranks; nothing was assigned.
-        RuntimeError: on every rank, when one could not read on.
+        RuntimeError: a rank could not read on, after some values had been assigned; on every rank of a job of
+            `init_distributed`.
     """
     raise_together(path, [*problems, *(one for plan in plans for one in plan.problems)], parallel)
     report = LoadReport()
@@ -585,7 +587,7 @@ def execute(
         progress = None
     failure, cause = None, None
     try:
-        with progress_bar(progress, total, "bytes") as advance:
+        with at_files(parallel), progress_bar(progress, total, "bytes") as advance:
             for plan in plans:
                 report.loaded += plan.loaded
                 report.unmatched += plan.unmatched
@@ -594,8 +596,11 @@ def execute(
                     advance(plan.num_bytes(name))
     except Exception as error:
         failure, cause = f"{type(error).__name__}: {error}", error
-    reasons = exchange(parallel, failure, "reading", path, after_files=True)
-    if failures := [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]:
+    rank = 0 if parallel is None else parallel.rank
+    reasons = {rank: failure}
+    if parallel is not None and parallel.is_watched:  # else the first ones would not wait for the last
+        reasons = dict(enumerate(exchange(parallel, failure, "reading", path)))
+    if failures := [f"rank {rank}: {reason}" for rank, reason in reasons.items() if reason]:
         raise RuntimeError(f"{path} was loaded in part; {'; '.join(failures)}") from cause
     return report
 

@@ -33,6 +33,7 @@ from typing import Any
 
 SLOTS = ("world", "grid", "ep", "tp", "dp")  # one counter of collectives for each group of a rank
 _SLOT = struct.Struct("=QQd80s")  # entered, left, time.monotonic() of the last entry, what it is
+_IN_FILES = _SLOT.size * len(SLOTS)  # where the shared memory says whether the rank is at files; one byte
 
 _TICK_SECONDS = 0.25
 # How long causes are gathered, so that a death is named before the errors that it caused.
@@ -57,7 +58,7 @@ class Watchdog:
     def __init__(self, rank: int, timeout_seconds: float):
         self._counters = {slot: 0 for slot in SLOTS}
         with tempfile.TemporaryFile() as file:
-            file.truncate(_SLOT.size * len(SLOTS))
+            file.truncate(_IN_FILES + 1)
             self._shared = mmap.mmap(file.fileno(), 0)
             ours, theirs = socket.socketpair()
             options = {
@@ -96,16 +97,24 @@ class Watchdog:
         """
         return self._ask("hosts", type="join", host=host, port=port, config=config)
 
-    def exchange(self, value: Any, what: str, detail: str = "", after_files: bool = False) -> list[Any]:
+    def exchange(self, value: Any, what: str, detail: str = "") -> list[Any]:
         """Waits for every rank and returns the values of all, by rank.
 
         What the ranks are doing must be the same on all, or all of them end; `detail` is for messages only.
-        after_files: the ranks come from reading or writing files, one perhaps much later than another; so the
-        limit counts from the last byte that any rank still missing has read or written.
         """
-        return self._ask(
-            "values", type="exchange", value=value, what=what, detail=detail, after_files=after_files
-        )
+        return self._ask("values", type="exchange", value=value, what=what, detail=detail)
+
+    @contextlib.contextmanager
+    def files(self) -> Iterator[None]:
+        """Around the reading or writing of files, which one rank may be at for much longer than another.
+
+        While the process reads and writes, no limit of the others counts.
+        """
+        self._shared[_IN_FILES] = 1
+        try:
+            yield
+        finally:
+            self._shared[_IN_FILES] = 0
 
     def set_groups(self, groups: dict[str, list[int]]) -> None:
         """The global ranks in the groups of this rank, by slot."""
@@ -213,7 +222,7 @@ class _Child:
         self.departed: dict[int, dict[str, int]] = {}  # what the ranks that have left had counted
         self.reported: set[tuple[str, int]] = set()
         self.log: dict[str, Any] | None = None
-        self.bytes_moved, self.looked_at = 0, float("inf")  # until all have joined
+        self.progress, self.looked_at = "", 0.0
         self.failed = False
         self.parent_gone_since: float | None = None
         self.done = False
@@ -239,10 +248,9 @@ class _Child:
         elif self.join is not None:
             self.connect(now)
         elif self.coordinator_channel is not None:
-            if now - self.looked_at > self.timeout / 4:
-                self.looked_at = now
-                before, self.bytes_moved = self.bytes_moved, _bytes_moved(self.parent)
-                if self.bytes_moved != before:
+            if self.shared[_IN_FILES] and now - self.looked_at > self.timeout / 8:
+                before, self.progress, self.looked_at = self.progress, _progress(self.parent), now
+                if self.progress != before:
                     self.coordinator_channel.send(type="moved")
             for slot, wait in self.waits().items():
                 hopeless = any(counts[slot] < wait["count"] for counts in self.departed_from(wait["ranks"]))
@@ -371,8 +379,6 @@ class _Child:
                 self.coordinator_channel.send(type="state", counts=self.counts(), waits=self.waits())
             else:
                 self.rank_channel.send(**message)
-                if message["type"] == "joined":
-                    self.looked_at = 0.0
                 if "error" in message:
                     self.close(self.coordinator_channel)
                     self.coordinator_channel = None
@@ -411,14 +417,17 @@ class _Child:
             channel.socket.close()
 
 
-def _bytes_moved(process: int) -> int:
-    """What a process has read and written so far, mapped files included; 0 where the system does not tell."""
+def _progress(process: int) -> str:
+    """Changes while a process reads or writes: its bytes so far, and its page faults, for mapped files.
+
+    Where the system does not tell, it changes always: a rank that is stuck in a file is then waited for.
+    """
     try:
-        with open(f"/proc/{process}/io") as file:
-            numbers = dict(line.split(": ") for line in file)
-        return sum(int(numbers[name]) for name in ("rchar", "wchar", "read_bytes", "write_bytes"))
-    except (OSError, ValueError, KeyError):
-        return 0
+        with open(f"/proc/{process}/io") as moved, open(f"/proc/{process}/stat") as stat:
+            faults = stat.read().rpartition(")")[2].split()[7:11:2]  # minor and major ones
+            return moved.read() + " ".join(faults)
+    except OSError:
+        return str(time.monotonic())
 
 
 def _is_join(message: dict[str, Any]) -> bool:
@@ -445,7 +454,7 @@ class _Member:
         self.name = f"rank {self.rank} ({self.process})"
         self.host = host
         self.active = True
-        self.moved_at = 0.0  # when it was last seen to have read or written anything
+        self.moved_at = 0.0  # when it was last seen to get on with files
         self.error: str | None = None
         self.counts: dict[str, int] = {}  # of the collectives entered so far; known once asked for
         self.waits: dict[str, dict[str, Any]] = {}
@@ -591,9 +600,7 @@ class _Coordinator:
         absent = [one for one in self.joined if one.rank not in self.exchanges]
         if not all(one.active for one in absent):
             return 0.0  # it will not come any more
-        after_files = any(message["after_files"] for message in self.exchanges.values())
-        moved_at = [one.moved_at for one in absent] if after_files else []
-        return max([self.exchange_since, *moved_at]) + self.timeout
+        return max([self.exchange_since, *(one.moved_at for one in absent)]) + self.timeout
 
     def describe_exchanges(self) -> str:
         ranks_of: dict[str, list[int]] = collections.defaultdict(list)

@@ -161,6 +161,7 @@ def test_doctor_among_libraries_that_print(tmp_path):
         "import atexit, sys\n"
         "if b'-c' in open('/proc/self/cmdline', 'rb').read().split(b'\\0'):  # not the doctor itself\n"
         "    print('Error in cpuinfo: no such thing', file=sys.stderr)\n"
+        "    print('Loading... ', end='', flush=True)\n"
         "    atexit.register(print, 'bye')\n"
     )
     code, checks = doctor(tmp_path, PYTHONPATH=f"{PACKAGE.parent}{os.pathsep}{tmp_path}")

@@ -295,7 +295,17 @@ def test_an_uncaught_exception_is_in_the_log(tmp_path):
     )
     assert done.returncode == 1
     (rank,) = summarize(tmp_path).ranks
-    assert rank.errors == ["ended by ValueError: bad shard"] and rank.finished
+    assert rank.errors == ["ended by ValueError: bad shard"] and rank.finished and rank.failed
+
+
+def test_the_last_words_of_a_rank_that_is_ended_well(get_logger, tmp_path):
+    logger = get_logger(0, 0, log_dir=tmp_path)
+    logger.error("ended by the user's stop file")
+    logger.close()
+    (rank,) = summarize(tmp_path).ranks
+    assert rank.finished and not rank.failed
+    with pytest.raises(RuntimeError, match="moe_ep_rank_0_tp_rank0 is closed; get_rank_logger"):
+        logger.log_path  # noqa: B018
 
 
 def test_nothing_here_imports_paddle():

@@ -273,9 +273,12 @@ extern const Kernels kKernels;
 namespace avx512 {
 extern const Kernels kKernels;
 }
+#if defined(__clang__) || __GNUC__ >= 10  // earlier ones have no such instructions
+#define PADDLE_MOE_CAN_AVX512_BF16
 namespace avx512_bf16 {
 extern const Kernels kKernels;
 }
+#endif
 #endif
 namespace generic {
 extern const Kernels kKernels;

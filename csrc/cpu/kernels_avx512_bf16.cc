@@ -1,6 +1,6 @@
-#if defined(__x86_64__)
 #include "cpu/kernels_prelude.h"
 
+#ifdef PADDLE_MOE_CAN_AVX512_BF16
 #define PADDLE_MOE_AVX512_BF16
 #ifdef __clang__
 #pragma clang attribute push(                                                                          \

@@ -1,6 +1,7 @@
 // Measures what the machine can do at best: the floor that benchmarks divide by.
 #include <atomic>
 #include <chrono>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -23,8 +24,10 @@ Run run(int num_threads, const Work& work) {
   const auto start = std::chrono::steady_clock::now();
   std::vector<std::thread> threads;
   try {
+    threads.reserve(num_threads);
     for (int i = 1; i < num_threads; ++i) threads.emplace_back([&, i] { sink = work(i); });
   } catch (const std::system_error&) {
+  } catch (const std::bad_alloc&) {
   }
   sink = work(0);
   for (std::thread& thread : threads) thread.join();

@@ -85,7 +85,7 @@ class Pool {
   }
 
   // Linux likes to wake a worker on the processor of the caller, which stays busy, and may take milliseconds
-  // to move it. So workers may run wherever the caller may, but there.
+  // to move it. So workers may run where the caller may when it comes from another processor, but there.
   void keep_off_this_cpu() {
 #if defined(__linux__)
     const int cpu = sched_getcpu();

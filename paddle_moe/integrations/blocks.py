@@ -15,6 +15,7 @@ import copy
 import math
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import paddle
@@ -22,6 +23,7 @@ from paddle import nn
 
 from paddle_moe import functional
 from paddle_moe._options import dtype_name
+from paddle_moe.all_to_all import all_to_all_experts
 from paddle_moe.collectives import leave_shards, no_contribution
 from paddle_moe.distributed import ParallelContext
 from paddle_moe.layer_weights import keep_dtypes
@@ -550,6 +552,9 @@ class MoEBlock:
             parallel.check_same_routing(routing_table, router_weights)
         if self.shared_expert() is not None and shared_weights is None:
             shared_weights = paddle.ones_like(tokens[:, :1], dtype="float32")
+        exchange = None
+        if self.dispatch == "alltoall" and parallel.ep_size > 1:
+            exchange = partial(all_to_all_experts, expert_ranges=self._ranges, parallel=parallel)
         output = partial_sum(
             tokens,
             routing_table,
@@ -560,7 +565,7 @@ class MoEBlock:
             parallel=parallel,
             groups=groups,
             fp32=True,
-            expert_ranges=self._ranges if self.dispatch == "alltoall" and parallel.ep_size > 1 else None,
+            exchange=exchange,
         )
         output = leave_shards(output.astype(tokens.dtype), parallel, groups)
         return output.astype(hidden_states.dtype).reshape(hidden_states.shape)

@@ -225,17 +225,28 @@ def test_a_path_that_differs_between_hosts():
     assert join_and(code) == ["[0, 1, 2]\nfinished\n"] * 3
 
 
-@pytest.mark.parametrize("writes", [True, False])
-def test_a_rank_that_writes_for_longer_than_the_limit(writes, tmp_path):
-    """The others wait for it, but not for one that does nothing."""
-    write = f"open({str(tmp_path / 'file')!r}, 'a').write('x')" if writes else "pass"
+@pytest.mark.parametrize(
+    "context, does, waits",
+    [
+        ("watchdog.files()", "open(path, 'a').write('x')", True),
+        ("watchdog.files()", "sum(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)[::4096])", True),
+        ("watchdog.files()", "pass", False),
+        ("contextlib.nullcontext()", "open(path, 'a').write('x')", False),
+    ],
+    ids=["writes", "reads what is in memory already", "hangs", "writes elsewhere"],
+)
+def test_a_rank_that_is_at_files_for_longer_than_the_limit(context, does, waits, tmp_path):
+    """The others wait for it while it gets on."""
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
     code = (
+        f"import contextlib, mmap\npath = {str(tmp_path / 'file')!r}\nfile = open(path)\n"
         "if rank == 1:\n"
-        f"    for _ in range(40): time.sleep(0.25); {write}\n"
-        "print(watchdog.exchange(rank, 'writing the files of', 'there', after_files=True))"
+        f"    with {context}:\n"
+        f"        for _ in range(40): time.sleep(0.25); {does}\n"
+        "print(watchdog.exchange(rank, 'writing the files of', 'there'))"
     )
     for rank, said in enumerate(join_and(code, limit=4)):
-        if writes:
+        if waits:
             assert said == "[0, 1, 2]\nfinished\n"
         else:
             reason = "rank [02] waited in writing the files of there; rank 1 did not arrive there"
