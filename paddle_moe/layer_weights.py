@@ -82,6 +82,8 @@ class ShardedWeights(nn.Layer):
         self.ep_rank, self.ep_size, self.tp_rank, self.tp_size = shard.place
         first, end = shard.experts
         self.experts_min, self.experts_max = first, end - 1
+        first, end = shard.shared_columns
+        self._holds_shared_columns = first < end  # to_static finds no properties of a dataclass
         self._gate_dtype, self._has_down_bias = gate_dtype, down_bias
         # The dtype of the experts' weights since quantize_(), and what shares a scale.
         self.quantized: str | None = None

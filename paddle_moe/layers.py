@@ -486,8 +486,7 @@ class FusedMoE(ShardedWeights):
     def _shared_output(self, hidden_states: paddle.Tensor, share: paddle.Tensor) -> paddle.Tensor:
         """The shared expert as a mixture of one expert that every token goes to."""
         weights = self.shared_gate_up_weight, self.shared_down_weight
-        first, end = self._shard.shared_columns
-        if first == end:
+        if not self._holds_shared_columns:
             return no_contribution(hidden_states, share, *weights)
         return functional.mixture_of_experts(
             hidden_states,
