@@ -520,6 +520,7 @@ def load_checkpoint(
         CheckpointError: a ValueError, on every rank, that lists file, key, what was expected and what found,
             for all that is missing, unmatched, doubled, truncated, of another shape or dtype. Nothing was
             assigned.
+        RuntimeError: a rank could not read on, after some values had been assigned.
     """
     model = _unwrapped(model)
     path, parallel = Path(path), parallel_of(model, parallel)

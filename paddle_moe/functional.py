@@ -32,6 +32,7 @@ from paddle_moe._options import (
     ROUTE_OPTIONS,
     WEIGHTS,
     checked,
+    dtype_name,
     flag,
     thread_count,
     type_name,
@@ -189,7 +190,7 @@ def own_autocast() -> contextlib.AbstractContextManager[None]:
 def _autocast_without_paddle(dtype: paddle.dtype) -> Iterator[None]:
     token = _own_autocast.set(dtype)
     try:  # the dtype because a GradScaler asks for that of the last auto_cast
-        with paddle.amp.auto_cast(enable=False, dtype=str(dtype).rpartition(".")[2]):
+        with paddle.amp.auto_cast(enable=False, dtype=dtype_name(dtype)):
             yield
     finally:
         _own_autocast.reset(token)
@@ -232,15 +233,16 @@ def reshape_like(output: Tensor, tensor: Tensor) -> Tensor:
 
 def expect_dtype(name: str, tensor: Tensor, dtype: paddle.dtype, whose: str) -> None:
     if tensor.dtype != dtype:
-        expected, got = (str(one).rpartition(".")[2] for one in (dtype, tensor.dtype))
-        raise ValueError(f"{name} must have the dtype {whose}, {expected}, got {got}")
+        raise ValueError(
+            f"{name} must have the dtype {whose}, {dtype_name(dtype)}, got {dtype_name(tensor.dtype)}"
+        )
 
 
 def _specification(argument: Any) -> Any:
     if isinstance(argument, list):
         return [_specification(item) for item in argument]
     if isinstance(argument, TENSOR_TYPES):
-        return _core.Spec(str(argument.dtype).rpartition(".")[2], list(argument.shape))
+        return _core.Spec(dtype_name(argument.dtype), list(argument.shape))
     return argument
 
 

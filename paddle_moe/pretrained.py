@@ -233,6 +233,7 @@ def load_moe_weights(
         CheckpointError: a ValueError, on every rank, that lists file, key, what was expected and what found,
             for all that is missing, doubled, truncated, of another shape or dtype, and for every key below a
             name in `layers` that the layout lacks. Nothing was assigned.
+        RuntimeError: a rank could not read on, after some values had been assigned.
     """
     layout, parallel = _layout(layout, transposed), _parallel_of_layers(layers, parallel)
     targets, sources = {}, []

@@ -258,6 +258,7 @@ class Integration:
             CheckpointError: a ValueError, on every rank, that lists file, key, what was expected and what
                 found, for all that is missing, doubled, truncated, of another shape or dtype, and for keys of
                 the mixture-of-experts blocks that the model lacks. Nothing was assigned.
+            RuntimeError: a rank could not read on, after some values had been assigned.
         """
         one_of("auto", *_LAYOUTS)("layout", layout)
         files, holdings = TensorFiles(path), _holdings(model)

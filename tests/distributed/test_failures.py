@@ -258,7 +258,7 @@ def test_ranks_that_were_refused_try_again():
     again = (
         "try: watchdog.join('127.0.0.1', port, {'world_size': size, 'ep_size': 1 + (rank == 1)})\n"
         "except ValueError as error: print('refused')\n"
-        "watchdog = Watchdog(rank, 20)\n"
+        "first, watchdog = watchdog, Watchdog(rank, 20)  # init_distributed keeps the first one too\n"
         "if rank == 0: watchdog.listen(port)\n"
         "watchdog.join('127.0.0.1', port, {'world_size': size})\n"
     )

@@ -103,20 +103,17 @@ def out_of_memory(*_, **__):
 
 
 failing = own.rank == 1
-with patch.object(checkpoint, "save_file", out_of_memory if failing else checkpoint.save_file):
-    try:
-        save_checkpoint(target / "failed", model)
-    except RuntimeError as error:
-        assert str(error).endswith("rank 1: MemoryError: no room"), error
-    else:
-        raise AssertionError("a rank that could not write was not noticed on this one")
-with patch.object(tensor_files, "_fill", out_of_memory if failing else tensor_files._fill):
-    try:
-        load_checkpoint(target / "float32", model)
-    except RuntimeError as error:
-        assert str(error).endswith("was loaded in part; rank 1: MemoryError: no room"), error
-    else:
-        raise AssertionError("a rank that could not read on was not noticed on this one")
+for module, name, call, text in (
+    (checkpoint, "save_file", lambda: save_checkpoint(target / "failed", model), "unchanged. "),
+    (tensor_files, "_fill", lambda: load_checkpoint(target / "float32", model), "was loaded in part; "),
+):
+    with patch.object(module, name, out_of_memory if failing else getattr(module, name)):
+        try:
+            call()
+        except RuntimeError as error:
+            assert str(error).endswith(text + "rank 1: MemoryError: no room"), error
+        else:
+            raise AssertionError(f"a rank whose {name} failed was not noticed on this one")
 
 try:
     save_checkpoint(target / "mixed", ThreeExperts(parallel=own, permuted_weights=own.rank == 0))
