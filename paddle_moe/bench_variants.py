@@ -418,7 +418,11 @@ def _ggml_library() -> ctypes.CDLL:
     spec = importlib.util.find_spec("libggml")
     if spec is None:
         raise ImportError("libggml is missing", name="libggml-python")
-    return ctypes.CDLL(str(Path(spec.origin).parent / "lib64" / "libggml-cpu.so"))
+    # lib64 in its wheels; where pip compiles it, lib on some systems.
+    found = sorted(Path(spec.origin).parent.glob("lib*/libggml-cpu.so"))
+    if not found:
+        raise ImportError("libggml has no libggml-cpu.so", name="libggml-python")
+    return ctypes.CDLL(str(found[0]))
 
 
 def _ggml_call(name: str, *arguments: object) -> int:
