@@ -20,8 +20,7 @@ struct Run {
 };
 
 // On as many threads as the system allows; not the pool's, because all of them must take part. They begin
-// each try together, and of a few tries the median counts: Linux may start a thread on the processor of its
-// maker and needs milliseconds to move it, in which two threads show the limit of one.
+// each try together, and of a few tries the median counts.
 template <class Work>
 Run run(int num_threads, int tries, const Work& work) {
   using Clock = std::chrono::steady_clock;
@@ -45,6 +44,9 @@ Run run(int num_threads, int tries, const Work& work) {
   } catch (const std::bad_alloc&) {
   }
   const int threads = 1 + static_cast<int>(others.size());
+  std::vector<pthread_t> handles;
+  for (std::thread& other : others) handles.push_back(other.native_handle());
+  keep_off_this_cpu(handles);
   expected = threads;
   take_part(0);
   for (std::thread& other : others) other.join();

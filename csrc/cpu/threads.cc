@@ -41,7 +41,7 @@ class Pool {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       start_workers(static_cast<size_t>(num_threads - 1));
-      keep_off_this_cpu();
+      caller_cpu_ = keep_off_this_cpu(workers_, caller_cpu_);
       body_ = &body;
       next_index_ = 1;
       open_places_ = num_threads - 1;
@@ -82,21 +82,6 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       error_ = std::current_exception();
     }
-  }
-
-  // Linux likes to wake a worker on the processor of the caller, which stays busy, and may take milliseconds
-  // to move it. So workers may run where the caller may when it comes from another processor, but there.
-  void keep_off_this_cpu() {
-#if defined(__linux__)
-    const int cpu = sched_getcpu();
-    if (cpu == caller_cpu_ || cpu < 0) return;
-    cpu_set_t others;
-    if (sched_getaffinity(0, sizeof others, &others) != 0) return;
-    CPU_CLR(cpu, &others);
-    if (CPU_COUNT(&others) == 0) return;  // the caller is pinned, for now perhaps
-    for (pthread_t worker : workers_) pthread_setaffinity_np(worker, sizeof others, &others);
-    caller_cpu_ = cpu;
-#endif
   }
 
   void work() {
@@ -199,6 +184,21 @@ void pause_briefly(int round) {
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");
+#endif
+}
+
+int keep_off_this_cpu(const std::vector<pthread_t>& threads, int kept_off) {
+#if defined(__linux__)
+  const int cpu = sched_getcpu();
+  if (cpu == kept_off || cpu < 0) return kept_off;
+  cpu_set_t others;
+  if (sched_getaffinity(0, sizeof others, &others) != 0) return kept_off;
+  CPU_CLR(cpu, &others);
+  if (CPU_COUNT(&others) == 0) return kept_off;  // the caller is pinned, for now perhaps
+  for (pthread_t thread : threads) pthread_setaffinity_np(thread, sizeof others, &others);
+  return cpu;
+#else
+  return kept_off;
 #endif
 }
 

@@ -4,7 +4,10 @@
 // and ThreadSanitizer cannot see through libgomp.
 #pragma once
 
+#include <pthread.h>
+
 #include <functional>
+#include <vector>
 
 namespace paddle_moe {
 namespace cpu {
@@ -16,6 +19,11 @@ namespace cpu {
 // exceptions is thrown when all calls have returned; so only a body whose calls do not wait for each other
 // may throw.
 void parallel(int num_threads, const std::function<void(int)>& body);
+
+// Linux likes to start and to wake a thread on the processor of the caller, which stays busy, and may take
+// milliseconds to move it. So these threads may run where the caller may, but not on its processor, which is
+// returned. `kept_off` is what the call before returned for them; nothing is done where it is still right.
+int keep_off_this_cpu(const std::vector<pthread_t>& threads, int kept_off = -1);
 
 void pause_briefly(int round);
 
