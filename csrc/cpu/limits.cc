@@ -76,8 +76,7 @@ double measure_flops(DType dtype, int num_threads) {
 double measure_read(const void* data, size_t bytes, int streams, int num_threads) {
   const int64_t count = static_cast<int64_t>(bytes / sizeof(float)) / num_threads;
   const float* floats = static_cast<const float*>(data);
-  constexpr int kTries = 3;
-  const Run done = run(num_threads, kTries, [&](int thread) {
+  const Run done = run(num_threads, 1, [&](int thread) {
     return kernels().read_loop(floats + thread * count, count, streams);
   });
   return static_cast<double>(count) * sizeof(float) * done.threads / done.seconds;

@@ -5,9 +5,15 @@ struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kAccumulators = 12;
   static constexpr int64_t kStreamedRows = 12;
+  static constexpr int kDotColumns = 4;
+  static constexpr bool kPrefetchesColumns = false;
+  static constexpr int64_t kLongRunBytes = 8192, kPrefetchBytes = 512;
+  static constexpr bool kLongRunsIntoL1 = false;
   static constexpr bool kBf16Dot = false;
   typedef float V __attribute__((vector_size(32)));
   typedef int32_t VI __attribute__((vector_size(32)));
+
+  static void keep_sums_apart() {}  // compilers do, with so few registers
 
   static V load(const void* p) { return (V)_mm256_loadu_ps(static_cast<const float*>(p)); }
   static void store(void* p, V v) { _mm256_storeu_ps(static_cast<float*>(p), (__m256)v); }

@@ -4,9 +4,19 @@
 struct Simd {
   static constexpr int kLanes = 16;
   static constexpr int kAccumulators = 24;
-  static constexpr int64_t kStreamedRows = 32;
+  static constexpr int64_t kStreamedRows = 24;
+  static constexpr int kDotColumns = 6;
+  static constexpr bool kPrefetchesColumns = true;
+  static constexpr int64_t kLongRunBytes = 2048, kPrefetchBytes = 1024;
+  static constexpr bool kLongRunsIntoL1 = true;
   typedef float V __attribute__((vector_size(64)));
   typedef int32_t VI __attribute__((vector_size(64)));
+
+  // Compilers keep pointers in vector registers, even where that takes one from the sums or the weights of a
+  // loop; here none but kAccumulators hold anything.
+  static void keep_sums_apart() {
+    asm volatile("" : : : "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");
+  }
 
   static V load(const void* p) { return (V)_mm512_loadu_ps(p); }
   static void store(void* p, V v) { _mm512_storeu_ps(p, (__m512)v); }

@@ -5,9 +5,15 @@ struct Simd {
   static constexpr int kLanes = 4;
   static constexpr int kAccumulators = 12;  // registers that hold one
   static constexpr int64_t kStreamedRows = 12;
+  static constexpr int kDotColumns = 4;
+  static constexpr bool kPrefetchesColumns = false;
+  static constexpr int64_t kLongRunBytes = 8192, kPrefetchBytes = 512;
+  static constexpr bool kLongRunsIntoL1 = false;
   static constexpr bool kBf16Dot = false;  // multiplies bf16 pairs directly
   typedef float V __attribute__((vector_size(16)));
   typedef int32_t VI __attribute__((vector_size(16)));
+
+  static void keep_sums_apart() {}  // compilers do, with so few registers
 
   static V load(const void* p) {
     V v;
