@@ -5,7 +5,7 @@ struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kAccumulators = 12;
   static constexpr int64_t kStreamedRows = 12;
-  static constexpr int kDotColumns = 4;
+  static constexpr int kDotColumns = 4, kIntegerColumns = 3, kIntegerSums = 9;
   static constexpr bool kPrefetchesColumns = false;
   static constexpr int64_t kLongRunBytes = 8192, kPrefetchBytes = 512;
   static constexpr bool kLongRunsIntoL1 = false;

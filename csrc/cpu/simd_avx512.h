@@ -5,7 +5,7 @@ struct Simd {
   static constexpr int kLanes = 16;
   static constexpr int kAccumulators = 24;
   static constexpr int64_t kStreamedRows = 24;
-  static constexpr int kDotColumns = 6;
+  static constexpr int kDotColumns = 6, kIntegerColumns = 4, kIntegerSums = 12;
   static constexpr bool kPrefetchesColumns = true;
   static constexpr int64_t kLongRunBytes = 2048, kPrefetchBytes = 1024;
   static constexpr bool kLongRunsIntoL1 = true;

@@ -5,11 +5,13 @@ struct Simd {
   static constexpr int kLanes = 4;
   static constexpr int kAccumulators = 12;  // registers that hold one
   static constexpr int64_t kStreamedRows = 12;
-  static constexpr int kDotColumns = 4;
-  static constexpr bool kPrefetchesColumns = false;
+  // Tiles of dot products: columns, and for integers the sums of a tile.
+  static constexpr int kDotColumns = 4, kIntegerColumns = 3, kIntegerSums = 9;
+  static constexpr bool kPrefetchesColumns = false;  // the next ones of such a tile
+  // Rows of weights in runs of so many bytes are prefetched so far ahead.
   static constexpr int64_t kLongRunBytes = 8192, kPrefetchBytes = 512;
-  static constexpr bool kLongRunsIntoL1 = false;
-  static constexpr bool kBf16Dot = false;  // multiplies bf16 pairs directly
+  static constexpr bool kLongRunsIntoL1 = false;  // else into L2
+  static constexpr bool kBf16Dot = false;         // multiplies bf16 pairs directly
   typedef float V __attribute__((vector_size(16)));
   typedef int32_t VI __attribute__((vector_size(16)));
 
