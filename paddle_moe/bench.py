@@ -259,7 +259,7 @@ def _save_picture(results: list[dict], path: Path) -> None:
             shown = [m for m in members if name in m["variants"]]
             spread = [m["variants"][name]["cold"]["times_floor"] for m in shown]
             tokens = [m["num_tokens"] for m in shown]
-            color = f"C{list(VARIANTS).index(name)}"
+            color = pyplot.get_cmap("tab20")(list(VARIANTS).index(name))
             floors.plot(tokens, [s["median"] for s in spread], marker="o", color=color, label=name)
             lowest, highest = ([s[k] for s in spread] for k in ("min", "max"))
             floors.fill_between(tokens, lowest, highest, color=color, alpha=0.15)
