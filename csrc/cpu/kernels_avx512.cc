@@ -1,6 +1,8 @@
 #if defined(__x86_64__)
 #include "cpu/kernels_prelude.h"
 
+#define PADDLE_MOE_32_REGISTERS
+
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
                              apply_to = function)

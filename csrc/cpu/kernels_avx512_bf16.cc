@@ -1,5 +1,7 @@
 #include "cpu/kernels_prelude.h"
 
+#define PADDLE_MOE_32_REGISTERS
+
 #ifdef PADDLE_MOE_CAN_AVX512_BF16
 #define PADDLE_MOE_AVX512_BF16
 #ifdef __clang__

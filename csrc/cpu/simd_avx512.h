@@ -1,4 +1,5 @@
-// 512-bit vectors: AVX-512 F, BW, VL and DQ; with PADDLE_MOE_AVX512_BF16 also its bf16 dot product.
+// 512-bit vectors: AVX-512 F, BW, VL and DQ; with PADDLE_MOE_AVX512_BF16 also its bf16 dot product, with
+// PADDLE_MOE_32_REGISTERS in the registers of such a processor.
 // Included inside the namespace of one instruction set; see kernels.h.
 
 struct Simd {
@@ -15,7 +16,9 @@ struct Simd {
   // Compilers keep pointers in vector registers, even where that takes one from the sums or the weights of a
   // loop; here none but kAccumulators hold anything.
   static void keep_sums_apart() {
+#ifdef PADDLE_MOE_32_REGISTERS
     asm volatile("" : : : "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");
+#endif
   }
 
   static V load(const void* p) { return (V)_mm512_loadu_ps(p); }
