@@ -1,9 +1,8 @@
 #include "cpu/kernels_prelude.h"
 
-#define PADDLE_MOE_32_REGISTERS
-
 #ifdef PADDLE_MOE_CAN_AVX512_BF16
 #define PADDLE_MOE_AVX512_BF16
+#define PADDLE_MOE_32_REGISTERS
 #ifdef __clang__
 #pragma clang attribute push(                                                                          \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c"))), \

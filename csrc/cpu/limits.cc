@@ -27,8 +27,11 @@ Run run(int num_threads, int tries, const Work& work) {
   std::vector<Clock::time_point> begins(num_threads * tries), ends(num_threads * tries);
   std::atomic<float> sink{0.0f};
   std::atomic<int> expected{0}, arrived{0};
+  std::vector<pthread_t> handles;
+  int kept_off = -1;
   const auto take_part = [&](int thread) {
     for (int t = 0; t < tries; ++t) {
+      if (thread == 0) kept_off = keep_off_this_cpu(handles, kept_off);  // the caller may have been moved
       arrived.fetch_add(1);
       spin_until([&] { return expected > 0 && arrived >= (t + 1) * expected; });
       begins[t * num_threads + thread] = Clock::now();
@@ -39,14 +42,13 @@ Run run(int num_threads, int tries, const Work& work) {
   std::vector<std::thread> others;
   try {
     others.reserve(num_threads);
+    handles.reserve(num_threads);
     for (int i = 1; i < num_threads; ++i) others.emplace_back(take_part, i);
   } catch (const std::system_error&) {
   } catch (const std::bad_alloc&) {
   }
   const int threads = 1 + static_cast<int>(others.size());
-  std::vector<pthread_t> handles;
   for (std::thread& other : others) handles.push_back(other.native_handle());
-  keep_off_this_cpu(handles);
   expected = threads;
   take_part(0);
   for (std::thread& other : others) other.join();

@@ -13,7 +13,7 @@ struct Simd {
   typedef float V __attribute__((vector_size(32)));
   typedef int32_t VI __attribute__((vector_size(32)));
 
-  static void keep_sums_apart() {}  // compilers do, with so few registers
+  static void free_other_registers() {}  // so few leave none for other uses
 
   static V load(const void* p) { return (V)_mm256_loadu_ps(static_cast<const float*>(p)); }
   static void store(void* p, V v) { _mm256_storeu_ps(static_cast<float*>(p), (__m256)v); }

@@ -1,5 +1,5 @@
-// 512-bit vectors: AVX-512 F, BW, VL and DQ; with PADDLE_MOE_AVX512_BF16 also its bf16 dot product, with
-// PADDLE_MOE_32_REGISTERS in the registers of such a processor.
+// 512-bit vectors: AVX-512 F, BW, VL and DQ; with PADDLE_MOE_AVX512_BF16 also its bf16 dot product.
+// PADDLE_MOE_32_REGISTERS: the compiler has those of such a processor, tests/avx512_in_software has not.
 // Included inside the namespace of one instruction set; see kernels.h.
 
 struct Simd {
@@ -13,9 +13,9 @@ struct Simd {
   typedef float V __attribute__((vector_size(64)));
   typedef int32_t VI __attribute__((vector_size(64)));
 
-  // Compilers keep pointers in vector registers, even where that takes one from the sums or the weights of a
-  // loop; here none but kAccumulators hold anything.
-  static void keep_sums_apart() {
+  // Compilers keep pointers in vector registers, even where that leaves too few for the sums and the weights
+  // of the loop that follows. Past this, none but kAccumulators hold anything.
+  static void free_other_registers() {
 #ifdef PADDLE_MOE_32_REGISTERS
     asm volatile("" : : : "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");
 #endif

@@ -5,7 +5,7 @@ struct Simd {
   static constexpr int kLanes = 4;
   static constexpr int kAccumulators = 12;  // registers that hold one
   static constexpr int64_t kStreamedRows = 12;
-  // Tiles of dot products: columns, and for integers the sums of a tile.
+  // Tiles of dot products: columns, and with integers the sums of one plane of a tile.
   static constexpr int kDotColumns = 4, kIntegerColumns = 3, kIntegerSums = 9;
   static constexpr bool kPrefetchesColumns = false;  // the next ones of such a tile
   // Rows of weights in runs of so many bytes are prefetched so far ahead.
@@ -15,7 +15,7 @@ struct Simd {
   typedef float V __attribute__((vector_size(16)));
   typedef int32_t VI __attribute__((vector_size(16)));
 
-  static void keep_sums_apart() {}  // compilers do, with so few registers
+  static void free_other_registers() {}  // so few leave none for other uses
 
   static V load(const void* p) {
     V v;

@@ -22,12 +22,12 @@ void parallel(int num_threads, const std::function<void(int)>& body);
 
 // Linux likes to start and to wake a thread on the processor of the caller, which stays busy, and may take
 // milliseconds to move it. So these threads may run where the caller may, but not on its processor, which is
-// returned. `kept_off` is what the call before returned for them; nothing is done where it is still right.
+// returned. `kept_off` is what the call before returned for them, and is returned where nothing was changed.
 int keep_off_this_cpu(const std::vector<pthread_t>& threads, int kept_off = -1);
 
 void pause_briefly(int round);
 
-// Waits for a condition that another thread of the pool is about to make true.
+// Waits for a condition that another thread is about to make true.
 template <class Condition>
 void spin_until(const Condition& condition) {
   for (int round = 0; !condition(); ++round) pause_briefly(round);
