@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "check.h"
+#include "cpu/kernels.h"
 #include "layer.h"
 
 using paddle_moe::DType;
@@ -113,6 +114,62 @@ void chunks() {
   }
 }
 
+// A GEMM by weights stored column by column writes its two blocks of columns and nothing beside them, where
+// another thread may have its own results.
+void results_stay_in_their_blocks() {
+  using namespace paddle_moe;
+  using namespace paddle_moe::cpu;
+  constexpr int64_t kColumns = kPackedColumns, kStride = 2 * kColumns + 32, kMaxRows = 9;
+  const DType weight_dtypes[] = {DType::kFloat32, DType::kBFloat16, DType::kInt8};
+  for (const DType weight_dtype : weight_dtypes) {
+    const bool integers = weight_dtype == DType::kInt8;
+    const DType dtype = weight_dtype == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
+    const Operand operand = integers                                          ? Operand::kInt16
+                            : dtype == DType::kBFloat16 && kernels().bf16_dot ? Operand::kBf16Pairs
+                                                                              : Operand::kFloat32;
+    for (const int64_t depth : {64, 2176}) {
+      // All activations and weights are 1.
+      const std::vector<float> ones(depth, 1.0f);
+      const std::vector<uint16_t> bf16_ones(depth, 0x3f80);
+      const std::vector<int8_t> int8_ones(2 * kColumns * depth, 1);
+      const std::vector<float> fp32_weights(2 * kColumns * depth, 1.0f);
+      const std::vector<uint16_t> bf16_weights(2 * kColumns * depth, 0x3f80);
+      const void* weights = integers                          ? static_cast<const void*>(int8_ones.data())
+                            : weight_dtype == DType::kFloat32 ? static_cast<const void*>(fp32_weights.data())
+                                                              : bf16_weights.data();
+      const void* activations =
+          dtype == DType::kFloat32 ? static_cast<const void*>(ones.data()) : bf16_ones.data();
+      const int64_t row_stride = depth + 128;  // units, enough for any operand
+      std::vector<float> rows(kMaxRows * row_stride), scratch(kPackedBytes / sizeof(float));
+      for (int64_t r = 0; r < kMaxRows; ++r)
+        kernels().copy_row(activations, dtype, depth, operand, rows.data() + r * row_stride);
+      for (int64_t num_rows = 1; num_rows <= kMaxRows; ++num_rows) {
+        std::vector<float> result(num_rows * kStride, -7.0f);
+        const float scale = 1.0f;
+        GemmTask task{rows.data(), row_stride, num_rows, depth, operand, weight_dtype};
+        for (int block = 0; block < 2; ++block) {
+          const int64_t first = block * kColumns * depth;
+          task.weight[block] = {static_cast<const char*>(weights) + dtype_bytes(weight_dtype, first), 1,
+                                depth};
+          task.columns[block] = kColumns;
+          task.scale[block] = {&scale, 0, 0, 0, 0};
+        }
+        task.second_block = kColumns;
+        task.result = result.data();
+        task.result_stride = kStride;
+        task.scratch = scratch.data();
+        kernels().gemm(task);
+        for (int64_t i = 0; i < num_rows * kStride; ++i) {
+          const float expected = i % kStride < 2 * kColumns ? static_cast<float>(depth) : -7.0f;
+          CHECK(result[i] == expected, "weights %d, depth %d, %d rows: row %d, column %d is %g",
+                static_cast<int>(weight_dtype), static_cast<int>(depth), static_cast<int>(num_rows),
+                static_cast<int>(i / kStride), static_cast<int>(i % kStride), result[i]);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -122,6 +179,7 @@ int main() {
     quantised();
     ids_at_the_limits();
     chunks();
+    results_stay_in_their_blocks();
   });
   return finish();
 }
