@@ -22,8 +22,9 @@ void parallel(int num_threads, const std::function<void(int)>& body);
 
 // Linux likes to start and to wake a thread on the processor of the caller, which stays busy, and may take
 // milliseconds to move it. So these threads may run where the caller may, but not on its processor, which is
-// returned. `kept_off` is what the call before returned for them, and is returned where nothing was changed.
-int keep_off_this_cpu(const std::vector<pthread_t>& threads, int kept_off = -1);
+// returned. `kept_off` is what the call before returned for them, at first -1, and is returned where nothing
+// changed.
+int keep_off_this_cpu(const std::vector<pthread_t>& threads, int kept_off);
 
 void pause_briefly(int round);
 
