@@ -74,6 +74,13 @@ class Block(nn.Layer):
         return out + self.shared(x) if hasattr(self, "shared") else out
 
 
+def draw_tokens(count: int, block: Block) -> paddle.Tensor:
+    """Tokens whose experts do not depend on rounding: of many, those that tell them apart the most clearly."""
+    x = paddle.randn([16 * count, HIDDEN])
+    scores = F.softmax(block.gate(x), axis=-1).topk(block.top_k + 1, axis=-1)[0]
+    return x[(scores[:, -2] - scores[:, -1]).argsort(descending=True)[:count]]
+
+
 class Beside(nn.Layer):
     """Two blocks next to each other: their collectives have no order but that of the graph."""
 
