@@ -75,7 +75,7 @@ class Block(nn.Layer):
 
 
 def draw_tokens(count: int, block: Block) -> paddle.Tensor:
-    """Tokens whose experts do not depend on rounding: of many, those that tell them apart the most clearly."""
+    """Tokens whose experts do not depend on rounding: of many, those that tell them apart best."""
     x = paddle.randn([16 * count, HIDDEN])
     scores = F.softmax(block.gate(x), axis=-1).topk(block.top_k + 1, axis=-1)[0]
     return x[(scores[:, -2] - scores[:, -1]).argsort(descending=True)[:count]]
