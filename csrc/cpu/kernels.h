@@ -2,6 +2,7 @@
 // source, kernels.inc, is compiled once per instruction set.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "moe.h"
@@ -48,11 +49,11 @@ constexpr int64_t kDotUnits = 1024;
 // all tile heights.
 constexpr int64_t kBlockRows = 192;
 // Columns of each of the two blocks of a GemmTask: two cache lines of bf16, four of fp32, where weights are
-// packed; as many as leave 64 KiB of results in L2 where they are streamed, because memory is fastest in long
-// runs.
+// packed; as many as leave 256 KiB of results in L2 where they are streamed, because memory is fastest in
+// long runs.
 constexpr int64_t kPackedColumns = 64;
-constexpr int64_t kStreamedResults = 16384;
-constexpr int64_t kMaxStreamedColumns = 2048;
+constexpr int64_t kStreamedResults = 65536;
+constexpr int64_t kMaxStreamedColumns = 16384;
 
 // From one row of sums to the next, where each has two blocks of `width` columns. A cache line more than they
 // need: rows a power of two apart would fall into the same cache sets.
@@ -60,8 +61,13 @@ constexpr int64_t sums_stride(int64_t width) { return 2 * width + 16; }
 
 // Floats of a GemmTask's result when it is scratch, and bytes of its other scratch: two packed blocks, one
 // that is multiplied and one that is packed meanwhile.
-constexpr int64_t kResultFloats = kBlockRows * sums_stride(kPackedColumns);
+constexpr int64_t kResultFloats = std::max(kStreamedResults, kBlockRows* sums_stride(kPackedColumns));
 constexpr int64_t kPackedBytes = 2 * kBlockUnits * 2 * kPackedColumns * kUnitBytes;
+static_assert(kPackedBytes >= kStreamedResults * kUnitBytes, "which hold a streamed task's running sums");
+
+constexpr int64_t kLineBytes = 64;
+// Of what streamed tasks prefetch; half of the smallest L1 there is.
+constexpr int64_t kAheadInL1 = 16 * 1024;
 
 struct GemmTask;
 
@@ -261,9 +267,9 @@ inline bool is_packed(Storage storage, int64_t rows, int64_t streamed_rows = ker
 // Columns of each block of a GemmTask, a multiple of kPackedColumns; where weights are not packed, blocks may
 // be narrower.
 inline int64_t block_columns(Storage storage, int64_t rows) {
-  const int64_t fitting = kStreamedResults / 2 / rows / kPackedColumns * kPackedColumns;
+  const int64_t fitting = (kStreamedResults / rows - sums_stride(0)) / 2 / kPackedColumns * kPackedColumns;
   if (is_packed(storage, rows) || fitting < kPackedColumns) return kPackedColumns;
-  return fitting > kMaxStreamedColumns ? kMaxStreamedColumns : fitting;
+  return std::min(fitting, kMaxStreamedColumns);
 }
 
 #if defined(__x86_64__)

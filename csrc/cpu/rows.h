@@ -128,7 +128,8 @@ void cut_into_blocks(int64_t expert, int64_t begin, int64_t end, int64_t columns
                      Storage storage, int64_t blocks_wanted, const Add& add) {
   int64_t width = block_columns(storage, std::min(kBlockRows, end - begin));
   if (!is_packed(storage, end - begin)) {
-    width = std::min(width, round_up(divide_up(columns, neighbours * blocks_wanted), kPackedColumns));
+    const int64_t blocks = std::max(blocks_wanted, divide_up(columns, neighbours * width));
+    width = round_up(divide_up(columns, neighbours * blocks), kPackedColumns);
   }
   for (int64_t c = 0; c < columns; c += neighbours * width) {
     for (int64_t r = begin; r < end; r += kBlockRows) {

@@ -7,8 +7,6 @@ struct Simd {
   static constexpr int64_t kStreamedRows = 12;
   static constexpr int kDotColumns = 4, kIntegerColumns = 3, kIntegerSums = 9;
   static constexpr bool kPrefetchesColumns = false;
-  static constexpr int64_t kLongRunBytes = 8192, kPrefetchBytes = 512;
-  static constexpr bool kLongRunsIntoL1 = false;
   static constexpr bool kBf16Dot = false;
   typedef float V __attribute__((vector_size(32)));
   typedef int32_t VI __attribute__((vector_size(32)));

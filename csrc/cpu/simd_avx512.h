@@ -8,8 +8,6 @@ struct Simd {
   static constexpr int64_t kStreamedRows = 24;
   static constexpr int kDotColumns = 6, kIntegerColumns = 4, kIntegerSums = 12;
   static constexpr bool kPrefetchesColumns = true;
-  static constexpr int64_t kLongRunBytes = 2048, kPrefetchBytes = 1024;
-  static constexpr bool kLongRunsIntoL1 = true;
   typedef float V __attribute__((vector_size(64)));
   typedef int32_t VI __attribute__((vector_size(64)));
 

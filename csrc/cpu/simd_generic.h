@@ -8,10 +8,7 @@ struct Simd {
   // Tiles of dot products: columns, and with integers the sums of one plane of a tile.
   static constexpr int kDotColumns = 4, kIntegerColumns = 3, kIntegerSums = 9;
   static constexpr bool kPrefetchesColumns = false;  // the next ones of such a tile
-  // Rows of weights in runs of so many bytes are prefetched so far ahead.
-  static constexpr int64_t kLongRunBytes = 8192, kPrefetchBytes = 512;
-  static constexpr bool kLongRunsIntoL1 = false;  // else into L2
-  static constexpr bool kBf16Dot = false;         // multiplies bf16 pairs directly
+  static constexpr bool kBf16Dot = false;            // multiplies bf16 pairs directly
   typedef float V __attribute__((vector_size(16)));
   typedef int32_t VI __attribute__((vector_size(16)));
 
