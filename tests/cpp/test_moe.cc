@@ -46,6 +46,10 @@ void past_block_sizes() {
       check(random, 5, 257, 6, 2, 2, dtype, Layout::kSeparate, permuted, 2);
       check(random, 5, 1031, 6, 2, 2, dtype, Layout::kStacked, permuted, 2);
       check(random, 5, 6, 1031, 2, 2, dtype, Layout::kStacked, permuted, 3);
+      check(random, 11, 3, 3100, 1, 1, dtype, Layout::kStacked, permuted,
+            2);  // columns by the sums of a task
+      check(random, 11, 6000, 3, 1, 1, dtype, Layout::kList, permuted, 2);
+      check(random, 1, 2, 16500, 1, 1, dtype, Layout::kStacked, permuted);
       check(random, 40, 8, 8, 300, 2, dtype, Layout::kList, permuted, 2);
       for (int tokens = 14; tokens < 40; ++tokens)
         check(random, tokens, 5, 4, 1, 1, dtype, Layout::kList, permuted);
@@ -71,6 +75,9 @@ void quantised() {
         }
       }
       for (DType dtype : kDTypes) {
+        Layer wide(random, 1, 3, 16500, 1, 1, dtype, Layout::kStacked, permuted);
+        wide.quantise(random, type);
+        CHECK(count_differences(wide, run(wide, 1)) == 0, "wide %s", paddle_moe::dtype_name(type));
         for (int tokens : {1, 5, 9}) {
           Layer deep(random, tokens, 2304, 6, 1, 1, dtype, Layout::kList, permuted);
           deep.quantise(random, type);
