@@ -129,9 +129,9 @@ class FusedMoE(ShardedWeights):
             dropless.
         bias_update_speed: of update_correction_bias, 0: correction_bias is left alone.
         recompute, chunk_size: see mixture_of_experts.
-        permuted_weights: the weights of experts are stored [out, in], which a CPU multiplies faster with few
-            tokens and a little slower with many (docs/cpu_kernels.md). from_dense takes the same, and a
-            checkpoint loads into either; a state_dict() only into a layer that stores them alike.
+        permuted_weights: the weights of experts are stored [out, in], which a CPU multiplies as fast or
+            faster with few tokens and slower with many (docs/cpu_kernels.md). from_dense takes the same, and
+            a checkpoint loads into either; a state_dict() only into a layer that stores them alike.
         dtype: of the expert weights and the hidden states, a name or a paddle.dtype; None:
             paddle.get_default_dtype().
         gate_dtype: of the gate weights, "float32" or dtype.

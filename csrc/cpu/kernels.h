@@ -49,8 +49,8 @@ constexpr int64_t kDotUnits = 1024;
 // all tile heights.
 constexpr int64_t kBlockRows = 192;
 // Columns of each of the two blocks of a GemmTask: two cache lines of bf16, four of fp32, where weights are
-// packed; as many as leave 256 KiB of results in L2 where they are streamed, because memory is fastest in
-// long runs.
+// packed; as many as leave 256 KiB of results in L2 where they are not, because memory is fastest in long
+// runs.
 constexpr int64_t kPackedColumns = 64;
 constexpr int64_t kStreamedResults = 65536;
 constexpr int64_t kMaxStreamedColumns = 16384;
@@ -61,12 +61,12 @@ constexpr int64_t sums_stride(int64_t width) { return 2 * width + 16; }
 
 // Floats of a GemmTask's result when it is scratch, and bytes of its other scratch: two packed blocks, one
 // that is multiplied and one that is packed meanwhile.
-constexpr int64_t kResultFloats = std::max(kStreamedResults, kBlockRows* sums_stride(kPackedColumns));
+constexpr int64_t kResultFloats = std::max(kStreamedResults, sums_stride(kPackedColumns) * kBlockRows);
 constexpr int64_t kPackedBytes = 2 * kBlockUnits * 2 * kPackedColumns * kUnitBytes;
 static_assert(kPackedBytes >= kStreamedResults * kUnitBytes, "which hold a streamed task's running sums");
 
 constexpr int64_t kLineBytes = 64;
-// Of what streamed tasks prefetch; half of the smallest L1 there is.
+// Streamed groups of up to so many bytes are prefetched into L1, of which the smallest have twice that.
 constexpr int64_t kAheadInL1 = 16 * 1024;
 
 struct GemmTask;

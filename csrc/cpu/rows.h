@@ -122,7 +122,8 @@ struct GemmBlock {
 
 // Calls add(block) for all blocks of rows begin .. end - 1. `neighbours` is 2 where the two blocks of columns
 // are neighbours, 1 where they are the same columns of two weights. blocks_wanted: blocks that are not packed
-// become narrower until there are this many: one for each thread, more would cost long runs of memory.
+// become narrower until there are this many, all of about one width: one for each thread, more would cost
+// long runs of memory.
 template <class Add>
 void cut_into_blocks(int64_t expert, int64_t begin, int64_t end, int64_t columns, int64_t neighbours,
                      Storage storage, int64_t blocks_wanted, const Add& add) {

@@ -46,14 +46,16 @@ void past_block_sizes() {
       check(random, 5, 257, 6, 2, 2, dtype, Layout::kSeparate, permuted, 2);
       check(random, 5, 1031, 6, 2, 2, dtype, Layout::kStacked, permuted, 2);
       check(random, 5, 6, 1031, 2, 2, dtype, Layout::kStacked, permuted, 3);
-      check(random, 11, 3, 3100, 1, 1, dtype, Layout::kStacked, permuted,
-            2);  // columns by the sums of a task
-      check(random, 11, 6000, 3, 1, 1, dtype, Layout::kList, permuted, 2);
       check(random, 1, 2, 16500, 1, 1, dtype, Layout::kStacked, permuted);
       check(random, 40, 8, 8, 300, 2, dtype, Layout::kList, permuted, 2);
       for (int tokens = 14; tokens < 40; ++tokens)
         check(random, tokens, 5, 4, 1, 1, dtype, Layout::kList, permuted);
     }
+    // As many columns as the sums of 11 rows leave, and as many blocks of the depth as need sums of their
+    // own.
+    const int64_t width = paddle_moe::cpu::block_columns(paddle_moe::cpu::Storage::kRows, 11);
+    check(random, 11, 514, static_cast<int>(width), 1, 1, dtype, Layout::kStacked, false);
+    check(random, 11, static_cast<int>(2 * width), 514, 1, 1, dtype, Layout::kList, false);
   }
 }
 
@@ -75,7 +77,8 @@ void quantised() {
         }
       }
       for (DType dtype : kDTypes) {
-        Layer wide(random, 1, 3, 16500, 1, 1, dtype, Layout::kStacked, permuted);
+        Layer wide(random, 1, 3, paddle_moe::cpu::kMaxStreamedColumns, 1, 1, dtype, Layout::kStacked,
+                   permuted);
         wide.quantise(random, type);
         CHECK(count_differences(wide, run(wide, 1)) == 0, "wide %s", paddle_moe::dtype_name(type));
         for (int tokens : {1, 5, 9}) {
@@ -118,6 +121,20 @@ void chunks() {
     layer.arguments.chunk_size = chunk_size;
     CHECK(count_differences(layer, run(layer, 2)) == 0, "chunk_size %lld",
           static_cast<long long>(chunk_size));
+  }
+}
+
+// What blocks of columns leave in a thread's scratch: results, and running sums of the same size where
+// weights are streamed.
+void blocks_fit_their_scratch() {
+  using namespace paddle_moe::cpu;
+  for (const Storage storage : {Storage::kRows, Storage::kColumns, Storage::kStrided}) {
+    for (int64_t rows = 1; rows <= kBlockRows; ++rows) {
+      const int64_t width = block_columns(storage, rows), floats = rows * sums_stride(width);
+      const bool streamed = storage == Storage::kRows && !is_packed(storage, rows);
+      CHECK(floats <= kResultFloats && (!streamed || floats * kUnitBytes <= kPackedBytes),
+            "%d rows of 2 x %d columns", static_cast<int>(rows), static_cast<int>(width));
+    }
   }
 }
 
@@ -187,6 +204,7 @@ int main() {
     ids_at_the_limits();
     chunks();
     results_stay_in_their_blocks();
+    blocks_fit_their_scratch();
   });
   return finish();
 }
