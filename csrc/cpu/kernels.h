@@ -101,7 +101,7 @@ struct GemmTask {
   // 2 u + 1 and 2 u, in this order, because VDPBF16PS adds the product of the high half first.
   bool chained = false;
   // scratch still holds the same weights as the call before packed them. Only where depth is at most
-  // kBlockUnits units and both calls have at least kBlockRows / 2 rows, so that their tiles are alike.
+  // kBlockUnits units.
   bool packed = false;
   // The task, packed too, that the same thread computes next with the same scratch, operand and dtypes; its
   // first weights are packed meanwhile, which packed_ahead tells it. Needs packed_ahead.
