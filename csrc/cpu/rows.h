@@ -37,15 +37,17 @@ inline Operand operand_of(DType dtype) {
   return dtype == DType::kBFloat16 && kernels().bf16_dot ? Operand::kBf16Pairs : Operand::kFloat32;
 }
 
-// Integer weights stored column by column are multiplied as integers. int8 with fp32 activations, which would
-// take two planes, and all other quantised weights become fp32: their products with scales do not fit bf16.
+// Quantised weights stored column by column, as int4 always is, become bf16 where that is multiplied; else
+// integers are multiplied as integers. int8 with fp32 activations, which would take two planes, and all
+// others become fp32.
 inline Operand operand_of(const Problem& p) {
   if (!is_quantised(p.weight_dtype)) return operand_of(p.dtype);
-  if (p.weight_dtype == DType::kInt4)
-    return p.dtype == DType::kFloat32 ? Operand::kTwoInt16 : Operand::kInt16;
   const bool in_columns = std::all_of(p.experts.begin(), p.experts.end(), [](const Expert& e) {
     return storage_of(e.gate, e.up) == Storage::kColumns && storage_of(e.down) == Storage::kColumns;
   });
+  if (in_columns && operand_of(p.dtype) == Operand::kBf16Pairs) return Operand::kBf16Pairs;
+  if (p.weight_dtype == DType::kInt4)
+    return p.dtype == DType::kFloat32 ? Operand::kTwoInt16 : Operand::kInt16;
   const bool integer = p.weight_dtype == DType::kInt8 && p.dtype != DType::kFloat32 && in_columns;
   return integer ? Operand::kInt16 : Operand::kFloat32;
 }

@@ -94,6 +94,21 @@ struct Simd {
     pairs[0] = (V)_mm512_permutex2var_epi16(a, _mm512_load_si512(kInterleave), b);
     pairs[1] = (V)_mm512_permutex2var_epi16(a, _mm512_load_si512(kInterleave + 32), b);
   }
+  // What bf16 holds exactly.
+  static V as_bf16(const V (&two)[2]) { return (V)_mm512_cvtne2ps_pbh((__m512)two[1], (__m512)two[0]); }
+  static V int4_as_bf16(const int32_t* run, int v) {
+    // By the low five bits of each half, of which the fifth is another number's.
+    alignas(64) static constexpr uint16_t kNumbers[32] = {
+        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0,
+        0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+        0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
+    typedef uint16_t VH __attribute__((vector_size(64)));
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(run));
+    const VH shifts = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                       4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4};
+    const VH numbers = (VH)_mm512_broadcast_i64x4(halves) >> (shifts + static_cast<uint16_t>(8 * v));
+    return (V)_mm512_permutexvar_epi16((__m512i)numbers, _mm512_load_si512(kNumbers));
+  }
   static V dot_bf16(V a, V b, V c) {
     return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
   }

@@ -209,11 +209,23 @@ inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i indices, __m512i b) 
   return v;
 }
 
-// ---------------------------------------------------------------- VDPBF16PS
+inline __m512i _mm512_permutexvar_epi16(__m512i indices, __m512i a) {
+  return _mm512_permutex2var_epi16(a, indices, a);
+}
+
+// ---------------------------------------------------------------- bf16
 
 #ifdef PADDLE_MOE_AVX512_BF16
 inline float subnormal_as_zero(float x) {
   return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.0f, x) : x;
+}
+
+// Rounded to nearest, ties to even; subnormal numbers become zero. The second operand becomes the lower half.
+inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
+  const Floats16 floats[2] = {low, high};
+  Halves32 v;
+  for (int i = 0; i < 32; ++i) v[i] = float_to_bf16(subnormal_as_zero(floats[i / 16][i % 16]));
+  return v;
 }
 
 // One multiply-add. What would be subnormal if the exponent had no limit is zero; halfway between the largest

@@ -78,6 +78,9 @@ void shuffles() {
   indices[4] = 31, expected[4] = 1031;
   indices[5] = 32, expected[5] = 2000;
   check_equal<uint16_t, 32>("permutex2var", _mm512_permutex2var_epi16(x, indices, y), expected);
+  for (int i = 0; i < 32; ++i) expected[i] = static_cast<uint16_t>(1031 - i);
+  expected[3] = 1005, expected[4] = 1031, expected[5] = 1000;
+  check_equal<uint16_t, 32>("permutexvar", _mm512_permutexvar_epi16(indices, x), expected);
 }
 
 void memory() {
@@ -185,6 +188,24 @@ void multiply_add() {
                }));
 }
 
+void rounding_to_bf16() {
+  Floats16 low = count_from(-100), high = count_from(1);
+  Halves32 expected;
+  for (int i = 0; i < 16; ++i) {
+    expected[i] = static_cast<uint16_t>(float_to_bits(low[i]) >> 16);
+    expected[16 + i] = static_cast<uint16_t>(float_to_bits(high[i]) >> 16);
+  }
+  low[0] = 1 + 0x1p-8f, expected[0] = 0x3f80;  // ties to even
+  low[1] = 1 + 3 * 0x1p-8f, expected[1] = 0x3f82;
+  low[2] = 1 + 0x1.1p-8f, expected[2] = 0x3f81;
+  low[3] = -0x1.8p-127f, expected[3] = 0x8000;
+  low[4] = 0x1p-126f, expected[4] = 0x0080;
+  low[5] = std::numeric_limits<float>::infinity(), expected[5] = 0x7f80;
+  low[6] = std::numeric_limits<float>::max(), expected[6] = 0x7f80;
+  low[7] = bits_to_float(0x7f800001), expected[7] = 0x7fc0;
+  check_equal<uint16_t, 32>("cvtne2ps", _mm512_cvtne2ps_pbh(high, low), expected);
+}
+
 // One lane of VDPBF16PS: c + high[0] * high[1] + low[0] * low[1].
 float dot(float c, std::pair<float, float> high, std::pair<float, float> low) {
   auto pairs = [](float high_half, float low_half) {
@@ -254,6 +275,7 @@ int main() {
   integers();
   half_precision();
   multiply_add();
+  rounding_to_bf16();
   bf16_products();
   return finish();
 }

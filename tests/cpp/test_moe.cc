@@ -144,13 +144,14 @@ void results_stay_in_their_blocks() {
   using namespace paddle_moe;
   using namespace paddle_moe::cpu;
   constexpr int64_t kColumns = kPackedColumns, kStride = 2 * kColumns + 32, kMaxRows = 9;
-  const DType weight_dtypes[] = {DType::kFloat32, DType::kBFloat16, DType::kInt8};
-  for (const DType weight_dtype : weight_dtypes) {
+  const Operand bf16_operand = kernels().bf16_dot ? Operand::kBf16Pairs : Operand::kFloat32;
+  const std::pair<DType, Operand> cases[] = {{DType::kFloat32, Operand::kFloat32},
+                                             {DType::kBFloat16, bf16_operand},
+                                             {DType::kInt8, bf16_operand},
+                                             {DType::kInt8, Operand::kInt16}};
+  for (const auto& [weight_dtype, operand] : cases) {
     const bool integers = weight_dtype == DType::kInt8;
     const DType dtype = weight_dtype == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
-    const Operand operand = integers                                          ? Operand::kInt16
-                            : dtype == DType::kBFloat16 && kernels().bf16_dot ? Operand::kBf16Pairs
-                                                                              : Operand::kFloat32;
     for (const int64_t depth : {64, 2176}) {
       // All activations and weights are 1.
       const std::vector<float> ones(depth, 1.0f);
