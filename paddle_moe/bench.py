@@ -101,7 +101,8 @@ class Limits:
         """(FLOP/s of the instructions for this dtype, bytes/s read) of all threads or of some."""
         threads = threads or self._threads
         read = max(_core.measure_read(self._buffer, streams, threads) for streams in (1, 2, 4))
-        return _core.measure_flops(dtype == "bfloat16", threads), read
+        pairs = dtype == "bfloat16" or dtype in QUANTISED
+        return _core.measure_flops(pairs, threads), read
 
 
 def _seconds(call: Callable[[], object]) -> float:
