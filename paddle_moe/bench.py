@@ -12,8 +12,8 @@ as Q8_0 and Q4_0; it rounds activations to 8 bits. Loops run the dequantised wei
 The floor of a call is max(FLOPs / FLOP limit, bytes of the active experts' weights / read limit). With
 --backward a call is forward and backward, three times the FLOPs and bytes, and gives all gradients; with
 quantised weights, which have none, twice, and gives those of hidden_states and router_weights. The FLOP
-limit is that of multiply-adds of bf16 pairs (VDPBF16PS) for bfloat16 where the processor has them, of fp32
-otherwise, also for int8 and int4, whose products of integers may pass it.
+limit is that of multiply-adds of bf16 pairs (VDPBF16PS) for bfloat16 and quantised weights where the
+processor has them, of fp32 otherwise, which products of integers may pass.
 
 Before the limits and before each variant the process sleeps until the threads of the variant before do.
 Cold means that a buffer larger than any cache was read, and then a small layer of the same variant was run

@@ -396,7 +396,8 @@ def mixture_of_experts(
     over k runs in float32 in the order of k: equal inputs give equal bits, whatever else is in the batch.
     int4 weights, and int8 ones that are stored [out, in] beside activations of half precision, are multiplied
     as integers: of 64 neighbouring activations each is rounded to 2^-15 of the largest, or 2^-29 in float32,
-    so that bfloat16 ones stay exact down to 2^-7 of it, and NaN or infinity in one makes all of them NaN.
+    so that bfloat16 ones stay exact down to 2^-7 of it, and NaN or infinity in one makes all of them NaN. Not
+    so bfloat16 where the processor multiplies it (AVX-512 BF16): there the weights become bfloat16, exactly.
 
     T tokens, hidden size H, intermediate size I, K experts per token, E_l local experts.
 
