@@ -13,7 +13,8 @@ The floor of a call is max(FLOPs / FLOP limit, bytes of the active experts' weig
 --backward a call is forward and backward, three times the FLOPs and bytes, and gives all gradients; with
 quantised weights, which have none, twice, and gives those of hidden_states and router_weights. The FLOP
 limit is that of multiply-adds of bf16 pairs (VDPBF16PS) for bfloat16 and quantised weights where the
-processor has them, of fp32 otherwise, which products of integers may pass.
+processor has them, of fp32 otherwise, which products of integers may pass, and for gradients through
+quantised weights.
 
 Before the limits and before each variant the process sleeps until the threads of the variant before do.
 Cold means that a buffer larger than any cache was read, and then a small layer of the same variant was run
@@ -97,11 +98,11 @@ class Limits:
         """Reads far more than any cache holds."""
         _core.measure_read(self._buffer, 1, self._threads)
 
-    def measure(self, dtype: str, threads: int | None = None) -> tuple[float, float]:
-        """(FLOP/s of the instructions for this dtype, bytes/s read) of all threads or of some."""
+    def measure(self, case: Case, threads: int | None = None) -> tuple[float, float]:
+        """(FLOP/s of the instructions for this case, bytes/s read) of all threads or of some."""
         threads = threads or self._threads
         read = max(_core.measure_read(self._buffer, streams, threads) for streams in (1, 2, 4))
-        pairs = dtype == "bfloat16" or dtype in QUANTISED
+        pairs = case.dtype == "bfloat16" or (case.dtype in QUANTISED and not case.backward)
         return _core.measure_flops(pairs, threads), read
 
 
@@ -144,10 +145,10 @@ def _run_case(case: Case, weights: Weights, names: list[str], rounds: int, limit
     settle = SETTLE_SECONDS if any(not name.startswith("paddle_moe.core") for name in calls) else 0
     for _ in range(rounds):
         time.sleep(settle)
-        flops, read = limits.measure(case.dtype)
+        flops, read = limits.measure(case)
         machine.append((flops, read))
         if ONE_THREAD in calls:
-            one_thread.append(limits.measure(case.dtype, 1))
+            one_thread.append(limits.measure(case, 1))
         for state in ("cold", "warm"):
             floors[state].append(max(case.flops / flops, case.weight_bytes(inputs.active) / read))
             for name, call in calls.items():
