@@ -125,9 +125,17 @@ int64_t stride(const Tensor& tensor, size_t dim, DType dtype) {
   return stride(tensor, dim) * (dtype == DType::kInt4 ? kInt4InWord : 1);
 }
 
-// The last two dimensions of a weight as [in, out], whichever way it is stored.
+// Of prepacked weights, and only of them: [E_l or 1, panels, rows of a panel, a row].
+constexpr size_t kPrepackedRank = 4;
+
+// The inputs that a row of a panel holds.
+int64_t inputs_of_row(const Tensor& prepacked) { return prepacked.shape[3] == 2 * kPanelColumns ? 2 : 1; }
+
+// The last dimensions of a weight as [in, out], whichever way it is stored.
 Matrix as_matrix(const Tensor& weight, bool permuted, DType dtype = DType::kUnknown) {
   const size_t rank = weight.shape.size();
+  if (rank == kPrepackedRank)
+    return {weight.data, kPanelColumns, weight.shape[2] * inputs_of_row(weight), true};
   const int64_t first = stride(weight, rank - 2, dtype);
   const int64_t second = dtype == DType::kInt4 ? 1 : stride(weight, rank - 1);
   return {weight.data, permuted ? second : first, permuted ? first : second};
@@ -136,14 +144,22 @@ Matrix as_matrix(const Tensor& weight, bool permuted, DType dtype = DType::kUnkn
 struct Layout {
   int64_t num_experts;
   bool stacked_gate_up, stacked_down, separate;  // separate: 2*E_l tensors, all gates, then all ups
+  bool prepacked;
 };
 
 Layout find_layout(const Arguments& a) {
   Layout layout{};
   if (a.down_weights.empty()) fail("down_weights must hold at least one tensor, got an empty list");
   if (a.gate_up_weights.empty()) fail("gate_up_weights must hold at least one tensor, got an empty list");
-  layout.stacked_down = a.down_weights.size() == 1 && a.down_weights[0].shape.size() == 3;
-  layout.stacked_gate_up = a.gate_up_weights.size() == 1 && a.gate_up_weights[0].shape.size() == 3;
+  layout.prepacked = a.down_weights[0].shape.size() == kPrepackedRank;
+  if (layout.prepacked != (a.gate_up_weights[0].shape.size() == kPrepackedRank)) {
+    fail("gate_up_weights and down_weights must both be prepacked, which has ", kPrepackedRank,
+         " dimensions, or neither, got the shapes ", shape_text(a.gate_up_weights[0].shape), " and ",
+         shape_text(a.down_weights[0].shape));
+  }
+  const size_t stacked_rank = layout.prepacked ? kPrepackedRank : 3;
+  layout.stacked_down = a.down_weights.size() == 1 && a.down_weights[0].shape.size() == stacked_rank;
+  layout.stacked_gate_up = a.gate_up_weights.size() == 1 && a.gate_up_weights[0].shape.size() == stacked_rank;
   layout.num_experts =
       layout.stacked_down ? a.down_weights[0].shape[0] : static_cast<int64_t>(a.down_weights.size());
   if (layout.num_experts == 0)
@@ -196,6 +212,24 @@ void check_weights(const char* name, const std::vector<Tensor>& weights, bool pe
     expect_shape(entry, weights[i], expected, meaning.c_str());
     expect_weight_dtype(entry, weights[i], dtype);
     if (dtype == DType::kInt4) expect_contiguous(entry, weights[i], expected.size() - 1);
+  }
+}
+
+// The same of prepacked ones. `inputs`: of a row; `columns` of a matrix, `parts` of them side by side.
+void check_prepacked(const char* name, const std::vector<Tensor>& weights, DType dtype, int64_t num_experts,
+                     bool stacked, int64_t in, int64_t columns, int64_t parts, int64_t inputs,
+                     const char* in_name, const char* out_name) {
+  const std::string meaning = std::string(stacked ? "[E_l, " : "[1, ") + (parts == 2 ? "2 * " : "") +
+                              "ceil(" + out_name + " / 16), " + in_name +
+                              (inputs == 2 ? " / 2, 32]" : ", 16]");
+  const std::vector<int64_t> expected{stacked ? num_experts : 1,
+                                      known(columns) ? parts * panels_of(columns) : -1,
+                                      known(in) ? in / inputs : -1, kPanelColumns * inputs};
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Name entry(name, i, weights.size());
+    expect_shape(entry, weights[i], expected, meaning.c_str());
+    expect_dtype(entry, weights[i], dtype);
+    expect_contiguous(entry, weights[i], 1);
   }
 }
 
@@ -331,10 +365,10 @@ std::vector<Scale> check_scales(const char* name, const std::vector<Tensor>& sca
   return result;
 }
 
-void expect_no_gradients(const char* name, const std::vector<Tensor>& gradients, DType dtype) {
+void expect_no_gradients(const char* name, const std::vector<Tensor>& gradients, const std::string& what) {
   for (const Tensor& gradient : gradients) {
     if (gradient.data == nullptr) continue;
-    fail(name, " has no gradient where the weights are quantised, got the dtype ", dtype_name(dtype),
+    fail(name, " has no gradient where the weights are ", what,
          "; set stop_gradient = True on it, or leave it out of wanted");
   }
 }
@@ -343,6 +377,7 @@ void expect_no_gradients(const char* name, const std::vector<Tensor>& gradients,
 std::vector<Expert> find_experts(const Arguments& a, const Layout& layout, DType dtype, int64_t inter) {
   const int64_t num_experts = layout.num_experts;
   const bool t = a.permuted_weights;
+  const int64_t gate_columns = layout.prepacked ? panels_of(inter) * kPanelColumns : inter;
   std::vector<Expert> experts(num_experts);
   for (int64_t e = 0; e < num_experts; ++e) {
     Expert& expert = experts[e];
@@ -361,7 +396,7 @@ std::vector<Expert> find_experts(const Arguments& a, const Layout& layout, DType
         expert.gate.data = offset(expert.gate.data, dtype, e * stride(a.gate_up_weights[0], 0, dtype));
       }
       expert.up = expert.gate;
-      expert.up.data = offset(expert.gate.data, dtype, inter * expert.gate.out_stride);
+      expert.up.data = offset(expert.gate.data, dtype, gate_columns * expert.gate.out_stride);
     }
     expert.gate_bias = bias_of(a.gate_up_bias, e, num_experts, 0, inter);
     expert.up_bias = bias_of(a.gate_up_bias, e, num_experts, 1, inter);
@@ -516,11 +551,21 @@ Problem resolve(const Arguments& a) {
 
   // H and I come from the first weight of each kind, hidden_states completes H.
   const Tensor& first_down = a.down_weights[0];
-  expect_rank({"down_weights", 0, a.down_weights.size()}, first_down, layout.stacked_down ? 3 : 2,
-              layout.stacked_down ? (t ? "[E_l, H, I]" : "[E_l, I, H]") : (t ? "[H, I]" : "[I, H]"));
+  if (!layout.prepacked) {
+    expect_rank({"down_weights", 0, a.down_weights.size()}, first_down, layout.stacked_down ? 3 : 2,
+                layout.stacked_down ? (t ? "[E_l, H, I]" : "[E_l, I, H]") : (t ? "[H, I]" : "[I, H]"));
+  }
   const std::vector<int64_t>& down_shape = first_down.shape;
   p.weight_dtype = find_weight_dtype(a, p.dtype);
   const bool packed = p.weight_dtype == DType::kInt4;
+  if (layout.prepacked && t)
+    fail("permuted_weights must be False with prepacked weights, which have a layout of their own, got True");
+  if (layout.prepacked && is_quantised(p.weight_dtype)) {
+    fail(
+        "down_weights must have the dtype float32, bfloat16 or float16 where they are prepacked (4 "
+        "dimensions), got ",
+        dtype_text(first_down));
+  }
   // Before the shapes, which depend on the dtype.
   expect_weight_dtype({"gate_up_weights", 0, a.gate_up_weights.size()}, a.gate_up_weights[0], p.weight_dtype);
   expect_weight_dtype({"down_weights", 0, a.down_weights.size()}, first_down, p.weight_dtype);
@@ -539,8 +584,21 @@ Problem resolve(const Arguments& a) {
   } else {
     p.intermediate_size = down_shape[down_shape.size() - (t ? 1 : 2)];
   }
+  // While a static graph is being built, the dtype may not be known.
+  const int64_t inputs = !layout.prepacked             ? 1
+                         : p.dtype == DType::kUnknown  ? inputs_of_row(first_down)
+                         : p.dtype == DType::kBFloat16 ? 2
+                                                       : 1;
+  if (layout.prepacked && known(p.intermediate_size)) p.intermediate_size *= inputs;
   p.hidden_size = a.hidden_states.shape[1];
-  unify(&p.hidden_size, down_shape[down_shape.size() - (t ? 2 : 1)]);
+  if (!layout.prepacked) {
+    unify(&p.hidden_size, down_shape[down_shape.size() - (t ? 2 : 1)]);
+  } else if (known(a.gate_up_weights[0].shape[2])) {
+    unify(&p.hidden_size, a.gate_up_weights[0].shape[2] * inputs);
+  }
+  if (p.hidden_size > 0 && p.hidden_size % inputs != 0)
+    fail("hidden_states must have an even number of columns with prepacked bfloat16 weights, got ",
+         p.hidden_size);
   if (p.hidden_size == 0)
     fail("hidden_states must have at least one column (H >= 1), got the shape ",
          shape_text(a.hidden_states.shape));
@@ -556,11 +614,18 @@ Problem resolve(const Arguments& a) {
     return (stacked ? "[E_l, " : "[") + (t ? out + ", " + stored : stored + ", " + out) + "]";
   };
   const auto stored = [&](int64_t in) { return packed ? int4_words(in) : maybe_packed ? -1 : in; };
-  check_weights("gate_up_weights", a.gate_up_weights, t, p.weight_dtype, num_experts, layout.stacked_gate_up,
-                stored(p.hidden_size), columns,
-                meaning(layout.stacked_gate_up, "H", layout.separate ? "I" : "2I"));
-  check_weights("down_weights", a.down_weights, t, p.weight_dtype, num_experts, layout.stacked_down,
-                stored(inter), p.hidden_size, meaning(layout.stacked_down, "I", "H"));
+  if (layout.prepacked) {
+    check_prepacked("gate_up_weights", a.gate_up_weights, p.weight_dtype, num_experts, layout.stacked_gate_up,
+                    p.hidden_size, inter, layout.separate ? 1 : 2, inputs, "H", "I");
+    check_prepacked("down_weights", a.down_weights, p.weight_dtype, num_experts, layout.stacked_down, inter,
+                    p.hidden_size, 1, inputs, "I", "H");
+  } else {
+    check_weights("gate_up_weights", a.gate_up_weights, t, p.weight_dtype, num_experts,
+                  layout.stacked_gate_up, stored(p.hidden_size), columns,
+                  meaning(layout.stacked_gate_up, "H", layout.separate ? "I" : "2I"));
+    check_weights("down_weights", a.down_weights, t, p.weight_dtype, num_experts, layout.stacked_down,
+                  stored(inter), p.hidden_size, meaning(layout.stacked_down, "I", "H"));
+  }
   const ScaledMatrices gate_up{num_experts, layout.stacked_gate_up, t, p.hidden_size,
                                columns,     layout.separate ? 1 : 2};
   const ScaledMatrices down{num_experts, layout.stacked_down, t, inter, p.hidden_size, 1};
@@ -617,11 +682,13 @@ BackwardProblem resolve_backward(const Arguments& arguments, const Tensor& grad_
   BackwardProblem b;
   b.forward = resolve(arguments);
   const Problem& p = b.forward;
-  if (is_quantised(p.weight_dtype)) {
-    expect_no_gradients("gate_up_weights", gradients.gate_up_weights, p.weight_dtype);
-    expect_no_gradients("down_weights", gradients.down_weights, p.weight_dtype);
-    expect_no_gradients("gate_up_scale", gradients.gate_up_scale, p.weight_dtype);
-    expect_no_gradients("down_scale", gradients.down_scale, p.weight_dtype);
+  if (is_quantised(p.weight_dtype) || is_prepacked(p)) {
+    const std::string what =
+        is_prepacked(p) ? "prepacked" : std::string("quantised, got the dtype ") + dtype_name(p.weight_dtype);
+    expect_no_gradients("gate_up_weights", gradients.gate_up_weights, what);
+    expect_no_gradients("down_weights", gradients.down_weights, what);
+    expect_no_gradients("gate_up_scale", gradients.gate_up_scale, what);
+    expect_no_gradients("down_scale", gradients.down_scale, what);
   }
   expect_shape("grad_out", grad_out, {p.num_tokens, p.hidden_size}, "[T, H]");
   expect_dtype("grad_out", grad_out, p.dtype);

@@ -99,7 +99,14 @@ Device cuda_device(const char* name, int index, cuda::Stream stream) {
 namespace {
 
 void expect_supported(const Device& device, const Problem& problem) {
-  if (!is_gpu(device) || !is_quantised(problem.weight_dtype)) return;
+  if (!is_gpu(device)) return;
+  if (is_prepacked(problem)) {
+    throw std::invalid_argument(
+        "gate_up_weights and down_weights must not be prepacked on a GPU: their layout is that of the CPU "
+        "back "
+        "end; pass them as [E_l, H, 2I] and [E_l, I, H]");
+  }
+  if (!is_quantised(problem.weight_dtype)) return;
   throw std::invalid_argument(std::string("gate_up_weights and down_weights must have the dtype ") +
                               dtype_name(problem.dtype) + " on a GPU, got " +
                               dtype_name(problem.weight_dtype) +

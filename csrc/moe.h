@@ -93,12 +93,20 @@ ActivationSpec parse_activation(const std::string& text);
 
 // Element (i, o) of a weight that maps `in` features to `out` features lies at data[i * in_stride + o *
 // out_stride]. Every layout the operator accepts is a pair of strides, so no back end needs to know which one
-// it was.
+// it was; but for prepacked weights, whose `panels` is set: there that is the place only for o a multiple of
+// kPanelColumns and i of the inputs that a row of a panel holds.
 struct Matrix {
   const void* data = nullptr;
   int64_t in_stride = 0;
   int64_t out_stride = 0;
+  bool panels = false;
 };
+
+// Prepacked weights: the columns of a matrix in panels of kPanelColumns, one after the other, the last
+// completed with zeros. A row of a panel is one input of all its columns; of bf16 two, side by side in each
+// column. As an array [ceil(out / 16), in, 16], of bf16 [ceil(out / 16), in / 2, 32].
+constexpr int64_t kPanelColumns = 16;
+inline int64_t panels_of(int64_t columns) { return (columns + kPanelColumns - 1) / kPanelColumns; }
 
 // What element (i, o) of a quantised weight is multiplied by: data[(i >> in_shift) * in_stride + ((first_out
 // + o) >> out_shift) * out_stride], in groups of kScaleGroup or one element; a stride of 0 makes one group of
@@ -155,6 +163,8 @@ struct Problem {
 
   int64_t num_experts() const { return static_cast<int64_t>(experts.size()); }
 };
+
+inline bool is_prepacked(const Problem& p) { return !p.experts.empty() && p.experts[0].down.panels; }
 
 // Throws std::invalid_argument whose text names the argument, what was expected and what came.
 Problem resolve(const Arguments& arguments);

@@ -42,6 +42,7 @@ _HOME = {
     "load_moe_weights": "pretrained",
     "mixture_of_experts": "functional",
     "pack_int4": "quantization",
+    "prepack_weights": "prepacking",
     "quantize": "quantization",
     "rank_grid": "distributed",
     "release_memory": "functional",
@@ -52,6 +53,7 @@ _HOME = {
     "set_num_threads": "functional",
     "shard_experts": "params",
     "tokens_per_expert": "policies",
+    "unpack_weights": "prepacking",
 }
 
 __all__ = ["__version__", *_HOME]

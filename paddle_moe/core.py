@@ -136,6 +136,11 @@ class Gradients(NamedTuple):
     down_bias: Any = None
 
 
+def _are_prepacked(weights: Array | list[Array]) -> bool:
+    first = weights[0] if isinstance(weights, (list, tuple)) and weights else weights
+    return len(getattr(first, "shape", ())) == 4
+
+
 def _check_wanted(wanted: Sequence[str], names: Sequence[str]) -> None:
     if isinstance(wanted, str) or not set(wanted) <= set(names):
         raise ValueError(f"wanted must hold names out of {names}, got {wanted!r}")
@@ -147,7 +152,8 @@ def _backward(
     """The checked call, and what turns its list of arrays into Gradients."""
     passed = inspect.signature(_experts).bind(*args, **kwargs).arguments
     if wanted is None:
-        without = ("gate_up_weights", "down_weights") if passed.get("gate_up_scale") is not None else ()
+        frozen = passed.get("gate_up_scale") is not None or _are_prepacked(passed["down_weights"])
+        without = ("gate_up_weights", "down_weights") if frozen else ()
         wanted = [name for name in Gradients._fields if name not in without]
     _check_wanted(wanted, Gradients._fields)
     if out is not None and not isinstance(out, Gradients):
@@ -205,8 +211,8 @@ def mixture_of_experts_backward(
         grad_out: [T, H], of the dtype of ``hidden_states``, contiguous in its last dimension.
         pre_activations: what :func:`mixture_of_experts` stored for these arguments; None: computed again,
             with the same result to the last bit.
-        wanted: the arguments whose gradients are computed; None: all that have one, which quantised weights
-            have not.
+        wanted: the arguments whose gradients are computed; None: all that have one, which quantised and
+            prepacked weights have not.
         out: arrays that receive the gradients, of the shapes and dtypes of the arguments; an entry may be
             None. Those of weights may have any strides, the others must be contiguous.
         workspace: uint8, at least ``backward_workspace_size(...)`` bytes.

@@ -15,6 +15,7 @@ from paddle import nn
 
 from paddle_moe._options import dtype_name
 from paddle_moe.params import EXPERT_WEIGHTS, LayerShard, Part, drawn_values
+from paddle_moe.prepacking import check_inputs, prepack_weights, unpack_weights
 from paddle_moe.quantization import (
     check_options,
     check_shards,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Matrices side by side in each of the weights of experts, whose names end in _weight.
+PARTS = {"gate_up": 2, "down": 1, "shared_gate_up": 2, "shared_down": 1}
 
 
 def keep_dtypes(func: Callable, kept: Any) -> Callable:
@@ -88,6 +91,8 @@ class ShardedWeights(nn.Layer):
         # The dtype of the experts' weights since quantize_(), and what shares a scale.
         self.quantized: str | None = None
         self.granularity: str | None = None
+        # Whether the experts' weights are in panels, since prepack_().
+        self.prepacked = False
         self._create_parameters(dtype, gate_bias, gate_up_bias, shared_gate, seed)
 
     def _create_parameters(
@@ -188,6 +193,11 @@ class ShardedWeights(nn.Layer):
         if dtype is not None and dtype_name(dtype) not in DTYPES:
             raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {dtype_name(dtype)}")
         kept = [buffer for buffer in self._buffers.values() if buffer is not None]
+        if self.prepacked and dtype is not None and dtype_name(dtype) != dtype_name(self.down_weight.dtype):
+            raise RuntimeError(
+                f"the expert weights of this layer are prepacked in {dtype_name(self.down_weight.dtype)}; "
+                f"call unpack_() before it becomes {dtype_name(dtype)}"
+            )
         if self._gate_dtype == "float32":
             gates = (self.gate_weight, self.gate_bias, self.shared_gate_weight)
             gates = [gate for gate in gates if gate is not None]
@@ -199,8 +209,13 @@ class ShardedWeights(nn.Layer):
 
         The dimensions are those of params.LayerShard.parts; of quantised weights and their scales those of
         quantization.quantised_parts. A rank whose down_bias is None, because another holds it, has an empty
-        part of it.
+        part of it. A RuntimeError where the weights are prepacked.
         """
+        if self.prepacked:
+            raise RuntimeError(
+                "the expert weights of this layer are prepacked, which no file holds; call unpack_() first, "
+                "or load before prepack_()"
+            )
         parts = (self._shard.whole() if dense else self._shard).parts()
         if self.quantized is not None:
             own, everyone = quantised_parts(self._shard, self.quantized, self.granularity)
@@ -231,26 +246,22 @@ class ShardedWeights(nn.Layer):
 
         Raises:
             ValueError: see paddle_moe.quantize; the layer is left as it was.
-            RuntimeError: the weights are quantised already, not initialised, or on a GPU; Paddle is 2.6 and
-                the layer is one of several shards.
+            RuntimeError: the weights are quantised or prepacked already, not initialised, or on a GPU; Paddle
+                is 2.6 and the layer is one of several shards.
         """
         if self.quantized is not None:
             raise RuntimeError(f"the expert weights of this layer are {self.quantized} already")
         # Here, so that ranks without experts refuse the same.
         dtype, granularity = check_options(dtype, granularity)
         check_shards("quantize_", self.ep_size * self.tp_size)
+        if self.prepacked:
+            raise RuntimeError("the expert weights of this layer are prepacked; call unpack_() first")
         quantised = {}
-        for name, parts in (("gate_up", 2), ("down", 1), ("shared_gate_up", 2), ("shared_down", 1)):
-            weight = getattr(self, f"{name}_weight")
-            if weight is not None:
-                if weight.size and not weight._is_initialized():
-                    raise RuntimeError(
-                        f"{name}_weight has no values, as under paddle.LazyGuard; call its initialize() first"
-                    )
-                check_weight(f"{name}_weight", weight)
-                quantised[name] = quantize_stack(
-                    weight, dtype, granularity, parts, permuted=self.permuted_weights
-                )
+        for name, weight in self._own_expert_weights():
+            check_weight(f"{name}_weight", weight)
+            quantised[name] = quantize_stack(
+                weight, dtype, granularity, PARTS[name], permuted=self.permuted_weights
+            )
         for name, tensors in quantised.items():
             delattr(self, f"{name}_weight")
             for what, tensor in zip(("weight", "scale"), tensors):
@@ -260,8 +271,90 @@ class ShardedWeights(nn.Layer):
         self._mark_parameters()
         return self
 
-    def _scales(self, prefix: str = "") -> dict[str, Any]:
-        """The options of mixture_of_experts that say how weights are quantised."""
-        if self.quantized is None:
-            return {}
-        return {name: getattr(self, prefix + name) for name in ("gate_up_scale", "down_scale")}
+    @paddle.no_grad()
+    def prepack_(self) -> ShardedWeights:
+        """Puts the weights of experts, of the shared one too, in the order in which the CPU reads them.
+
+        For serving: see paddle_moe.prepack_weights. Afterwards gate_up_weight, down_weight and those of the
+        shared expert are buffers without a gradient; gradients go through them to hidden_states, router,
+        gates and biases. Results are those of weights stored [in, out], bit by bit. All ranks call it alike.
+        Loading, saving and converting to another dtype need unpack_() first.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ValueError: the hidden size, or what any rank has of the intermediate sizes, is odd in bfloat16.
+            RuntimeError: the weights are quantised or prepacked already, not initialised, or on a GPU; Paddle
+                is 2.6 and the layer is one of several shards.
+        """
+        if self.quantized is not None or self.prepacked:
+            state = "prepacked already" if self.prepacked else f"{self.quantized} since quantize_()"
+            raise RuntimeError(f"the expert weights of this layer are {state}")
+        check_shards("prepack_", self.ep_size * self.tp_size)
+        place, dtype = self.down_weight.place, self.down_weight.dtype
+        if place.is_gpu_place():
+            raise RuntimeError(
+                f"down_weight is on {place}, where no back end takes it; move the layer to the CPU first"
+            )
+        check_inputs("gate_up_weight", dtype, self._shard.hidden_size)
+        for rank in self._shard.grid():  # so that all refuse alike
+            for name, (start, stop) in (("down", rank.columns), ("shared_down", rank.shared_columns)):
+                check_inputs(f"{name}_weight of a rank", dtype, stop - start)
+        for name in [name for name, _ in self._own_expert_weights()]:
+            weight = getattr(self, f"{name}_weight")
+            delattr(self, f"{name}_weight")  # freed once it is prepacked
+            weight = prepack_weights(weight, parts=PARTS[name], permuted=self.permuted_weights)
+            self.register_buffer(f"{name}_weight", weight)
+        self.prepacked = True
+        self._mark_parameters()
+        return self
+
+    @paddle.no_grad()
+    def unpack_(self) -> ShardedWeights:
+        """Undoes prepack_(): the weights are parameters again, new ones, so make optimizers afterwards.
+
+        Returns:
+            The layer.
+
+        Raises:
+            RuntimeError: the weights are not prepacked.
+        """
+        if not self.prepacked:
+            raise RuntimeError("the expert weights of this layer are not prepacked")
+        parts = self._shard.parts()
+        for name, count in PARTS.items():
+            weight = getattr(self, f"{name}_weight")
+            if weight is None:
+                continue
+            shape = parts[f"{name}_weight"].shape
+            outputs = shape[1 if self.permuted_weights else 2]
+            attr = paddle.ParamAttr(initializer=nn.initializer.Constant(0.0))
+            parameter = self.create_parameter(shape, attr, dtype_name(weight.dtype))
+            if parameter.size:
+                parameter.set_value(
+                    unpack_weights(weight, outputs, parts=count, permuted=self.permuted_weights)
+                )
+            delattr(self, f"{name}_weight")
+            setattr(self, f"{name}_weight", parameter)
+        self.prepacked = False
+        self._mark_parameters()
+        return self
+
+    def _own_expert_weights(self) -> list[tuple[str, paddle.Tensor]]:
+        """What PARTS names and this rank holds; a RuntimeError where a weight has no values yet."""
+        held = [(name, getattr(self, f"{name}_weight")) for name in PARTS]
+        for name, weight in held:
+            if weight is not None and weight.size and not weight._is_initialized():
+                raise RuntimeError(
+                    f"{name}_weight has no values, as under paddle.LazyGuard; call its initialize() first"
+                )
+        return [(name, weight) for name, weight in held if weight is not None]
+
+    def _storage(self, prefix: str = "") -> dict[str, Any]:
+        """The options of mixture_of_experts that say how weights are stored."""
+        options = {"permuted_weights": self.permuted_weights and not self.prepacked}
+        if self.quantized is not None:
+            for name in ("gate_up_scale", "down_scale"):
+                options[name] = getattr(self, prefix + name)
+        return options

@@ -472,8 +472,7 @@ class FusedMoE(ShardedWeights):
             measurement_mode=measure,
             recompute=self.recompute,
             chunk_size=self.chunk_size,
-            permuted_weights=self.permuted_weights,
-            **self._scales(),
+            **self._storage(),
         )
         return result if measure else (result, None)
 
@@ -496,8 +495,7 @@ class FusedMoE(ShardedWeights):
             activation=self.activation,
             recompute=self.recompute,
             chunk_size=self.chunk_size,
-            permuted_weights=self.permuted_weights,
-            **self._scales("shared_"),
+            **self._storage("shared_"),
         )
 
     def forward(
@@ -682,4 +680,5 @@ class FusedMoE(ShardedWeights):
             f"dispatch={self.dispatch}, reduce={self.reduce}, permuted_weights={self.permuted_weights}, "
             f"dtype={self.quantized or dtype_name(self.down_weight.dtype)}"
             + (f", granularity={self.granularity}" if self.quantized else "")
+            + (", prepacked" if self.prepacked else "")
         )

@@ -271,6 +271,14 @@ class LayerShard:
         """The layer on a single rank."""
         return replace(self, ep_rank=0, ep_size=1, tp_rank=0, tp_size=1)
 
+    def grid(self) -> list[LayerShard]:
+        """What every rank holds, this one among them."""
+        return [
+            replace(self, ep_rank=ep_rank, tp_rank=tp_rank)
+            for ep_rank in range(self.ep_size)
+            for tp_rank in range(self.tp_size)
+        ]
+
     def parts(self) -> dict[str, Part]:
         """By the name of the parameter or buffer, whether or not the layer has it.
 

@@ -75,6 +75,17 @@ def unpack_int4(words: np.ndarray, size: int) -> np.ndarray:
     return (numbers - (numbers > 7) * 16).astype(np.int8)
 
 
+def prepack_weights(weight: np.ndarray, parts: int = 1) -> np.ndarray:
+    """[E, in, out] as [E, panels, in, 16], bf16 bits [E, panels, in / 2, 32]: paddle_moe.prepack_weights."""
+    experts, inputs, outputs = weight.shape
+    of_row, size = (2 if weight.dtype == np.uint16 else 1), outputs // parts
+    panels = -(-size // 16)
+    completed = np.zeros((experts, inputs, parts, 16 * panels), weight.dtype)
+    completed[..., :size] = weight.reshape(experts, inputs, parts, size)
+    rows = completed.reshape(experts, inputs // of_row, of_row, parts * panels, 16).transpose(0, 3, 1, 4, 2)
+    return np.ascontiguousarray(rows).reshape(experts, parts * panels, inputs // of_row, 16 * of_row)
+
+
 @np.errstate(all="ignore")
 def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
     """Rounds to "float32", "float16" or "bfloat16" (uint16 bits): ties to even, too large becomes inf."""

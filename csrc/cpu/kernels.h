@@ -68,6 +68,11 @@ static_assert(kPackedBytes >= kStreamedResults * kUnitBytes, "which hold a strea
 constexpr int64_t kLineBytes = 64;
 // Streamed groups of up to so many bytes are prefetched into L1, of which the smallest have twice that.
 constexpr int64_t kAheadInL1 = 16 * 1024;
+// Of prepacked weights: bytes ahead that each panel is prefetched into L2 for a single tile of rows; more of
+// them prefetch what all of them use next. Up to so many bytes of activations all panels go through the whole
+// depth.
+constexpr int64_t kStreamAhead = 4 * 1024;
+constexpr int64_t kRowsInL2 = 512 * 1024;
 
 struct GemmTask;
 
@@ -133,10 +138,10 @@ struct ActivateTask {
   int64_t saved_stride = 0;  // elements
 };
 
-// A block of quantised weights becomes fp32: block[i, o] = weight(i, o) x scale(i, o), for num_in x num_out
-// of them; block_stride floats from one i to the next.
+// A block of quantised or prepacked weights becomes fp32: block[i, o] = weight(i, o) x scale(i, o), for
+// num_in x num_out of them; block_stride floats from one i to the next.
 struct DecodeTask {
-  Matrix weight;  // at the block's first element, which for int4 begins a run
+  Matrix weight;  // at the block's first element, which for int4 begins a run; panels transposed
   DType dtype;
   Scale scale;  // at the same; its groups begin where the block does, or single elements have their own
   int64_t num_in, num_out;
@@ -238,7 +243,7 @@ struct Kernels {
 // The best that this processor runs, or the one that PADDLE_MOE_ISA names.
 const Kernels& kernels();
 
-inline Matrix transposed(const Matrix& m) { return {m.data, m.out_stride, m.in_stride}; }
+inline Matrix transposed(const Matrix& m) { return {m.data, m.out_stride, m.in_stride, m.panels}; }
 
 // first_out must begin a group.
 inline Scale transposed(const Scale& s) {
@@ -246,14 +251,15 @@ inline Scale transposed(const Scale& s) {
           s.in_shift};
 }
 
-// How the two weights of a GemmTask are stored: row by row ([in, out]), column by column ([out, in]), or with
-// any other strides or each in its own way.
-enum class Storage { kRows, kColumns, kStrided };
+// How the two weights of a GemmTask are stored: row by row ([in, out]), column by column ([out, in]),
+// prepacked in panels, or with any other strides or each in its own way.
+enum class Storage { kRows, kColumns, kPanels, kStrided };
 
 inline Storage storage_of(const Matrix& weight) {
-  return weight.out_stride == 1  ? Storage::kRows
-         : weight.in_stride == 1 ? Storage::kColumns
-                                 : Storage::kStrided;
+  return weight.panels            ? Storage::kPanels
+         : weight.out_stride == 1 ? Storage::kRows
+         : weight.in_stride == 1  ? Storage::kColumns
+                                  : Storage::kStrided;
 }
 
 inline Storage storage_of(const Matrix& first, const Matrix& second) {

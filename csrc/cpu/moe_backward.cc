@@ -40,7 +40,7 @@ int64_t chunk_bytes(DType dtype, int64_t weight_bytes) {
   return dtype == DType::kFloat32 ? std::clamp(weight_bytes / 2, kSmallChunkBytes, kChunkBytes) : kChunkBytes;
 }
 
-// Of a block of quantised weights as fp32: those of a GemmTask.
+// Of a block of quantised or prepacked weights as fp32: those of a GemmTask.
 constexpr int64_t kDecodedColumns = 2 * kPackedColumns;
 
 // Gradients of weights above this size would not stay in a cache until they are read.
@@ -66,8 +66,8 @@ struct Wanted {
 struct Layout {
   Layout(const BackwardProblem& b, void* workspace, int threads)
       : wanted(b),
-        quantised(is_quantised(b.forward.weight_dtype)),
-        operand(quantised ? Operand::kFloat32 : operand_of(b.forward.dtype)),
+        decoded(is_quantised(b.forward.weight_dtype) || is_prepacked(b.forward)),
+        operand(decoded ? Operand::kFloat32 : operand_of(b.forward.dtype)),
         hidden_operand(operand_of(b.forward)),
         row_dtype(operand == Operand::kBf16Pairs ? DType::kBFloat16 : DType::kFloat32),
         rows_per_unit(operand == Operand::kBf16Pairs ? 2 : 1),
@@ -81,8 +81,9 @@ struct Layout {
         router_sums(divide_up(b.forward.intermediate_size, kRouterSumColumns)) {
     const Problem& p = b.forward;
     const int64_t inter = p.intermediate_size, size = static_cast<int64_t>(dtype_size(p.dtype));
-    // Units of one row serve as rows too. Quantised weights have no use for units, and operands of their own.
-    const bool hidden_row = recompute && (rows_per_unit > 1 || quantised);
+    // Units of one row serve as rows too. Where weights are decoded, there is no use for units, and the first
+    // GEMM has operands of its own.
+    const bool hidden_row = recompute && (rows_per_unit > 1 || decoded);
     const int64_t hidden_bytes = hidden_row ? hidden_stride * kUnitBytes : 0;
     const int64_t hidden_unit_bytes =
         wanted.gate_up || (recompute && !hidden_row) ? hidden_unit_stride * kUnitBytes : 0;
@@ -121,12 +122,12 @@ struct Layout {
     down_sums =
         arena.take<float>(separate_sums && wanted.down ? p.num_experts() * p.hidden_size * inter * 4 : 0);
     large_gradients = weight_bytes > kCachedGradientBytes;
-    scratch = take_thread_scratch(&arena, threads, quantised ? kBlockUnits * kDecodedColumns : 0);
+    scratch = take_thread_scratch(&arena, threads, decoded ? kBlockUnits * kDecodedColumns : 0);
     bytes = arena.used();
   }
 
   Wanted wanted;
-  bool quantised;
+  bool decoded;                     // weights become fp32 block by block, but in the first GEMM
   Operand operand, hidden_operand;  // the latter in the first GEMM
   DType row_dtype;                  // how rows of the former are stored
   int64_t rows_per_unit;            // of the left operands of the gradients of weights
@@ -233,7 +234,7 @@ class Chunk {
   // are what there is room for.
   Storage transposed_storage(const Matrix& first, const Matrix& second) const {
     static_assert(kDecodedColumns == 2 * kPackedColumns, "");
-    return w_.quantised ? Storage::kStrided : storage_of(transposed(first), transposed(second));
+    return w_.decoded ? Storage::kStrided : storage_of(transposed(first), transposed(second));
   }
 
   void add(Stage stage, const GemmBlock& block) {
@@ -391,7 +392,7 @@ class Chunk {
     GemmTask task = neighbours_gemm(rows, row_stride, depth, w_.operand, transposed(weight), p_.weight_dtype,
                                     block, result, result_stride, scratch);
     task.accumulate = accumulate;
-    if (!w_.quantised) return kernels().gemm(task);
+    if (!w_.decoded) return kernels().gemm(task);
     // In the parts of the depth that are summed one by one anyway.
     DecodeTask decode{task.weight[0],
                       p_.weight_dtype,
@@ -414,7 +415,7 @@ class Chunk {
   }
 
   Scale scale_of(int32_t expert, Scale ExpertScales::* part) const {
-    return w_.quantised ? p_.scales[expert].*part : Scale{};
+    return p_.scales.empty() ? Scale{} : p_.scales[expert].*part;
   }
 
   void intermediate(const GemmBlock& block, const ThreadScratch& scratch) {

@@ -6,6 +6,7 @@ struct Simd {
   static constexpr int kAccumulators = 12;
   static constexpr int64_t kStreamedRows = 12;
   static constexpr int kDotColumns = 4, kDotSteps = 1, kIntegerColumns = 3, kIntegerSums = 9;
+  static constexpr bool kWidensPanelsOnce = false;
   static constexpr bool kPrefetchesColumns = false;
   static constexpr bool kBf16Dot = false;
   typedef float V __attribute__((vector_size(32)));

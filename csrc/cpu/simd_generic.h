@@ -7,6 +7,7 @@ struct Simd {
   static constexpr int64_t kStreamedRows = 12;
   // Tiles of dot products: columns, and with integers the sums of one plane of a tile.
   static constexpr int kDotColumns = 4, kDotSteps = 1, kIntegerColumns = 3, kIntegerSums = 9;
+  static constexpr bool kWidensPanelsOnce = true;
   static constexpr bool kPrefetchesColumns = false;  // the next ones of such a tile
   static constexpr bool kBf16Dot = false;            // multiplies bf16 pairs directly
   typedef float V __attribute__((vector_size(16)));

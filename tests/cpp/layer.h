@@ -145,7 +145,29 @@ struct Layer {
     arguments.down_scale = quantise(random, type, &arguments.down_weights, inter, hidden, 1);
   }
 
+  // The same layer with prepacked weights. It must not be permuted, and its sizes even in bf16.
+  void prepack() {
+    prepack(&arguments.gate_up_weights, hidden, inter, layout == Layout::kSeparate ? 1 : 2);
+    prepack(&arguments.down_weights, inter, hidden, 1);
+  }
+
  private:
+  void prepack(std::vector<paddle_moe::Tensor>* weights, int64_t in, int64_t part_out, int64_t parts) {
+    const int64_t inputs = dtype == paddle_moe::DType::kBFloat16 ? 2 : 1, panels = (part_out + 15) / 16;
+    for (paddle_moe::Tensor& tensor : *weights) {
+      const int64_t matrices = layout == Layout::kStacked ? num_experts : 1;
+      Numbers packed(static_cast<size_t>(matrices * parts * panels * in * 16), 0.0f);
+      for (int64_t n = 0; n < matrices * in * parts * part_out; ++n) {
+        const int64_t out = n % (parts * part_out), i = n / (parts * part_out) % in;
+        const int64_t matrix = n / (parts * part_out) / in, o = out % part_out;
+        const int64_t panel = (matrix * parts + out / part_out) * panels + o / 16;
+        packed[(panel * (in / inputs) + i / inputs) * 16 * inputs + o % 16 * inputs + i % inputs] =
+            get(static_cast<const unsigned char*>(tensor.data), dtype, n);
+      }
+      tensor = store(packed, dtype, {matrices, parts * panels, in / inputs, 16 * inputs});
+    }
+  }
+
   std::vector<paddle_moe::Tensor> quantise(Random& random, paddle_moe::DType type,
                                            std::vector<paddle_moe::Tensor>* weights, int64_t in,
                                            int64_t part_out, int64_t parts) {

@@ -14,12 +14,14 @@ float rounded(float value, DType dtype) {
 }
 
 // A layer with biases where its layout is a list, a gradient of its result, and NaN where the results go;
-// each in an array of its own with exactly its size. Weights have no gradients where they are quantised.
+// each in an array of its own with exactly its size. Weights have no gradients where they are quantised or
+// prepacked.
 struct Case {
   Case(Random& random, int tokens, int hidden, int inter, int experts, int top_k, DType dtype,
-       ::Layout layout, bool permuted, DType quantised = DType::kUnknown)
+       ::Layout layout, bool permuted, DType quantised = DType::kUnknown, bool prepacked = false)
       : layer(random, tokens, hidden, inter, experts, top_k, dtype, layout, permuted) {
     if (is_quantised(quantised)) layer.quantise(random, quantised);
+    if (prepacked) layer.prepack();
     for (int i = 0; i < tokens * hidden; ++i) grad_out.push_back(pick(random, -1, 1));
     grad_bytes.resize(grad_out.size() * dtype_size(dtype));
     for (size_t i = 0; i < grad_out.size(); ++i) put(grad_bytes, dtype, i, grad_out[i]);
@@ -39,7 +41,7 @@ struct Case {
                           &gradients.down_scale}) {
       for (Tensor& tensor : *tensors) {
         tensor.data = nullptr;
-        if (!is_quantised(quantised)) give(&tensor);
+        if (!is_quantised(quantised) && !prepacked) give(&tensor);
       }
     }
   }
@@ -161,16 +163,17 @@ struct Case {
 };
 
 void check(Random& random, int tokens, int hidden, int inter, int experts, int top_k, DType dtype,
-           ::Layout layout, bool permuted, int num_threads, DType quantised = DType::kUnknown) {
-  Case c(random, tokens, hidden, inter, experts, top_k, dtype, layout, permuted, quantised);
+           ::Layout layout, bool permuted, int num_threads, DType quantised = DType::kUnknown,
+           bool prepacked = false) {
+  Case c(random, tokens, hidden, inter, experts, top_k, dtype, layout, permuted, quantised, prepacked);
   for (const bool recompute : {false, true}) {
     for (const int64_t chunk_size : {0, 7}) {
       const int wrong = c.differences(recompute, chunk_size, num_threads);
       CHECK(wrong == 0,
             "%d gradients differ for T=%d H=%d I=%d E=%d K=%d %s layout %d permuted %d threads %d weights %s "
-            "recompute %d chunk %d",
+            "prepacked %d recompute %d chunk %d",
             wrong, tokens, hidden, inter, experts, top_k, dtype_name(dtype), static_cast<int>(layout),
-            permuted, num_threads, dtype_name(quantised), recompute, static_cast<int>(chunk_size));
+            permuted, num_threads, dtype_name(quantised), prepacked, recompute, static_cast<int>(chunk_size));
     }
   }
 }
@@ -218,6 +221,19 @@ void quantised() {
   }
 }
 
+void prepacked() {
+  Random random(4);
+  for (const DType dtype : kDTypes) {
+    const int even = dtype == DType::kBFloat16 ? 2 : 1;
+    for (const int hidden : {1, 17, 64, 300}) {
+      for (const int inter : {1, 33, 130, 257}) {
+        check(random, pick(random, 1, 20), even * hidden, even * inter, 2, 1, dtype,
+              static_cast<::Layout>(pick(random, 0, 2)), false, pick(random, 1, 2), DType::kUnknown, true);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -225,6 +241,7 @@ int main() {
     small_shapes();
     past_block_sizes();
     quantised();
+    prepacked();
   });
   return finish();
 }

@@ -91,6 +91,29 @@ void quantised() {
   }
 }
 
+// Past a block of the depth and the columns of every tile; more rows than stay in L2, of several tiles.
+void prepacked() {
+  Random random(6);
+  auto check_one = [&](int tokens, int hidden, int inter, DType dtype, Layout layout, int threads) {
+    const int even = dtype == DType::kBFloat16 ? 2 : 1;
+    Layer layer(random, tokens, even * hidden, even * inter, 3, 2, dtype, layout, false);
+    layer.prepack();
+    CHECK(count_differences(layer, run(layer, threads)) == 0, "T=%d H=%d I=%d %s layout %d", tokens,
+          layer.hidden, layer.inter, paddle_moe::dtype_name(dtype), static_cast<int>(layout));
+  };
+  for (DType dtype : kDTypes) {
+    for (int hidden : {1, 7, 16, 33, 64, 129, 300}) {
+      for (int inter : {1, 9, 31, 64, 95, 130, 257}) {
+        for (int most_tokens : {3, 70})
+          check_one(pick(random, 0, most_tokens), hidden, inter, dtype,
+                    static_cast<Layout>(pick(random, 0, 2)), pick(random, 1, 3));
+      }
+    }
+    check_one(400, 550, 40, dtype, Layout::kStacked, 2);
+    check_one(400, 40, 1031, dtype, Layout::kList, 3);
+  }
+}
+
 void ids_at_the_limits() {
   Random random(3);
   Layer layer(random, 64, 9, 7, 3, 2, DType::kFloat32, Layout::kList, false);
@@ -128,7 +151,7 @@ void chunks() {
 // weights are streamed.
 void blocks_fit_their_scratch() {
   using namespace paddle_moe::cpu;
-  for (const Storage storage : {Storage::kRows, Storage::kColumns, Storage::kStrided}) {
+  for (const Storage storage : {Storage::kRows, Storage::kColumns, Storage::kPanels, Storage::kStrided}) {
     for (int64_t rows = 1; rows <= kBlockRows; ++rows) {
       const int64_t width = block_columns(storage, rows), floats = rows * sums_stride(width);
       const bool streamed = storage == Storage::kRows && !is_packed(storage, rows);
@@ -202,6 +225,7 @@ int main() {
     small_shapes();
     past_block_sizes();
     quantised();
+    prepacked();
     ids_at_the_limits();
     chunks();
     results_stay_in_their_blocks();
