@@ -345,8 +345,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants",
         default=DEFAULT_VARIANTS,
-        help="comma-separated, quoted, also 'paddle_moe.core list', 'paddle_moe.core permuted' and, beside "
-        "quantised weights, 'bfloat16 permuted' (default: %(default)s)",
+        help="comma-separated, quoted, also 'paddle_moe.core list', 'paddle_moe.core permuted', "
+        "'paddle_moe.core prepacked' and, beside quantised weights, 'bfloat16 permuted' "
+        "(default: %(default)s)",
     )
     parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")

@@ -121,8 +121,13 @@ class Weights:
         return [_aligned(stack.swapaxes(1, 2)) for stack in self.own]
 
     @functools.cached_property
+    def prepacked(self) -> list[np.ndarray]:
+        """gate_up and down as reference.prepack_weights() gives them."""
+        return [_aligned(reference.prepack_weights(stack, 2 - i)) for i, stack in enumerate(self.own)]
+
+    @functools.cached_property
     def packed(self) -> list[np.ndarray]:
-        """The same as the words of int4."""
+        """`swapped` as the words of int4."""
         return [_aligned(reference.pack_int4(stack)) for stack in self.swapped]
 
 
@@ -147,9 +152,13 @@ def _paddle_moe_core(inputs: Inputs, weights: Weights, layout: str = "stacked") 
         if layout == "list":
             raise NotSupported("int4 runs stacked and stored [out, in] here")
         layout = "permuted"
+    if layout == "prepacked" and (weights.scales or inputs.grad is not None):
+        raise NotSupported("prepacked weights are not quantised, and have no gradient")
     arrays = [[stack] for stack in weights.own]
     if layout == "list":
         arrays = [[_aligned(w) for w in stack] for stack in weights.own]
+    elif layout == "prepacked":
+        arrays = [[stack] for stack in weights.prepacked]
     elif layout == "permuted":
         arrays = [[stack] for stack in (weights.packed if weights.dtype == "int4" else weights.swapped)]
     arguments = (inputs.own, inputs.table, inputs.weights, *arrays)
@@ -528,6 +537,7 @@ VARIANTS: dict[str, Callable[[Inputs, Weights], Callable[[], object]]] = {
     "ggml": _ggml,
     "paddle_moe.core list": functools.partial(_paddle_moe_core, layout="list"),
     "paddle_moe.core permuted": functools.partial(_paddle_moe_core, layout="permuted"),
+    "paddle_moe.core prepacked": functools.partial(_paddle_moe_core, layout="prepacked"),
     ONE_THREAD: _paddle_moe_one_thread,
     "bfloat16 permuted": _bfloat16,
 }
