@@ -15,7 +15,7 @@ from paddle import nn
 
 from paddle_moe._options import dtype_name
 from paddle_moe.params import EXPERT_WEIGHTS, LayerShard, Part, drawn_values
-from paddle_moe.prepacking import check_inputs, prepack_weights, unpack_weights
+from paddle_moe.prepacking import check_inputs, expect_cpu, prepack_weights, unpack_weights
 from paddle_moe.quantization import (
     check_options,
     check_shards,
@@ -292,11 +292,8 @@ class ShardedWeights(nn.Layer):
             state = "prepacked already" if self.prepacked else f"{self.quantized} since quantize_()"
             raise RuntimeError(f"the expert weights of this layer are {state}")
         check_shards("prepack_", self.ep_size * self.tp_size)
-        place, dtype = self.down_weight.place, self.down_weight.dtype
-        if place.is_gpu_place():
-            raise RuntimeError(
-                f"down_weight is on {place}, where no back end takes it; move the layer to the CPU first"
-            )
+        expect_cpu("down_weight", self.down_weight)
+        dtype = self.down_weight.dtype
         check_inputs("gate_up_weight", dtype, self._shard.hidden_size)
         for rank in self._shard.grid():  # so that all refuse alike
             for name, (start, stop) in (("down", rank.columns), ("shared_down", rank.shared_columns)):

@@ -38,6 +38,15 @@ def check_inputs(name: str, dtype: paddle.dtype, inputs: int) -> None:
         )
 
 
+def expect_cpu(name: str, weight: paddle.Tensor) -> None:
+    """A RuntimeError where a weight is on a GPU, whose kernels read it in another order."""
+    if weight.place.is_gpu_place():
+        raise RuntimeError(
+            f"{name} is on {weight.place}, where no back end takes prepacked weights; move it to the CPU "
+            "first"
+        )
+
+
 @paddle.no_grad()
 def prepack_weights(weight: paddle.Tensor, *, parts: int = 1, permuted: bool = False) -> paddle.Tensor:
     """Puts the weights of experts in the order in which the CPU kernels read them, so that no call has to.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from paddle_moe.collectives import leave_shards, no_contribution
 from paddle_moe.distributed import ParallelContext
 from paddle_moe.layer_weights import keep_dtypes
 from paddle_moe.params import Part, shard_range
+from paddle_moe.prepacking import check_inputs, prepack_weights
 from paddle_moe.quantization import quantize_stack, quantize_stored
 from paddle_moe.sharded import partial_sum
 
@@ -70,17 +72,21 @@ class Weights:
     down_scale: Any = None
 
 
-class QuantisedWeight(nn.Layer):
-    """What MoEBlock.quantize() puts in the place of a Linear layer, or of stacked weights [E, in, out].
+class FrozenWeight(nn.Layer):
+    """What MoEBlock.freeze() puts in the place of a Linear layer, or of stacked weights [E, in, out].
 
-    Buffers weight, [out, in] as paddle_moe.quantize gives it, and scale; the bias as it was. They get the
-    flags of the parameter `before` where it is a shard, and compute in its dtype, `dense_dtype`.
+    Buffers weight and scale, [out, in] as paddle_moe.quantize gives them, or weight alone, as
+    paddle_moe.prepack_weights does; the bias as it was. They get the flags of the parameter `before` where it
+    is a shard, and compute in its dtype, `dense_dtype`.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, before: Tensor, bias: Tensor | None = None):
+    def __init__(self, weight: Tensor, scale: Tensor | None, before: Tensor, bias: Tensor | None = None):
         super().__init__()
         self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
+        if scale is None:
+            self.scale = None
+        else:
+            self.register_buffer("scale", scale)
         self.bias = bias
         self.dense_dtype = before.dtype
         self._flags = {}
@@ -90,11 +96,11 @@ class QuantisedWeight(nn.Layer):
         self._mark()
 
     def _mark(self) -> None:
-        for tensor in (self.weight, self.scale):
+        for tensor in self._buffers.values():
             for name, value in self._flags.items():
                 setattr(tensor, name, value)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuantisedWeight:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenWeight:
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         if hasattr(self.bias, "shard_group"):  # Paddle copies no attributes of parameters
@@ -104,6 +110,11 @@ class QuantisedWeight(nn.Layer):
         return twin
 
     def _apply(self, func, device, dtype, blocking, include_sublayers=True):
+        if dtype is not None and self.scale is None and dtype_name(dtype) != dtype_name(self.weight.dtype):
+            raise RuntimeError(
+                f"these experts are prepacked in {dtype_name(self.weight.dtype)} since prepack_experts(); "
+                f"convert the model to {dtype_name(dtype)} before that"
+            )
         convert = keep_dtypes(func, self._buffers.values())
         super()._apply(convert, device, dtype, blocking, include_sublayers)
         if dtype is not None:
@@ -115,7 +126,7 @@ class QuantisedWeight(nn.Layer):
 
 def _linear(expert: nn.Layer, name: str) -> nn.Layer:
     layer = expert._sub_layers[name]
-    if isinstance(layer, QuantisedWeight):
+    if isinstance(layer, FrozenWeight):
         return layer
     # Packages derive their own Linear (for fp8, say); adapters are derived too, but have names of their own.
     if not isinstance(layer, nn.Linear) or type(layer).__name__ != "Linear":
@@ -153,7 +164,7 @@ def listed_weights(experts: list[nn.Layer]) -> Weights:
     weights = Weights(
         [layer.weight for layer in gate_up], [layer.weight for layer in down], biases(gate_up), biases(down)
     )
-    if isinstance(down[0], QuantisedWeight):
+    if isinstance(down[0], FrozenWeight) and down[0].scale is not None:
         weights.gate_up_scale = [layer.scale for layer in gate_up]
         weights.down_scale = [layer.scale for layer in down]
     return weights
@@ -161,7 +172,7 @@ def listed_weights(experts: list[nn.Layer]) -> Weights:
 
 def stacked_weights(experts: nn.Layer, gate_up_bias: Any = None, down_bias: Any = None) -> Weights:
     pair = experts.gate_up_proj, experts.down_proj
-    if isinstance(pair[1], QuantisedWeight):
+    if isinstance(pair[1], FrozenWeight):
         tensors, scales = [one.weight for one in pair], [one.scale for one in pair]
         return Weights(*tensors, gate_up_bias, down_bias, *scales)
     return Weights(*pair, gate_up_bias, down_bias)
@@ -313,15 +324,20 @@ def _linears(expert: nn.Layer) -> list[nn.Layer]:
     return [*gate_up, down]
 
 
-def _quantize_expert(expert: nn.Layer, dtype: str, granularity: str) -> None:
+Order = Callable[[Tensor], Tensor]  # puts the columns of weights in the operator's order
+# What FrozenWeight holds of weights [in, out] or [E, in, out], so many of which stand side by side.
+Freeze = Callable[[Tensor, int, "Order | None"], "tuple[Tensor, Tensor | None]"]
+
+
+def _freeze_expert(expert: nn.Layer, freeze: Freeze) -> None:
     gate_up, _ = _projections(expert)
     for layer in _linears(expert):
-        if isinstance(layer, QuantisedWeight):  # of another block, too
+        if isinstance(layer, FrozenWeight):  # of another block, too
             continue
         name = next(name for name, one in expert._sub_layers.items() if one is layer)
         parts = 2 if layer is gate_up[0] and len(gate_up) == 1 else 1
-        pair = quantize_stored(layer.weight, dtype, granularity, parts)
-        expert._sub_layers[name] = QuantisedWeight(*pair, layer.weight, layer.bias)
+        pair = freeze(layer.weight, parts, None)
+        expert._sub_layers[name] = FrozenWeight(*pair, layer.weight, layer.bias)
 
 
 # ---------------------------------------------------------------- blocks
@@ -339,7 +355,7 @@ class MoEBlock:
     layout: str | None = None  # of pretrained.LAYOUTS: that of the published files
     dispatch = "replicated"
     parallel: ParallelContext | None = None
-    quantized: str | None = None  # the dtype of the experts' weights since quantize()
+    frozen: str | None = None  # the dtype of the experts' weights since quantize(), or "prepacked"
     _slices: list[Slice] = []
     _away: dict[str, nn.Layer] = {}  # experts that other ranks hold, by their name in the list
     _ranges: list[tuple[int, int]] = []  # the experts of each EP rank
@@ -371,7 +387,7 @@ class MoEBlock:
 
     def slices(self) -> list[Slice]:
         """All tensors of the block that files have under the names of its layout."""
-        self.expect_not_quantized()
+        self.expect_parameters()
         if self._slices:
             return self.router_slices() + self._slices
         shared = [] if self.shared_expert() is None else _slices_of_expert(self.shared_expert(), None)
@@ -412,7 +428,7 @@ class MoEBlock:
             return len(self.experts_layer()._sub_layers)
         if self._ranges:
             return self._ranges[-1][1]
-        if self.quantized is not None:
+        if self.frozen is not None:
             return self.experts_layer().down_proj.weight.shape[0]
         return next(one for one in self.slices() if one.dense == "down_weight").whole.length("E")
 
@@ -420,15 +436,16 @@ class MoEBlock:
         """Stacked weights, or their bias, with their last dimension in the order of the operator."""
         return gate_up
 
-    def expect_not_quantized(self) -> None:
-        if self.quantized is not None:
+    def expect_parameters(self) -> None:
+        if self.frozen is not None:
+            function = "prepack_experts()" if self.frozen == "prepacked" else "quantize_experts()"
             raise RuntimeError(
-                f"the experts of this {type(self).__name__} are {self.quantized} since quantize_experts(), "
-                "which no file of its package holds; load, save and restore before that, or keep the "
-                "state_dict() of each rank with paddle.save"
+                f"the experts of this {type(self).__name__} are {self.frozen} since {function}, which no "
+                "file of its package holds; load, save and restore before that, or keep the state_dict() of "
+                "each rank with paddle.save"
             )
 
-    def weights_to_quantize(self) -> dict[str, Tensor]:
+    def weights_to_freeze(self) -> dict[str, Tensor]:
         """By their names in the block."""
         experts = self.experts_layer()
         stacked = [experts.gate_up_proj, experts.down_proj] if self._stacked() else []
@@ -438,24 +455,53 @@ class MoEBlock:
         names = {id(tensor): name for name, tensor in self.state_dict().items()}
         return {names[id(weight)]: weight for weight in stacked + [layer.weight for layer in layers]}
 
-    @paddle.no_grad()
+    def check_prepacking(self) -> None:
+        """A ValueError where the weights of any rank cannot be prepacked."""
+        for one in self.slices():
+            if one.dense.removeprefix("shared_") in ("gate_up_weight", "down_weight"):
+                inputs, ranks = one.whole.names[1 if one.whole.names[0] == "E" else 0], 1
+                if inputs != "H" and self.parallel is not None:
+                    over_grid = one.dense.startswith("shared_") and one.shared_by == "grid"
+                    ranks = self.parallel.size("grid" if over_grid else "tp")
+                whole = one.whole.length(inputs)
+                for size in {whole // ranks, -(-whole // ranks)}:
+                    check_inputs(f"{one.dense} of a rank", one.parameter.dtype, size)
+
     def quantize(self, dtype: str, granularity: str) -> None:
         """Quantises the experts on this rank and the shared one, whose weights are finite."""
+
+        def freeze(weight: Tensor, parts: int, order: Order | None) -> tuple[Tensor, Tensor]:
+            if weight.ndim == 3:
+                return quantize_stack(weight, dtype, granularity, parts, order)
+            return quantize_stored(weight, dtype, granularity, parts)
+
+        self._freeze(freeze, dtype)
+
+    def prepack(self) -> None:
+        """Prepacks the same, after check_prepacking()."""
+
+        def freeze(weight: Tensor, parts: int, order: Order | None) -> tuple[Tensor, None]:
+            return prepack_weights(order(weight) if order else weight, parts=parts), None
+
+        self._freeze(freeze, "prepacked")
+
+    @paddle.no_grad()
+    def _freeze(self, freeze: Freeze, frozen: str) -> None:
         if self._stacked():
             experts = self.experts_layer()
             for name, parts in (("gate_up_proj", 2), ("down_proj", 1)):
                 weight = getattr(experts, name)
-                if isinstance(weight, QuantisedWeight):  # of another block, too
+                if isinstance(weight, FrozenWeight):  # of another block, too
                     continue
                 order = self.gates_then_ups if parts == 2 else None
-                quantised = QuantisedWeight(*quantize_stack(weight, dtype, granularity, parts, order), weight)
+                layer = FrozenWeight(*freeze(weight, parts, order), weight)
                 delattr(experts, name)
-                experts.add_sublayer(name, quantised)
+                experts.add_sublayer(name, layer)
         experts = [] if self._stacked() else [expert for _, expert in self.held()]
         for expert in [*experts, self.shared_expert()]:
             if expert is not None:
-                _quantize_expert(expert, dtype, granularity)
-        self._slices, self.quantized = [], dtype
+                _freeze_expert(expert, freeze)
+        self._slices, self.frozen = [], frozen
 
     def shard(self, parallel: ParallelContext, dispatch: str) -> None:
         """Keeps this rank's part of the experts, and of the shared expert.
@@ -615,7 +661,7 @@ class MoEBlock:
         if autocast is not None:
             return autocast
         down = self.experts_layer().down_proj if self._stacked() else _projections(self._any_expert())[1]
-        if isinstance(down, QuantisedWeight):
+        if isinstance(down, FrozenWeight):
             return down.dense_dtype
         return down.dtype if self._stacked() else down.weight.dtype
 

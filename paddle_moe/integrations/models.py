@@ -21,6 +21,7 @@ from paddle_moe.checkpoint import part_key
 from paddle_moe.distributed import ParallelContext, init_distributed
 from paddle_moe.integrations.blocks import MoEBlock, Slice, listed_weights
 from paddle_moe.params import Part, shard_range
+from paddle_moe.prepacking import expect_cpu
 from paddle_moe.pretrained import LAYOUTS, stored_tensors, write_stored
 from paddle_moe.quantization import check_options, check_shards, check_weight
 from paddle_moe.tensor_files import LoadReport, Plan, Source, Target, TensorFiles, execute
@@ -35,8 +36,8 @@ def _accelerated(block: type[MoEBlock], stock: type[nn.Layer]) -> type[nn.Layer]
 
 
 class Integration:
-    """The functions of one package: accelerate, restore, quantize_experts, patch, unpatch, load_checkpoint,
-    save_checkpoint.
+    """The functions of one package: accelerate, restore, quantize_experts, prepack_experts, patch, unpatch,
+    load_checkpoint, save_checkpoint.
 
     Args:
         package: its name.
@@ -128,7 +129,7 @@ class Integration:
         """
         blocks = [layer for layer in model.sublayers(include_self=True) if isinstance(layer, MoEBlock)]
         for layer in blocks:
-            layer.expect_not_quantized()
+            layer.expect_parameters()
         for layer in blocks:
             if layer.parallel is not None:
                 layer.unshard()
@@ -158,21 +159,41 @@ class Integration:
             RuntimeError: the experts are quantised already, or on a GPU; a Paddle 2.6 over several ranks.
         """
         dtype, granularity = check_options(dtype, granularity)
-        blocks = {
-            name: layer
-            for name, layer in model.named_sublayers(include_self=True)
-            if isinstance(layer, MoEBlock)
-        }
-        if not blocks:
-            raise ValueError(f"model must be what accelerate() returned, got {type(model).__name__}")
+        blocks = _blocks_to_freeze(model, "quantize_experts")
         for prefix, block in blocks.items():
-            block.expect_not_quantized()
-            ranks = 1 if block.parallel is None else block.parallel.size("grid")
-            check_shards("quantize_experts", ranks)
-            for name, weight in block.weights_to_quantize().items():
+            for name, weight in block.weights_to_freeze().items():
                 check_weight(_joined(prefix, name), weight)
         for block in blocks.values():
             block.quantize(dtype, granularity)
+        return model
+
+    def prepack_experts(self, model: nn.Layer) -> nn.Layer:
+        """Puts the experts of an accelerated model in the order in which the CPU reads them, in place.
+
+        Once it is loaded: there is no way back, and no file of the package holds such weights. See
+        :func:`paddle_moe.prepack_weights`: calls take less time, with the same bits. The weights are frozen,
+        but gradients go through them, to adapters of the attention for example. Each weight of an expert, of
+        the shared one too, then is a buffer ``...weight``.
+
+        Args:
+            model: what :meth:`accelerate` returned.
+
+        Returns:
+            ``model``.
+
+        Raises:
+            ValueError: the model is not accelerated, or has bfloat16 experts with an odd hidden size, or an
+                intermediate size that is odd on any rank; nothing has been changed then.
+            RuntimeError: the experts are quantised or prepacked already, or on a GPU; a Paddle 2.6 over
+                several ranks.
+        """
+        blocks = _blocks_to_freeze(model, "prepack_experts")
+        for prefix, block in blocks.items():
+            block.check_prepacking()
+            for name, weight in block.weights_to_freeze().items():
+                expect_cpu(_joined(prefix, name), weight)
+        for block in blocks.values():
+            block.prepack()
         return model
 
     def patch(
@@ -394,6 +415,18 @@ class Integration:
                     inside.update(id(one) for one in layer.sublayers())
                     yield layer, block
                     break
+
+
+def _blocks_to_freeze(model: nn.Layer, function: str) -> dict[str, MoEBlock]:
+    """By their names; an error if there are none, or one of them cannot be frozen."""
+    sublayers = model.named_sublayers(include_self=True)
+    blocks = {name: layer for name, layer in sublayers if isinstance(layer, MoEBlock)}
+    if not blocks:
+        raise ValueError(f"model must be what accelerate() returned, got {type(model).__name__}")
+    for block in blocks.values():
+        block.expect_parameters()
+        check_shards(function, 1 if block.parallel is None else block.parallel.size("grid"))
+    return blocks
 
 
 def _holdings(model: nn.Layer) -> Holdings:

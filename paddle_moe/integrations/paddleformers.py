@@ -27,6 +27,7 @@ __all__ = [
     "accelerate",
     "load_checkpoint",
     "patch",
+    "prepack_experts",
     "quantize_experts",
     "restore",
     "save_checkpoint",
@@ -119,7 +120,8 @@ class GptOss(MoEBlock):
     """OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (2025).
 
     The columns of gate and up alternate in ``gate_up_proj``. The operator wants them apart, so each call puts
-    them in order, outside training only for the experts that it needs; quantised ones are kept in order.
+    them in order, outside training only for the experts that it needs; quantised and prepacked ones are kept
+    in order.
     """
 
     stock = "paddleformers.transformers.gpt_oss.modeling:GptOssMLP"
@@ -142,7 +144,7 @@ class GptOss(MoEBlock):
         return paddle.concat([gate_up[..., 0::2], gate_up[..., 1::2]], axis=-1)
 
     def run(self, tokens, routing_table, router_weights, weights: Weights, first: int) -> Tensor:
-        if self.quantized is None:  # else the weights are in order
+        if self.frozen is None:  # else the weights are in order
             if paddle.in_dynamic_mode() and not paddle.is_grad_enabled():
                 routing_table, weights = _only_used(routing_table - first, weights)
                 first = 0
@@ -308,5 +310,5 @@ _integration = Integration(
 )
 load_checkpoint, save_checkpoint = _integration.load_checkpoint, _integration.save_checkpoint
 accelerate, restore = _integration.accelerate, _integration.restore
-quantize_experts = _integration.quantize_experts
+quantize_experts, prepack_experts = _integration.quantize_experts, _integration.prepack_experts
 patch, unpatch = _integration.patch, _integration.unpatch

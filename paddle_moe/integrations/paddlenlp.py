@@ -28,6 +28,7 @@ __all__ = [
     "accelerate",
     "load_checkpoint",
     "patch",
+    "prepack_experts",
     "quantize_experts",
     "restore",
     "save_checkpoint",
@@ -183,5 +184,5 @@ _integration = Integration(
 )
 load_checkpoint, save_checkpoint = _integration.load_checkpoint, _integration.save_checkpoint
 accelerate, restore = _integration.accelerate, _integration.restore
-quantize_experts = _integration.quantize_experts
+quantize_experts, prepack_experts = _integration.quantize_experts, _integration.prepack_experts
 patch, unpatch = _integration.patch, _integration.unpatch

@@ -17,7 +17,7 @@ from training_cases import autocast, native_operators
 from paddle_moe import load_checkpoint, save_checkpoint
 
 GRID = ("graphs_of_one_shape", "half_precision", "all_to_all", "steps_of_an_optimizer", "recomputed")
-GRID += ("checkpointed", "saved_by_replicas", "built_under_patch", "quantized")
+GRID += ("checkpointed", "saved_by_replicas", "built_under_patch", "quantized", "prepacked")
 FLEET = ("all_to_all", "steps_of_an_optimizer", "checkpointed", "divided_by_fleet")
 
 
@@ -91,6 +91,57 @@ def test_quantized_experts(kind, stacked, tmp_path):
         half = twin(x.astype("bfloat16"))
         assert half.dtype == paddle.bfloat16
         assert relative_l2(half.astype("float32").numpy(), output) < 0.03
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_prepacked_experts(stacked, tmp_path):
+    model = paddle.nn.Sequential(Block(5, 12, shared=9, bias=not stacked, stacked=stacked))
+    x = draw_tokens(7, model[0])
+    with paddle.no_grad():
+        exact = accelerate(model)(x).numpy()
+        kept = {name for name in model.state_dict() if "gate.weight" in name or "bias" in name}
+        assert integration.prepack_experts(model) is model
+        assert_same_bits(model(x).numpy(), exact)
+        twin = copy.deepcopy(model)
+        assert_same_bits(twin(x).numpy(), exact)
+        assert {name for name, _ in model.named_parameters()} == kept
+        paddle.save(model.state_dict(), str(tmp_path / "state"))
+        other = paddle.nn.Sequential(Block(5, 12, shared=9, bias=not stacked, stacked=stacked))
+        for parameter in other.parameters():
+            parameter.set_value(paddle.zeros_like(parameter))
+        integration.prepack_experts(accelerate(other))
+        missing, unexpected = other.set_state_dict(paddle.load(str(tmp_path / "state")))
+        assert not missing and not unexpected
+        assert_same_bits(other(x).numpy(), exact)
+    with pytest.raises(
+        RuntimeError, match="prepacked in float32 since prepack_experts.*bfloat16 before that"
+    ):
+        twin.to(dtype="bfloat16")
+    for refused in (
+        lambda: integration.prepack_experts(model),
+        lambda: integration.quantize_experts(model),
+        lambda: restore(model),
+        lambda: save_checkpoint(tmp_path, model),
+        lambda: integration.save_checkpoint(model, tmp_path),
+    ):
+        with pytest.raises(
+            RuntimeError, match="the experts of this Block are prepacked since prepack_expert"
+        ):
+            refused()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_experts_that_cannot_be_prepacked_are_left_alone(stacked):
+    """9 columns of the shared expert are odd, and so are those of a rank of three that share 10."""
+    model = paddle.nn.Sequential(Block(2, 4), Block(5, 12, shared=9, stacked=stacked))
+    accelerate(model)
+    model.to(dtype="bfloat16")
+    before = {name: id(value) for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="shared_down_weight of a rank must have an even number .* got 9"):
+        integration.prepack_experts(model)
+    assert {name: id(value) for name, value in model.state_dict().items()} == before
+    with pytest.raises(ValueError, match=r"model must be what accelerate\(\) returned, got Linear"):
+        integration.prepack_experts(paddle.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("stacked", [False, True])

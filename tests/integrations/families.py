@@ -180,6 +180,24 @@ def assert_experts_are_quantized(integration, family: Family, model, directory: 
             refused()
 
 
+def assert_experts_are_prepacked(integration, family: Family, model, directory: Path) -> None:
+    exact = results_of_blocks(model, family)
+    assert integration.prepack_experts(model) is model
+    results = results_of_blocks(model, family)
+    for number, (one, expected) in enumerate(zip(results, exact)):
+        if number % 2 == 0:  # the gradient of each comes from other products
+            np.testing.assert_array_equal(one, expected)
+        assert relative_l2(one, expected) < 2e-6
+    np.testing.assert_array_equal(logits(copy.deepcopy(model)), logits(model))
+    assert not any(".experts." in name and "bias" not in name for name, _ in model.named_parameters())
+    for refused in (
+        lambda: integration.restore(model),
+        lambda: integration.save_checkpoint(model, directory),
+    ):
+        with pytest.raises(RuntimeError, match="are prepacked since prepack_experts"):
+            refused()
+
+
 def assert_recompute_changes_nothing(block) -> None:
     """In training, with the gradients of everything that the block returns, and of its auxiliary loss."""
     block.train()

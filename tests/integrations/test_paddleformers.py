@@ -15,6 +15,7 @@ pytest.importorskip("paddleformers", reason="paddleformers is not installed: see
 import paddleformers_models as models
 from families import (
     assert_adapters_train,
+    assert_experts_are_prepacked,
     assert_experts_are_quantized,
     assert_recompute_changes_nothing,
     assert_routes_as_in_float32,
@@ -207,11 +208,12 @@ def test_checkpoints_are_interchangeable(family, tmp_path):
     [(family.name, False) for family in FAMILIES]
     + [(name, True) for name in ("qwen3_moe", "deepseek_v3", "glm4_moe")],
 )
-def test_quantized_experts(name, stacked, tmp_path):
+def test_quantized_and_prepacked_experts(name, stacked, tmp_path):
     family = family_of[name]
     write_files({"one": np.zeros(1), "two": np.zeros(1)}, tmp_path / "files")
-    model = accelerate(build(family, **({"fd_fallback": True} if stacked else {})))
-    assert_experts_are_quantized(integration, family, model, tmp_path / "files")
+    for are_frozen in (assert_experts_are_quantized, assert_experts_are_prepacked):
+        model = accelerate(build(family, **({"fd_fallback": True} if stacked else {})))
+        are_frozen(integration, family, model, tmp_path / "files")
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])

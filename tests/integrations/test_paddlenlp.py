@@ -16,6 +16,7 @@ pytest.importorskip("paddlenlp", reason="paddlenlp is not installed: see docs/in
 import paddlenlp_models as models
 from families import (
     assert_adapters_train,
+    assert_experts_are_prepacked,
     assert_experts_are_quantized,
     assert_recompute_changes_nothing,
     assert_routes_as_in_float32,
@@ -483,8 +484,9 @@ def test_restore_gives_the_stock_block_back(family):
 
 
 @each_family
-def test_quantized_experts(family, tmp_path):
+def test_quantized_and_prepacked_experts(family, tmp_path):
     write_files({"one": np.zeros(1), "two": np.zeros(1)}, tmp_path / "files")
+    assert_experts_are_prepacked(integration, family, accelerate(build(family)), tmp_path / "files")
     model = accelerate(build(family))
     assert_experts_are_quantized(integration, family, model, tmp_path / "files")
     assert len(generated(model)) == len(generated(accelerate(build(family))))

@@ -298,6 +298,28 @@ def quantized():
 
 
 @check
+def prepacked():
+    """The bits of the same shards, and gradients that go through them."""
+    for stacked in (False, True):
+        model = Beside(Block(5, 12, shared=9, bias=not stacked, stacked=stacked), Block(1, 3))
+        accelerate(model, parallel=parallel)
+        results = []
+        for _ in range(2):
+            x = draw(7, 3)
+            output = model(x)
+            (output * draw(7, 4)).sum().backward()
+            results.append((output.numpy(), x.grad.numpy()))
+            if len(results) == 1:
+                model.clear_gradients()
+                integration.prepack_experts(model)
+        (expected, expected_gradient), (output, gradient) = results
+        assert (output == expected).all()
+        assert relative_l2(gradient, expected_gradient) < 1e-6
+        flags = [buffer.no_sync for name, buffer in model.named_buffers() if "proj" in name]
+        assert flags and all(flags)
+
+
+@check
 def built_under_patch():
     """Shards are told from what all ranks hold also before unpatch()."""
     integration.patch(parallel=parallel)

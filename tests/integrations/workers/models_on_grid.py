@@ -5,6 +5,7 @@ and logits and generated tokens to OUTPUT/rank_R.npz. Gradients and loaded weigh
 against an unsharded model on the same rank.
 """
 
+import copy
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -58,6 +59,11 @@ for family in models.FAMILIES:
     integration.load_checkpoint(built, output / "files" / family.name)
     assert_same_tensors({name: one.numpy() for name, one in built.state_dict().items()}, local)
     np.testing.assert_array_equal(logits(built), results[f"{family.name} logits"])
+    exact = results_of_blocks(built, family)
+    for packed, one in zip(
+        results_of_blocks(integration.prepack_experts(copy.deepcopy(built)), family), exact
+    ):
+        assert relative_l2(packed, one) < 2e-6, family.name
     integration.quantize_experts(built, "int8")
     for rounded, exact in zip(results_of_blocks(built, family), results_of_blocks(model, family)):
         assert 1e-4 < relative_l2(rounded, exact) < 0.03, family.name
