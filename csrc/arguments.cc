@@ -109,9 +109,11 @@ namespace {
 
 void expect_contiguous(const Name& name, const Tensor& tensor, size_t first_dim = 0) {
   if (!is_contiguous(tensor, first_dim)) {
-    fail(name, " must be contiguous", first_dim ? " in its last dimension" : "", ", got the shape ",
-         shape_text(tensor.shape), " with the strides ", list_text(tensor.strides, false),
-         "; pass a contiguous copy");
+    const char* where = first_dim == 0                         ? ""
+                        : first_dim + 1 == tensor.shape.size() ? " in its last dimension"
+                                                               : " but for its first dimension";
+    fail(name, " must be contiguous", where, ", got the shape ", shape_text(tensor.shape),
+         " with the strides ", list_text(tensor.strides, false), "; pass a contiguous copy");
   }
 }
 

@@ -102,9 +102,8 @@ void expect_supported(const Device& device, const Problem& problem) {
   if (!is_gpu(device)) return;
   if (is_prepacked(problem)) {
     throw std::invalid_argument(
-        "gate_up_weights and down_weights must not be prepacked on a GPU: their layout is that of the CPU "
-        "back "
-        "end; pass them as [E_l, H, 2I] and [E_l, I, H]");
+        "gate_up_weights and down_weights must not be prepacked on a GPU, whose kernels read them in another "
+        "order; pass [E_l, H, 2I] and [E_l, I, H]");
   }
   if (!is_quantised(problem.weight_dtype)) return;
   throw std::invalid_argument(std::string("gate_up_weights and down_weights must have the dtype ") +

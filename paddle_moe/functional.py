@@ -412,7 +412,8 @@ def mixture_of_experts(
             int32 as :func:`paddle_moe.pack_int4` packs it, [..., 2I, 8 * ceil(H / 64)], with
             ``permuted_weights``. Never integers with a zero point. Or, on a CPU, both kinds of weights as
             :func:`paddle_moe.prepack_weights` returns them, which have four dimensions: stacked, or listed
-            with E_l = 1 in each. They are the fastest, and have no gradient.
+            with E_l = 1 in each. They take the least time of unquantised ones, and have no gradient. Their
+            shapes round outputs up to 16, so sizes that differ by less are not told apart.
         down_weights: E_l tensors [I, H], or one stacked tensor [E_l, I, H]; dtype of ``gate_up_weights``.
         gate_up_bias: E_l tensors [2I], or 2*E_l tensors [I], or one stacked tensor [E_l, 2I]; float32 or the
             dtype of ``hidden_states``.

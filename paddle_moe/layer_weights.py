@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Matrices side by side in each of the weights of experts, whose names end in _weight.
+# What says how a parameter is trained.
+TRAINING_ATTRIBUTES = ("stop_gradient", "optimize_attr", "regularizer", "need_clip")
+# Matrices side by side in each of the EXPERT_WEIGHTS, without the ending of their names.
 PARTS = {"gate_up": 2, "down": 1, "shared_gate_up": 2, "shared_down": 1}
 
 
@@ -93,6 +95,7 @@ class ShardedWeights(nn.Layer):
         self.granularity: str | None = None
         # Whether the experts' weights are in panels, since prepack_().
         self.prepacked = False
+        self._before_prepacking: dict[str, dict[str, Any]] = {}  # what unpack_() gives the parameters again
         self._create_parameters(dtype, gate_bias, gate_up_bias, shared_gate, seed)
 
     def _create_parameters(
@@ -300,6 +303,7 @@ class ShardedWeights(nn.Layer):
                 check_inputs(f"{name}_weight of a rank", dtype, stop - start)
         for name in [name for name, _ in self._own_expert_weights()]:
             weight = getattr(self, f"{name}_weight")
+            self._before_prepacking[name] = {one: getattr(weight, one) for one in TRAINING_ATTRIBUTES}
             delattr(self, f"{name}_weight")  # freed once it is prepacked
             weight = prepack_weights(weight, parts=PARTS[name], permuted=self.permuted_weights)
             self.register_buffer(f"{name}_weight", weight)
@@ -310,6 +314,8 @@ class ShardedWeights(nn.Layer):
     @paddle.no_grad()
     def unpack_(self) -> ShardedWeights:
         """Undoes prepack_(): the weights are parameters again, new ones, so make optimizers afterwards.
+
+        Those that did not train still do not.
 
         Returns:
             The layer.
@@ -332,6 +338,8 @@ class ShardedWeights(nn.Layer):
                 parameter.set_value(
                     unpack_weights(weight, outputs, parts=count, permuted=self.permuted_weights)
                 )
+            for attribute, value in self._before_prepacking.pop(name).items():
+                setattr(parameter, attribute, value)
             delattr(self, f"{name}_weight")
             setattr(self, f"{name}_weight", parameter)
         self.prepacked = False

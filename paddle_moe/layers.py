@@ -20,6 +20,7 @@ from paddle_moe.collectives import leave_shards, no_contribution
 from paddle_moe.layer_weights import DTYPES, ShardedWeights, as_tensor
 from paddle_moe.logs import RankLogger
 from paddle_moe.params import PLACE, LayerShard, shard_range
+from paddle_moe.prepacking import expect_dtype_of_prepacked
 from paddle_moe.router import Router
 from paddle_moe.sharded import partial_sum
 
@@ -402,6 +403,8 @@ class FusedMoE(ShardedWeights):
     ) -> _Partial:
         autocast = functional._autocast_dtype()
         if autocast is not None:  # here, so that every rank casts and reduces alike
+            if self.prepacked:
+                expect_dtype_of_prepacked(self.down_weight.dtype, autocast, "prepack_()")
             hidden_states = hidden_states.astype(autocast)
         experts = _OwnExperts(self, measure)
         seconds = {"all": 0.0, "experts": 0.0, "shared": 0.0}

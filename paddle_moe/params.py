@@ -222,7 +222,7 @@ class Part:
         return cls(" ".join(names), {name: (0, size) for name, size in zip(names, shape)})
 
 
-# Of a FusedMoE: what permuted_weights and quantize_() are about.
+# Of a FusedMoE: what permuted_weights, quantize_() and prepack_() are about.
 EXPERT_WEIGHTS = ("gate_up_weight", "down_weight", "shared_gate_up_weight", "shared_down_weight")
 # Where in which grid a rank is.
 PLACE = ("ep_rank", "ep_size", "tp_rank", "tp_size")

@@ -6,6 +6,8 @@ memory, row after row. A row is one input, in bfloat16 two, which stand side by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import paddle
 
 from paddle_moe._options import at_least, dtype_name, flag, type_name
@@ -47,8 +49,7 @@ def expect_cpu(name: str, weight: paddle.Tensor) -> None:
         )
 
 
-@paddle.no_grad()
-def prepack_weights(weight: paddle.Tensor, *, parts: int = 1, permuted: bool = False) -> paddle.Tensor:
+def prepack_weights(weight: paddle.Tensor, *, parts: int, permuted: bool = False) -> paddle.Tensor:
     """Puts the weights of experts in the order in which the CPU kernels read them, so that no call has to.
 
     For serving: calls take less time, most of all those of some tens of tokens, and give the same bits as
@@ -57,7 +58,8 @@ def prepack_weights(weight: paddle.Tensor, *, parts: int = 1, permuted: bool = F
     Args:
         weight: [E, in, out], or [in, out] of a single expert; float32, bfloat16 or float16. In bfloat16 the
             inputs must be even in number.
-        parts: 2 for gate and up side by side: no panel then holds columns of both.
+        parts: 2 for gate and up side by side, so that no panel holds columns of both; 1 for one of them, or
+            for down. The operator cannot tell a wrong one from the shape, which rounds the outputs up.
         permuted: `weight` is transposed, [..., out, in].
 
     Returns:
@@ -70,15 +72,38 @@ def prepack_weights(weight: paddle.Tensor, *, parts: int = 1, permuted: bool = F
     flag("permuted", permuted)
     at_least(1)("parts", parts)
     _expect("weight", weight, (2, 3), "[E, out, in]" if permuted else "[E, in, out]")
-    outputs, inputs = weight.shape[-2:] if permuted else weight.shape[:-3:-1]
+    return prepack_stack(weight if weight.ndim == 3 else weight.unsqueeze(0), parts, permuted)
+
+
+def expect_dtype_of_prepacked(dtype: paddle.dtype, wanted: paddle.dtype, since: str) -> None:
+    """A ValueError where prepacked weights would have to become another dtype, whose panels are others."""
+    if dtype_name(dtype) != dtype_name(wanted):
+        raise ValueError(
+            f"the expert weights are prepacked in {dtype_name(dtype)} since {since}, so they do not compute "
+            f"in {dtype_name(wanted)}, the dtype of auto_cast; convert them to it before that"
+        )
+
+
+@paddle.no_grad()
+def prepack_stack(
+    weight: paddle.Tensor,
+    parts: int,
+    permuted: bool = False,
+    order: Callable[[paddle.Tensor], paddle.Tensor] | None = None,
+) -> paddle.Tensor:
+    """The same of [E, in, out], one expert at a time for the sake of memory.
+
+    `order` puts the columns of an expert in the operator's order.
+    """
+    outputs, inputs = weight.shape[1:] if permuted else weight.shape[:0:-1]
     check_inputs("weight", weight.dtype, inputs)
     if outputs % parts:
         raise ValueError(f"weight must have a multiple of parts = {parts} outputs, got {outputs}")
-    experts = weight if weight.ndim == 3 else weight.unsqueeze(0)
     panels = [parts * -(-(outputs // parts) // PANEL), *_row_shape(weight.dtype, inputs)]
-    prepacked = paddle.empty([experts.shape[0], *panels], weight.dtype)
-    for number, one in enumerate(experts):  # one at a time, for the sake of memory
+    prepacked = paddle.empty([weight.shape[0], *panels], weight.dtype)
+    for number, one in enumerate(weight):
         if one.size:
+            one = order(one) if order else one
             prepacked[number] = _panels(one if permuted else one.t(), parts).reshape(panels)
     return prepacked
 
@@ -101,7 +126,7 @@ def _panels(weight: paddle.Tensor, parts: int) -> paddle.Tensor:
 
 @paddle.no_grad()
 def unpack_weights(
-    weight: paddle.Tensor, outputs: int, *, parts: int = 1, permuted: bool = False
+    weight: paddle.Tensor, outputs: int, *, parts: int, permuted: bool = False
 ) -> paddle.Tensor:
     """The reverse of :func:`prepack_weights`: [E, in, out], or [E, out, in] with `permuted`.
 

@@ -75,7 +75,7 @@ def unpack_int4(words: np.ndarray, size: int) -> np.ndarray:
     return (numbers - (numbers > 7) * 16).astype(np.int8)
 
 
-def prepack_weights(weight: np.ndarray, parts: int = 1) -> np.ndarray:
+def prepack_weights(weight: np.ndarray, parts: int) -> np.ndarray:
     """[E, in, out] as [E, panels, in, 16], bf16 bits [E, panels, in / 2, 32]: paddle_moe.prepack_weights."""
     experts, inputs, outputs = weight.shape
     of_row, size = (2 if weight.dtype == np.uint16 else 1), outputs // parts

@@ -102,7 +102,7 @@ def test_odd_sizes(dtype, inter):
 @per_dtype
 def test_more_activations_than_stay_in_a_cache(dtype):
     """Then all panels go through a block of the depth before the next."""
-    case = random_case(200, 2048, 48, 1, 1, dtype, layout="stacked")
+    case = random_case(200, 2048, 160, 1, 1, dtype, layout="stacked")
     assert_same_bits(core.mixture_of_experts(**prepacked(case)), core.mixture_of_experts(**case))
 
 
@@ -226,13 +226,14 @@ STATIC_PROGRAM = """
 import sys, numpy as np, paddle, paddle_moe
 
 case = dict(np.load(sys.argv[1]))
+dtypes = {np.dtype("uint16"): "bfloat16"}
 paddle.enable_static()
 with paddle.static.program_guard(paddle.static.Program()):
     inputs = {}
     for name, array in case.items():
         per_token = name in ("hidden_states", "routing_table", "router_weights")
         shape = [-1, *array.shape[1:]] if per_token else array.shape
-        inputs[name] = paddle.static.data(name, shape, str(array.dtype))
+        inputs[name] = paddle.static.data(name, shape, dtypes.get(array.dtype, str(array.dtype)))
     out = paddle_moe.mixture_of_experts(**inputs)
     assert list(out.shape) == [-1, case["hidden_states"].shape[1]], out.shape
     result = paddle.static.Executor().run(feed=case, fetch_list=[out])[0]
@@ -241,7 +242,7 @@ np.save(sys.argv[2], result)
 
 
 @pytest.mark.parametrize("pir", ["0", "1"], ids=["old_program", "pir"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_static_programs(pir, dtype, tmp_path):
     case = random_case(9, 64, 48, dtype=dtype, layout="stacked")
     expected = core.mixture_of_experts(**case)
@@ -373,19 +374,28 @@ def test_prepack_refuses():
     pack, unpack = paddle_moe.prepack_weights, paddle_moe.unpack_weights
     matrix = paddle.zeros([4, 6])
     for call, text in (
-        (lambda: pack(np.zeros((2, 4, 6))), "weight must be a paddle.Tensor, got numpy.ndarray"),
-        (lambda: pack(matrix.astype("int8")), r"weight must be float32, .* got int8 \[4, 6\]"),
-        (lambda: pack(matrix[0]), r"weight must be .* the shape \[E, in, out\], got float32 \[6\]"),
+        (lambda: pack(np.zeros((2, 4, 6)), parts=1), "weight must be a paddle.Tensor, got numpy.ndarray"),
+        (lambda: pack(matrix.astype("int8"), parts=1), r"weight must be float32, .* got int8 \[4, 6\]"),
+        (lambda: pack(matrix[0], parts=1), r"weight must be .* the shape \[E, in, out\], got float32 \[6\]"),
         (lambda: pack(matrix, parts=4), "weight must have a multiple of parts = 4 outputs, got 6"),
         (lambda: pack(matrix, parts=0), "parts must be"),
-        (lambda: pack(matrix, permuted=1), "permuted must be"),
+        (lambda: pack(matrix, parts=1, permuted=1), "permuted must be"),
         (
-            lambda: pack(paddle.zeros([3, 6], "bfloat16")),
+            lambda: pack(paddle.zeros([3, 6], "bfloat16"), parts=1),
             "weight must have an even number of inputs in bfloat16, .* got 3",
         ),
-        (lambda: unpack(matrix, 6), r"weight must be .* \[E, panels, rows, 16 or 32\], got float32 \[4, 6\]"),
-        (lambda: unpack(pack(matrix), 17), r"weight must have the shape \[E, 1 \* ceil\(17 / 1 / 16\)"),
-        (lambda: unpack(pack(matrix).astype("bfloat16"), 6), r"rows, 32\], got \[1, 1, 4, 16\]"),
+        (
+            lambda: unpack(matrix, 6, parts=1),
+            r"weight must be .* \[E, panels, rows, 16 or 32\], got float32 \[4, 6\]",
+        ),
+        (
+            lambda: unpack(pack(matrix, parts=1), 17, parts=1),
+            r"weight must have the shape \[E, 1 \* ceil\(17 / 1 / 16\)",
+        ),
+        (
+            lambda: unpack(pack(matrix, parts=1).astype("bfloat16"), 6, parts=1),
+            r"rows, 32\], got \[1, 1, 4, 16\]",
+        ),
     ):
         with pytest.raises(ValueError, match=text):
             call()
@@ -442,6 +452,31 @@ def test_an_unpacked_layer_trains():
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         assert_same_bits(gradient, expected[name])
+
+
+def test_an_unpacked_layer_trains_as_before():
+    layer = FusedMoE(HIDDEN, 48, 6, TOP_K)
+    layer.gate_up_weight.stop_gradient = True
+    layer.down_weight.optimize_attr["learning_rate"] = 0.5
+    for _ in range(2):
+        layer.prepack_().unpack_()
+        assert layer.gate_up_weight.stop_gradient and not layer.down_weight.stop_gradient
+        assert layer.down_weight.optimize_attr["learning_rate"] == 0.5
+
+
+@pytest.mark.parametrize("without_experts", [False, True])
+def test_autocast_of_a_layer(without_experts):
+    """All ranks refuse the same, those without experts too."""
+    shard = Shard(6, 7, 0, 1) if without_experts else None
+    layer = FusedMoE.from_dense(**dense_weights(), top_k=TOP_K, parallel=shard).prepack_()
+    x = paddle.to_tensor(tokens())
+    routing = layer.route(x)
+    with autocast("O1", "bfloat16"), pytest.raises(ValueError, match="prepacked in float32 since prepack_"):
+        layer.partial_output(x, *routing)
+    half = [FusedMoE(HIDDEN, 48, 6, TOP_K, dtype="bfloat16", seed=1) for _ in range(2)]
+    half[0].prepack_()
+    with paddle.no_grad(), autocast("O1", "bfloat16"):
+        assert_same_bits(bits(half[0](x)), bits(half[1](x)))
 
 
 @pytest.mark.parametrize(("ep_size", "tp_size"), [(2, 1), (7, 1), (1, 3), (2, 2)])

@@ -54,7 +54,7 @@ class Arena {
 struct ThreadScratch {
   float* result;
   void* gemm;
-  float* decoded;  // quantised weights as fp32
+  float* decoded;  // quantised or prepacked weights as fp32
 };
 
 inline std::vector<ThreadScratch> take_thread_scratch(Arena* arena, int64_t threads,

@@ -29,7 +29,7 @@ from paddle_moe.collectives import leave_shards, no_contribution
 from paddle_moe.distributed import ParallelContext
 from paddle_moe.layer_weights import keep_dtypes
 from paddle_moe.params import Part, shard_range
-from paddle_moe.prepacking import check_inputs, prepack_weights
+from paddle_moe.prepacking import check_inputs, expect_dtype_of_prepacked, prepack_stack
 from paddle_moe.quantization import quantize_stack, quantize_stored
 from paddle_moe.sharded import partial_sum
 
@@ -73,7 +73,7 @@ class Weights:
 
 
 class FrozenWeight(nn.Layer):
-    """What MoEBlock.freeze() puts in the place of a Linear layer, or of stacked weights [E, in, out].
+    """What MoEBlock.quantize() and prepack() put in the place of a Linear layer, or of weights [E, in, out].
 
     Buffers weight and scale, [out, in] as paddle_moe.quantize gives them, or weight alone, as
     paddle_moe.prepack_weights does; the bias as it was. They get the flags of the parameter `before` where it
@@ -481,7 +481,8 @@ class MoEBlock:
         """Prepacks the same, after check_prepacking()."""
 
         def freeze(weight: Tensor, parts: int, order: Order | None) -> tuple[Tensor, None]:
-            return prepack_weights(order(weight) if order else weight, parts=parts), None
+            stack = weight if weight.ndim == 3 else weight.unsqueeze(0)
+            return prepack_stack(stack, parts, order=order), None
 
         self._freeze(freeze, "prepacked")
 
@@ -657,13 +658,15 @@ class MoEBlock:
 
     def _compute_dtype(self) -> paddle.dtype:
         """The same on all ranks, also on those without experts."""
-        autocast = functional._autocast_dtype()
-        if autocast is not None:
-            return autocast
         down = self.experts_layer().down_proj if self._stacked() else _projections(self._any_expert())[1]
         if isinstance(down, FrozenWeight):
-            return down.dense_dtype
-        return down.dtype if self._stacked() else down.weight.dtype
+            dtype = down.dense_dtype
+        else:
+            dtype = down.dtype if self._stacked() else down.weight.dtype
+        autocast = functional._autocast_dtype()
+        if autocast is not None and self.frozen == "prepacked":
+            expect_dtype_of_prepacked(dtype, autocast, "prepack_experts()")
+        return dtype if autocast is None else autocast
 
     def _stacked(self) -> bool:
         experts = self.experts_layer()

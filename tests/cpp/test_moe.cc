@@ -109,7 +109,7 @@ void prepacked() {
                     static_cast<Layout>(pick(random, 0, 2)), pick(random, 1, 3));
       }
     }
-    check_one(400, 550, 40, dtype, Layout::kStacked, 2);
+    check_one(400, 800, 160, dtype, Layout::kStacked, 2);
     check_one(400, 40, 1031, dtype, Layout::kList, 3);
   }
 }

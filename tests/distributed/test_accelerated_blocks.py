@@ -113,6 +113,11 @@ def test_prepacked_experts(stacked, tmp_path):
         missing, unexpected = other.set_state_dict(paddle.load(str(tmp_path / "state")))
         assert not missing and not unexpected
         assert_same_bits(other(x).numpy(), exact)
+    with (
+        autocast("O1", "bfloat16"),
+        pytest.raises(ValueError, match="prepacked in float32 since prepack_exp"),
+    ):
+        model(x)
     with pytest.raises(
         RuntimeError, match="prepacked in float32 since prepack_experts.*bfloat16 before that"
     ):
@@ -132,7 +137,7 @@ def test_prepacked_experts(stacked, tmp_path):
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_experts_that_cannot_be_prepacked_are_left_alone(stacked):
-    """9 columns of the shared expert are odd, and so are those of a rank of three that share 10."""
+    """The 9 columns of the shared expert are odd."""
     model = paddle.nn.Sequential(Block(2, 4), Block(5, 12, shared=9, stacked=stacked))
     accelerate(model)
     model.to(dtype="bfloat16")

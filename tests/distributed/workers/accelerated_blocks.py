@@ -317,6 +317,21 @@ def prepacked():
         assert relative_l2(gradient, expected_gradient) < 1e-6
         flags = [buffer.no_sync for name, buffer in model.named_buffers() if "proj" in name]
         assert flags and all(flags)
+    # All ranks refuse what one of them has: 10 columns over two of a TP group, 12 over the four of the grid.
+    for sizes, what in (
+        (dict(intermediate=10), "down_weight"),
+        (dict(intermediate=12, shared=12), "shared_down"),
+    ):
+        model = Block(5, sizes["intermediate"], shared=sizes.get("shared", 0))
+        accelerate(model, parallel=parallel)
+        model.to(dtype="bfloat16")
+        try:
+            integration.prepack_experts(model)
+        except ValueError as error:
+            assert str(error).startswith(what), error
+        else:
+            raise AssertionError(f"an odd number of columns of {what} was not refused")
+        assert model.frozen is None
 
 
 @check
