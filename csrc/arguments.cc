@@ -136,8 +136,7 @@ int64_t inputs_of_row(const Tensor& prepacked) { return prepacked.shape[3] == 2 
 // The last dimensions of a weight as [in, out], whichever way it is stored.
 Matrix as_matrix(const Tensor& weight, bool permuted, DType dtype = DType::kUnknown) {
   const size_t rank = weight.shape.size();
-  if (rank == kPrepackedRank)
-    return {weight.data, kPanelColumns, weight.shape[2] * inputs_of_row(weight), true};
+  if (rank == kPrepackedRank) return {weight.data, kPanelColumns, weight.shape[2] * inputs_of_row(weight)};
   const int64_t first = stride(weight, rank - 2, dtype);
   const int64_t second = dtype == DType::kInt4 ? 1 : stride(weight, rank - 1);
   return {weight.data, permuted ? second : first, permuted ? first : second};
@@ -550,6 +549,7 @@ Problem resolve(const Arguments& a) {
   const Layout layout = find_layout(a);
   const int64_t num_experts = layout.num_experts;
   const bool t = a.permuted_weights;
+  p.prepacked = layout.prepacked;
 
   // H and I come from the first weight of each kind, hidden_states completes H.
   const Tensor& first_down = a.down_weights[0];
@@ -684,9 +684,9 @@ BackwardProblem resolve_backward(const Arguments& arguments, const Tensor& grad_
   BackwardProblem b;
   b.forward = resolve(arguments);
   const Problem& p = b.forward;
-  if (is_quantised(p.weight_dtype) || is_prepacked(p)) {
+  if (is_quantised(p.weight_dtype) || p.prepacked) {
     const std::string what =
-        is_prepacked(p) ? "prepacked" : std::string("quantised, got the dtype ") + dtype_name(p.weight_dtype);
+        p.prepacked ? "prepacked" : std::string("quantised, got the dtype ") + dtype_name(p.weight_dtype);
     expect_no_gradients("gate_up_weights", gradients.gate_up_weights, what);
     expect_no_gradients("down_weights", gradients.down_weights, what);
     expect_no_gradients("gate_up_scale", gradients.gate_up_scale, what);

@@ -100,7 +100,7 @@ namespace {
 
 void expect_supported(const Device& device, const Problem& problem) {
   if (!is_gpu(device)) return;
-  if (is_prepacked(problem)) {
+  if (problem.prepacked) {
     throw std::invalid_argument(
         "gate_up_weights and down_weights must not be prepacked on a GPU, whose kernels read them in another "
         "order; pass [E_l, H, 2I] and [E_l, I, H]");

@@ -93,13 +93,13 @@ ActivationSpec parse_activation(const std::string& text);
 
 // Element (i, o) of a weight that maps `in` features to `out` features lies at data[i * in_stride + o *
 // out_stride]. Every layout the operator accepts is a pair of strides, so no back end needs to know which one
-// it was; but for prepacked weights, whose `panels` is set: there that is the place only for o a multiple of
-// kPanelColumns and i of the inputs that a row of a panel holds.
+// it was; but for prepacked weights, where that is the place only for o a multiple of kPanelColumns and i of
+// the inputs that a row of a panel holds. (CUDA passes many of these as parameters of a kernel, which have a
+// limit.)
 struct Matrix {
   const void* data = nullptr;
   int64_t in_stride = 0;
   int64_t out_stride = 0;
-  bool panels = false;
 };
 
 // Prepacked weights: the columns of a matrix in panels of kPanelColumns, one after the other, the last
@@ -147,6 +147,7 @@ struct Problem {
   int64_t first_expert = 0;              // experts[i] has the global id first_expert + i
   DType dtype = DType::kUnknown;         // of hidden_states and the output
   DType weight_dtype = DType::kUnknown;  // the same, or a quantised one
+  bool prepacked = false;                // the weights
 
   const void* hidden_states = nullptr;
   int64_t hidden_states_stride = 0;     // elements from one token to the next
@@ -163,8 +164,6 @@ struct Problem {
 
   int64_t num_experts() const { return static_cast<int64_t>(experts.size()); }
 };
-
-inline bool is_prepacked(const Problem& p) { return !p.experts.empty() && p.experts[0].down.panels; }
 
 // Throws std::invalid_argument whose text names the argument, what was expected and what came.
 Problem resolve(const Arguments& arguments);

@@ -23,6 +23,7 @@ from paddle_moe.quantization import (
     quantised_parts,
     quantize_stack,
 )
+from paddle_moe.sharded import raise_anywhere
 
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
@@ -239,7 +240,7 @@ class ShardedWeights(nn.Layer):
         back. The weights are frozen; gradients go through them to hidden_states, router, gates and biases.
         With TP, scales belong to a rank's slice. To load what was saved of it, a state_dict() or a checkpoint
         (on any grid with the same tp_size and, where there is a shared expert, the same ranks), make a layer,
-        quantise it with the same arguments, and load.
+        quantise it with the same arguments, and load. All ranks call it together.
 
         Args:
             dtype, granularity: see paddle_moe.quantize.
@@ -248,7 +249,8 @@ class ShardedWeights(nn.Layer):
             The layer.
 
         Raises:
-            ValueError: see paddle_moe.quantize; the layer is left as it was.
+            ValueError: see paddle_moe.quantize; the layer is left as it was, and on other ranks too, where
+                it is a RuntimeError that names this one.
             RuntimeError: the weights are quantised or prepacked already, not initialised, or on a GPU; Paddle
                 is 2.6 and the layer is one of several shards.
         """
@@ -259,12 +261,18 @@ class ShardedWeights(nn.Layer):
         check_shards("quantize_", self.ep_size * self.tp_size)
         if self.prepacked:
             raise RuntimeError("the expert weights of this layer are prepacked; call unpack_() first")
-        quantised = {}
-        for name, weight in self._own_expert_weights():
-            check_weight(f"{name}_weight", weight)
-            quantised[name] = quantize_stack(
-                weight, dtype, granularity, PARTS[name], permuted=self.permuted_weights
-            )
+        failure = None
+        try:
+            weights = self._own_expert_weights()
+            for name, weight in weights:
+                check_weight(f"{name}_weight", weight)
+        except (ValueError, RuntimeError) as error:
+            failure = error
+        raise_anywhere(self.parallel, failure, "quantize_()")
+        quantised = {
+            name: quantize_stack(weight, dtype, granularity, PARTS[name], permuted=self.permuted_weights)
+            for name, weight in weights
+        }
         for name, tensors in quantised.items():
             delattr(self, f"{name}_weight")
             for what, tensor in zip(("weight", "scale"), tensors):

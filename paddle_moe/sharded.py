@@ -57,3 +57,17 @@ def partial_sum(
     else:
         output, addend = exchange(tokens, routing_table, router_weights, routed, meanwhile=of_shared)
     return output if addend is None else output.astype("float32") + addend.astype("float32")
+
+
+def raise_anywhere(parallel: ParallelContext | None, failure: Exception | None, what: str) -> None:
+    """Raises `failure`; on a rank that has none, a RuntimeError with that of another.
+
+    All ranks call it together, where data of one of them may be refused.
+    """
+    if parallel is not None:
+        text = None if failure is None else f"{type(failure).__name__}: {failure}"
+        for rank, other in enumerate(parallel.exchange(text, what)):
+            if failure is None and other is not None:
+                raise RuntimeError(f"rank {rank} refuses {what}: {other}")
+    if failure is not None:
+        raise failure

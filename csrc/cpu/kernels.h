@@ -113,6 +113,7 @@ struct GemmTask {
   const GemmTask* next = nullptr;
   PackedAhead* packed_ahead = nullptr;
   Scale scale[2] = {};  // of quantised weights, at their first column
+  bool panels = false;  // the weights are prepacked
 };
 
 // out[r, c] = activation(gate) * up, rounded to dtype and stored as an operand of the second GEMM.
@@ -147,6 +148,7 @@ struct DecodeTask {
   int64_t num_in, num_out;
   float* block;  // of each row whole runs of kDecodedRun may be written
   int64_t block_stride;
+  bool panels;  // the weight is prepacked
 };
 constexpr int64_t kDecodedRun = 64;
 
@@ -243,7 +245,7 @@ struct Kernels {
 // The best that this processor runs, or the one that PADDLE_MOE_ISA names.
 const Kernels& kernels();
 
-inline Matrix transposed(const Matrix& m) { return {m.data, m.out_stride, m.in_stride, m.panels}; }
+inline Matrix transposed(const Matrix& m) { return {m.data, m.out_stride, m.in_stride}; }
 
 // first_out must begin a group.
 inline Scale transposed(const Scale& s) {
@@ -256,14 +258,17 @@ inline Scale transposed(const Scale& s) {
 enum class Storage { kRows, kColumns, kPanels, kStrided };
 
 inline Storage storage_of(const Matrix& weight) {
-  return weight.panels            ? Storage::kPanels
-         : weight.out_stride == 1 ? Storage::kRows
-         : weight.in_stride == 1  ? Storage::kColumns
-                                  : Storage::kStrided;
+  return weight.out_stride == 1  ? Storage::kRows
+         : weight.in_stride == 1 ? Storage::kColumns
+                                 : Storage::kStrided;
 }
 
 inline Storage storage_of(const Matrix& first, const Matrix& second) {
   return storage_of(first) == storage_of(second) ? storage_of(first) : Storage::kStrided;
+}
+
+inline Storage storage_of(const Problem& problem, const Matrix& first, const Matrix& second) {
+  return problem.prepacked ? Storage::kPanels : storage_of(first, second);
 }
 
 inline bool is_packed(Storage storage, int64_t rows, int64_t streamed_rows = kernels().streamed_rows) {

@@ -92,9 +92,10 @@ class Chunk {
         // The first GEMM computes the same columns of gate and up together, the second GEMM two neighbouring
         // blocks of columns.
         cut_into_blocks(e, begin_[e], begin_[e + 1], p_.intermediate_size, 1,
-                        storage_of(expert.gate, expert.up), wanted,
+                        storage_of(p_, expert.gate, expert.up), wanted,
                         [this](const GemmBlock& block) { first_.push_back(block); });
-        cut_into_blocks(e, begin_[e], begin_[e + 1], p_.hidden_size, 2, storage_of(expert.down), wanted,
+        cut_into_blocks(e, begin_[e], begin_[e + 1], p_.hidden_size, 2,
+                        storage_of(p_, expert.down, expert.down), wanted,
                         [this](const GemmBlock& block) { second_.push_back(block); });
       }
       first_left_[e].store(static_cast<int32_t>(first_.size() - before), std::memory_order_relaxed);
@@ -134,7 +135,7 @@ class Chunk {
   }
 
   static bool is_packed(const GemmTask& gemm) {
-    return cpu::is_packed(storage_of(gemm.weight[0], gemm.weight[1]), gemm.num_rows);
+    return !gemm.panels && cpu::is_packed(storage_of(gemm.weight[0], gemm.weight[1]), gemm.num_rows);
   }
 
   int64_t take() { return next_task_.fetch_add(1, std::memory_order_relaxed); }
@@ -154,6 +155,7 @@ class Chunk {
                                 p_.experts[block.expert].down, p_.weight_dtype, block,
                                 w_.down_rows + block.first_row * w_.down_stride + block.first_column,
                                 w_.down_stride, scratch);
+    task.panels = p_.prepacked;
     if (!first && !p_.scales.empty()) {
       task.scale[0] = from_column(p_.scales[block.expert].down, block.first_column);
       task.scale[1] = from_column(task.scale[0], task.columns[0]);

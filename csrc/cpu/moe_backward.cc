@@ -66,7 +66,7 @@ struct Wanted {
 struct Layout {
   Layout(const BackwardProblem& b, void* workspace, int threads)
       : wanted(b),
-        decoded(is_quantised(b.forward.weight_dtype) || is_prepacked(b.forward)),
+        decoded(is_quantised(b.forward.weight_dtype) || b.forward.prepacked),
         operand(decoded ? Operand::kFloat32 : operand_of(b.forward.dtype)),
         hidden_operand(operand_of(b.forward)),
         row_dtype(operand == Operand::kBf16Pairs ? DType::kBFloat16 : DType::kFloat32),
@@ -211,7 +211,7 @@ class Chunk {
     }
     for (int64_t e = 0; w_.recompute && e < num_experts; ++e) {
       recompute_left_[e] = cut(Stage::kRecompute, e, p_.intermediate_size, 1,
-                               storage_of(p_.experts[e].gate, p_.experts[e].up));
+                               storage_of(p_, p_.experts[e].gate, p_.experts[e].up));
     }
     int64_t previous = -1;
     for (int64_t e = 0; e < num_experts; ++e) {
@@ -400,7 +400,8 @@ class Chunk {
                       0,
                       block.num_columns,
                       scratch.decoded,
-                      kDecodedColumns};
+                      kDecodedColumns,
+                      p_.prepacked};
     task.weight_dtype = DType::kFloat32;
     for (int i = 0; i < 2; ++i) task.weight[i] = {scratch.decoded + i * block.width, kDecodedColumns, 1};
     for (int64_t first = 0; first < depth; first += kBlockUnits) {

@@ -164,6 +164,7 @@ inline GemmTask gate_up_gemm(const void* rows, int64_t row_stride, const Problem
                 scratch.result,
                 sums_stride(block.width),
                 scratch.gemm};
+  task.panels = p.prepacked;
   if (!p.scales.empty()) {
     const ExpertScales& scales = p.scales[block.expert];
     task.scale[0] = from_column(scales.gate, block.first_column);

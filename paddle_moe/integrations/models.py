@@ -24,6 +24,7 @@ from paddle_moe.params import Part, shard_range
 from paddle_moe.prepacking import expect_cpu
 from paddle_moe.pretrained import LAYOUTS, stored_tensors, write_stored
 from paddle_moe.quantization import check_options, check_shards, check_weight
+from paddle_moe.sharded import raise_anywhere
 from paddle_moe.tensor_files import LoadReport, Plan, Source, Target, TensorFiles, execute
 
 Tensor = paddle.Tensor
@@ -144,7 +145,8 @@ class Integration:
         Once it is loaded: there is no way back, and no file of the package holds such weights. They are
         frozen, but gradients go through them, to adapters of the attention for example. Each weight of an
         expert, of the shared one too, then is a buffer ``...weight``, stored [out, in], beside ``...scale``.
-        Over several ranks scales belong to a rank's part. Attention, router, head and norms stay as they are.
+        Over several ranks scales belong to a rank's part, and all of them call it together. Attention,
+        router, head and norms stay as they are.
 
         Args:
             model: what :meth:`accelerate` returned.
@@ -155,14 +157,19 @@ class Integration:
 
         Raises:
             ValueError: the model is not accelerated, a weight is not finite, an unknown option; nothing has
-                been changed then.
+                been changed then, on other ranks neither, where it is a RuntimeError that names this one.
             RuntimeError: the experts are quantised already, or on a GPU; a Paddle 2.6 over several ranks.
         """
         dtype, granularity = check_options(dtype, granularity)
         blocks = _blocks_to_freeze(model, "quantize_experts")
-        for prefix, block in blocks.items():
-            for name, weight in block.weights_to_freeze().items():
-                check_weight(_joined(prefix, name), weight)
+        failure = None
+        try:
+            for prefix, block in blocks.items():
+                for name, weight in block.weights_to_freeze().items():
+                    check_weight(_joined(prefix, name), weight)
+        except (ValueError, RuntimeError) as error:
+            failure = error
+        raise_anywhere(_parallel_of(model, None), failure, "quantize_experts()")
         for block in blocks.values():
             block.quantize(dtype, granularity)
         return model

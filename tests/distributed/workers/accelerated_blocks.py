@@ -295,6 +295,21 @@ def quantized():
         assert before() is None, "the weights are still in memory"
         flags = [buffer.no_sync for name, buffer in model.named_buffers() if "proj" in name]
         assert flags and all(flags)
+    # All ranks refuse what one of them holds.
+    model = Block(5, 12)
+    accelerate(model, parallel=parallel)
+    owner = [number for number, _ in model.held()][:1] == [0]
+    if owner:
+        with paddle.no_grad():
+            model.held()[0][1].down_proj.weight[0, 0] = float("nan")
+    try:
+        integration.quantize_experts(model)
+    except ValueError if owner else RuntimeError as error:
+        named = "" if owner else "rank 0 refuses quantize_experts(): ValueError: "
+        assert str(error).startswith(f"{named}experts.0.down_proj.weight must be finite"), error
+    else:
+        raise AssertionError("a weight that is not finite was not refused")
+    assert model.frozen is None
 
 
 @check
