@@ -6,6 +6,7 @@ memory, row after row. A row is one input, in bfloat16 two, which stand side by 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import paddle
@@ -38,6 +39,17 @@ def check_inputs(name: str, dtype: paddle.dtype, inputs: int) -> None:
             f"{name} must have an even number of inputs in bfloat16, where a row of a panel holds two, got "
             f"{inputs}"
         )
+
+
+def _exactly(function: Callable[..., paddle.Tensor]) -> Callable[..., paddle.Tensor]:
+    """Without a graph, and without auto_cast, within which Paddle's assignments return float32."""
+
+    @functools.wraps(function)
+    def run(*arguments, **options):
+        with paddle.no_grad(), paddle.amp.auto_cast(enable=False):
+            return function(*arguments, **options)
+
+    return run
 
 
 def expect_cpu(name: str, weight: paddle.Tensor) -> None:
@@ -84,7 +96,7 @@ def expect_dtype_of_prepacked(dtype: paddle.dtype, wanted: paddle.dtype, since: 
         )
 
 
-@paddle.no_grad()
+@_exactly
 def prepack_stack(
     weight: paddle.Tensor,
     parts: int,
@@ -124,7 +136,7 @@ def _panels(weight: paddle.Tensor, parts: int) -> paddle.Tensor:
     return weight.reshape([-1, PANEL, inputs // of_row, of_row]).transpose([0, 2, 1, 3])
 
 
-@paddle.no_grad()
+@_exactly
 def unpack_weights(
     weight: paddle.Tensor, outputs: int, *, parts: int, permuted: bool = False
 ) -> paddle.Tensor:

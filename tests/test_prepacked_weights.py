@@ -353,6 +353,11 @@ def test_there_and_back(dtype, permuted, parts, outputs):
     assert_same_bits(bits(one), bits(packed[1:2]))
     back = paddle_moe.unpack_weights(packed, outputs, parts=parts, permuted=permuted)
     assert_same_bits(bits(back), bits(stored))
+    with autocast("O1", "bfloat16"):
+        again = paddle_moe.prepack_weights(stored, parts=parts, permuted=permuted)
+        back = paddle_moe.unpack_weights(again, outputs, parts=parts, permuted=permuted)
+    assert_same_bits(bits(again), bits(packed))
+    assert_same_bits(bits(back), bits(stored))
 
 
 @pytest.mark.parametrize(("dtype", "inputs"), [(np.float32, 1), (np.uint16, 2)])
