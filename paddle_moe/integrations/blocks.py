@@ -14,10 +14,9 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Callable, Optional
 
 import paddle
 from paddle import nn
@@ -326,7 +325,7 @@ def _linears(expert: nn.Layer) -> list[nn.Layer]:
 
 Order = Callable[[Tensor], Tensor]  # puts the columns of weights in the operator's order
 # What FrozenWeight holds of weights [in, out] or [E, in, out], so many of which stand side by side.
-Freeze = Callable[[Tensor, int, "Order | None"], "tuple[Tensor, Tensor | None]"]
+Freeze = Callable[[Tensor, int, Optional[Order]], "tuple[Tensor, Tensor | None]"]
 
 
 def _freeze_expert(expert: nn.Layer, freeze: Freeze) -> None:
