@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import checks
 import numpy as np
@@ -30,7 +27,7 @@ from gradient_cases import (
     poisoned,
 )
 from layer_cases import EVERYTHING, HIDDEN, TOP_K, Shard, dense_weights, tokens
-from training_cases import autocast
+from training_cases import autocast, gradients_of_layer
 
 import paddle_moe
 from paddle_moe import FusedMoE, core, reference
@@ -249,11 +246,8 @@ def test_static_programs(pir, dtype, tmp_path):
     case = prepacked(case)
     del case["permuted_weights"]
     np.savez(tmp_path / "case.npz", **case)
-    command = [sys.executable, "-c", STATIC_PROGRAM, str(tmp_path / "case.npz"), str(tmp_path / "out.npy")]
-    done = subprocess.run(
-        command, env={**os.environ, "FLAGS_enable_pir_api": pir}, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    files = str(tmp_path / "case.npz"), str(tmp_path / "out.npy")
+    run_python("-c", STATIC_PROGRAM, *files, timeout=120, FLAGS_enable_pir_api=pir)
     assert_same_bits(np.load(tmp_path / "out.npy"), expected)
 
 
@@ -430,14 +424,6 @@ def test_layer(permuted):
     for name, value in before.items():
         assert_same_bits(after[name].numpy(), value)
     assert frozen < {name for name, _ in layer.named_parameters()} and "prepacked" not in repr(layer)
-
-
-def gradients_of_layer(layer: FusedMoE) -> dict[str, np.ndarray]:
-    x = paddle.to_tensor(tokens())
-    x.stop_gradient = False
-    (layer(x) * paddle.to_tensor(tokens(seed=5))).sum().backward()
-    trained = {name: value for name, value in layer.named_parameters() if value.grad is not None}
-    return {name: value.grad.numpy() for name, value in {"x": x, **trained}.items()}
 
 
 def test_router_gates_and_biases_of_a_layer_train():

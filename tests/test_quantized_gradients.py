@@ -14,8 +14,9 @@ from gradient_cases import (
     grad_out_of,
     poisoned,
 )
-from layer_cases import EVERYTHING, TOP_K, dense_weights, tokens
+from layer_cases import EVERYTHING, TOP_K, dense_weights
 from quantized_cases import KINDS, dequantised, per_granularity, per_kind, per_storage, quantized_case
+from training_cases import gradients_of_layer
 
 import paddle_moe
 from paddle_moe import FusedMoE, core
@@ -242,15 +243,6 @@ def dequantised_weights(layer: FusedMoE, prefix: str = "") -> dict[str, np.ndarr
     )
     names = {"gate_up": "gate_up_weights", "down": "down_weights"}
     return {prefix + name: np.stack([one.T for one in case[key]]) for name, key in names.items()}
-
-
-def gradients_of_layer(layer: FusedMoE) -> dict[str, np.ndarray]:
-    """Of the tokens and of every parameter that has one."""
-    x = paddle.to_tensor(tokens())
-    x.stop_gradient = False
-    (layer(x) * paddle.to_tensor(tokens(seed=5))).sum().backward()
-    trained = {name: value for name, value in layer.named_parameters() if value.grad is not None}
-    return {name: value.grad.numpy() for name, value in {"x": x, **trained}.items()}
 
 
 @per_kind

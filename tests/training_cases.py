@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import paddle
 from checks import relative_l2
-from layer_cases import EVERYTHING, EXPERTS, HIDDEN, TOP_K, dense_weights
+from layer_cases import EVERYTHING, EXPERTS, HIDDEN, TOP_K, dense_weights, tokens
 from paddle.base import core
 from paddle.base.framework import _dygraph_tracer
 
@@ -250,3 +250,12 @@ def assert_same_model(model, dense, tolerance=1e-5):
         assert set(own) == set(part)
         for name, value in part.items():
             assert_close(own[name], value, tolerance, f"experts.{index}.{name}")
+
+
+def gradients_of_layer(layer: FusedMoE) -> dict[str, np.ndarray]:
+    """Of the tokens and of every parameter that has one."""
+    x = paddle.to_tensor(tokens())
+    x.stop_gradient = False
+    (layer(x) * paddle.to_tensor(tokens(seed=5))).sum().backward()
+    trained = {name: value for name, value in layer.named_parameters() if value.grad is not None}
+    return {name: value.grad.numpy() for name, value in {"x": x, **trained}.items()}
