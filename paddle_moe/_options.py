@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,18 @@ def flag(name: str, value: Any) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def switch(variable: str) -> bool:
+    """Whether the environment variable is "1"; not set, empty and "0" mean no.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{variable} must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 def integer(name: str, value: Any) -> int:

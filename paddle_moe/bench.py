@@ -25,11 +25,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.util
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -171,6 +173,8 @@ def _run_case(case: Case, weights: Weights, names: list[str], rounds: int, limit
     return {
         **case.__dict__,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "rounds": rounds,
         "active_experts": inputs.active,
         "limits": limits_of(machine),
         **({"limits_of_one_thread": limits_of(one_thread)} if one_thread else {}),
@@ -240,6 +244,21 @@ def _processor() -> str:
     except OSError:
         pass  # not Linux
     return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _commit() -> str | None:
+    """What `git describe` says of the clone that this file is in; None where it is in none."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    directory = Path(__file__).parent
+    if not (directory.parent / ".git").exists():
+        return None
+    try:
+        return subprocess.run(
+            command, cwd=directory, capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _save_picture(results: list[dict], path: Path) -> None:

@@ -147,9 +147,12 @@ def _check_wanted(wanted: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _backward(
-    grad_out, *args, pre_activations=None, wanted=None, out=None, **kwargs
+    grad_out, *args, pre_activations=None, wanted=None, out=None, new=None, **kwargs
 ) -> tuple[_core.ExpertsBackward, Callable[[list], Gradients]]:
-    """The checked call, and what turns its list of arrays into Gradients."""
+    """The checked call, and what turns its list of arrays into Gradients.
+
+    new: what stands for an array that the call has to make; True: it is not run.
+    """
     passed = inspect.signature(_experts).bind(*args, **kwargs).arguments
     if wanted is None:
         frozen = passed.get("gate_up_scale") is not None or _are_prepacked(passed["down_weights"])
@@ -162,7 +165,7 @@ def _backward(
     outs, places = [], {}
     for name, value in passed.items():
         listed = isinstance(value, (list, tuple))
-        given = getattr(out, name, None) if name in wanted else False
+        given = getattr(out, name, new) if name in wanted else False
         begin = len(outs)
         outs += list(given) if isinstance(given, (list, tuple)) else [given] * (len(value) if listed else 1)
         count, expected = len(outs) - begin, len(value) if listed else 1
@@ -226,7 +229,7 @@ def mixture_of_experts_backward(
 def backward_workspace_size(*args, **kwargs) -> int:
     """Bytes of ``workspace`` that :func:`mixture_of_experts_backward` needs for these arguments (all but
     ``out`` and ``workspace``)."""
-    return _backward(*args, **kwargs)[0].workspace_size()
+    return _backward(*args, **kwargs, new=True)[0].workspace_size()
 
 
 def gate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ import paddle
 from paddle import nn
 
 from paddle_moe import _core, core, functional
-from paddle_moe._options import ROUTE_OPTIONS, at_least, checked, dtype_name, flag, one_of, type_name
+from paddle_moe._options import ROUTE_OPTIONS, at_least, checked, dtype_name, flag, one_of, switch, type_name
 from paddle_moe.all_to_all import all_to_all_experts
 from paddle_moe.collectives import leave_shards, no_contribution
 from paddle_moe.layer_weights import DTYPES, ShardedWeights, as_tensor
@@ -599,7 +598,7 @@ class FusedMoE(ShardedWeights):
             if self.training and self.expert_counts is not None and paddle.is_grad_enabled():
                 self.router.add_counts(self.expert_counts, routing_table)
             routing_table, router_weights = self.router.drop(routing_table, router_weights, self.training)
-        checked = self.dispatch == "replicated" and os.environ.get("PADDLE_MOE_CHECK") == "1"
+        checked = self.dispatch == "replicated" and switch("PADDLE_MOE_CHECK")
         if self.parallel is not None and checked:
             self.parallel.check_same_routing(routing_table, router_weights)
 

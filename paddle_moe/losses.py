@@ -54,7 +54,7 @@ def load_balancing_loss(
 
     Args:
         logits: [T, E] float32, of the router.
-        routing_table: [T, K], int32 or int64, before any drop; ids of -1 count for no expert.
+        routing_table: [T, K], int32 or int64, before any drop; ids outside 0 .. E - 1 count for no expert.
         scoring: that of the router: "softmax", "sigmoid" or "softmax_topk" (as "softmax" here).
         sequence_length: tokens per sequence, consecutive rows of ``logits``, in a graph also an integer
             tensor; None: one balance for all.

@@ -386,7 +386,11 @@ class TensorFiles:
         self._tensors: dict[str, FileTensor] = {}
         if path.is_dir() and (path / INDEX_NAME).exists():
             path = path / INDEX_NAME
-        if path.suffix == ".json":
+        if not path.exists():
+            self.problems.append(
+                Problem(str(path), "*", "a directory, an index or a safetensors file", "nothing")
+            )
+        elif path.suffix == ".json":
             self._read_index(path, map_name)
         elif path.is_dir():
             files = sorted(path.glob("*.safetensors"))

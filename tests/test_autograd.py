@@ -466,3 +466,5 @@ def test_scratch_memory_is_kept_unless_told_otherwise():
     faults, released = map(float, run().split()[-2:])
     assert faults < 0.2 and 0.9 < released < 1.1
     assert float(run(PADDLE_MOE_KEEP_MEMORY="0").split()[-1]) == 0
+    with pytest.raises(AssertionError, match="PADDLE_MOE_KEEP_MEMORY must be 0 or 1, got 'no'"):
+        run(PADDLE_MOE_KEEP_MEMORY="no")

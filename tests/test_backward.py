@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import tracemalloc
 
 import hypothesis
 import numpy as np
@@ -494,6 +495,25 @@ def test_misuse_is_named():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(message)):
             call(**bad)
+
+
+def test_the_size_of_the_workspace_is_found_without_making_gradients():
+    case = random_case(6, 8, 64, 1024, 2)
+    grad_out = grad_out_of(case)
+    tracemalloc.start()
+    try:
+        sizes = [
+            core.backward_workspace_size(grad_out, **case, wanted=wanted)
+            for wanted in (None, ["hidden_states"], ["router_weights"], [])
+        ]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**16, "NumPy tells tracemalloc of its arrays; the weights have 6 MiB"
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    workspace = np.empty(sizes[0] - 1, np.uint8)
+    with pytest.raises(ValueError, match=f"with at least {sizes[0]} bytes"):
+        core.mixture_of_experts_backward(grad_out, **case, workspace=workspace)
 
 
 PEAK_MEMORY = """

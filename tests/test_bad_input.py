@@ -10,6 +10,7 @@ import pytest
 
 import paddle_moe
 from paddle_moe import core
+from paddle_moe._options import switch
 
 T, H, I, K, E = 3, 8, 6, 2, 4
 
@@ -28,6 +29,40 @@ def experts_arguments():
         "gate_up_bias": zeros(E, 2 * I),
         "down_bias": zeros(E, H),
     }
+
+
+def test_switches_are_0_or_1(monkeypatch):
+    for value, expected in (("", False), ("0", False), ("1", True)):
+        monkeypatch.setenv("PADDLE_MOE_CHECK", value)
+        assert switch("PADDLE_MOE_CHECK") == expected
+    monkeypatch.setenv("PADDLE_MOE_CHECK", "yes")
+    with pytest.raises(ValueError, match="PADDLE_MOE_CHECK must be 0 or 1, got 'yes'"):
+        switch("PADDLE_MOE_CHECK")
+
+
+def test_what_has_no_elements_is_checked_only():
+    spec = core._core.Spec
+    text = "cannot be computed from a Spec, which has no elements"
+    gate = core._core.Gate(spec("float32", [T, H]), spec("float32", [H, E]))
+    route = core._core.Route(spec("float32", [T, E]), None, K, "softmax", 1, 1, "max", 0.0, True, 1e-20, 1.0)
+    for run in (gate.run, route.run):
+        with pytest.raises(ValueError, match=text):
+            run(None, None)
+    arguments = {name: spec(str(array.dtype), array.shape) for name, array in experts_arguments().items()}
+    with pytest.raises(ValueError, match=text):
+        core.mixture_of_experts(**arguments)
+    with pytest.raises(ValueError, match=text):
+        core.mixture_of_experts_backward(zeros(T, H), **arguments)
+
+
+@pytest.mark.parametrize("arguments", [(0, 1), (-1, 1), (1, 0)])
+def test_limits_need_threads(arguments):
+    streams, threads = arguments
+    with pytest.raises(ValueError, match="must be at least 1, got"):
+        core._core.measure_read(zeros(64), streams, threads)
+    if threads < 1:
+        with pytest.raises(ValueError, match="num_threads must be at least 1, got 0"):
+            core._core.measure_flops(False, threads)
 
 
 def gate_arguments():

@@ -54,9 +54,24 @@ def test_merge_keeps_other_cases_and_replaces_the_same(tmp_path):
         assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())["results"]
     assert ["limits_of_one_thread" in r for r in results] == [False, True, True]
+    assert [(r["rounds"], r["commit"]) for r in results] == 3 * [(1, bench._commit())]
     assert done.stdout.count("; of one thread") == 2
     measured = [(r["num_tokens"], *r["variants"]) for r in results]
     assert measured == [(1, "numpy loop"), (2, "paddle_moe.core 1 thread"), (5, "paddle_moe.core 1 thread")]
+
+
+def test_a_result_names_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "package" / "bench.py"))
+    (tmp_path / "package").mkdir()
+    bench._commit.cache_clear()
+    assert bench._commit() is None  # installed
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path)]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    bench._commit.cache_clear()
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert head.startswith(bench._commit()) and len(bench._commit()) >= 7
+    bench._commit.cache_clear()
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README_cn.md"])

@@ -429,7 +429,7 @@ def test_another_optimizer(tmp_path):
 @pytest.mark.parametrize(
     "index, problem",
     [
-        (None, "nowhere: .*: expected a whole safetensors file"),
+        (None, "nowhere: .*: expected a directory, an index or a safetensors file, found nothing"),
         ("", "expected model.safetensors.index.json or .*, found neither"),
         ("{", "expected an index in JSON, found JSONDecodeError"),
         ("7", "expected an index in JSON, found AttributeError"),

@@ -174,7 +174,11 @@ struct Extent {
 class Reader {
  public:
   Array read(std::string name, const py::object& object) {
-    if (py::isinstance<Tensor>(object)) return {object.cast<Tensor>(), false, {}, object};
+    if (py::isinstance<Tensor>(object)) {
+      has_specs_ = true;
+      const auto view = object.cast<Tensor>();
+      return {view, false, view.dtype == DType::kOther ? py::dtype() : numpy_dtype(view.dtype), object};
+    }
     Array array = read_array(name, object);
     if (array.view.dtype != DType::kOther) extents_.emplace_back(std::move(name), array.view);
     return array;
@@ -209,6 +213,7 @@ class Reader {
   }
 
   const Device& device() const { return device_; }
+  bool has_specs() const { return has_specs_; }
 
  private:
   Array read_array(const std::string& name, const py::object& object) {
@@ -319,6 +324,7 @@ class Reader {
   py::object first_;
   std::string first_name_;
   std::vector<Extent> extents_;  // in the order in which they were read
+  bool has_specs_ = false;       // not all of them have elements
 };
 
 // An array that a kernel writes: the caller's `given`, checked, or a new one.
@@ -327,6 +333,7 @@ class Output {
   Output(const std::string& name, const py::object& given, const py::dtype& dtype,
          const std::vector<int64_t>& shape, Reader* reader, bool any_strides = false)
       : result_(given.is_none() ? reader->empty(dtype, shape) : given), array_(reader->read(name, result_)) {
+    if (reader->has_specs()) fail(name + " cannot be computed from a Spec, which has no elements");
     const Tensor& view = array_.view;
     const DType expected = dtype_of(dtype);
     if (view.dtype != expected) {
@@ -598,7 +605,8 @@ class Experts {
 };
 
 // The gradients of an Experts call, one for each of its arrays but the routing table, in that order. `outs`
-// holds for each of them the array to write, None for a new one, or False where it is not wanted.
+// holds for each of them the array to write, None for a new one, or False where it is not wanted; True only
+// asks for the workspace that it takes.
 class ExpertsBackward {
  public:
   ExpertsBackward(Experts& forward, const py::object& grad_out, const py::object& pre_activations,
@@ -615,8 +623,13 @@ class ExpertsBackward {
     auto output = [&](const std::string& name, Tensor* tensor) {
       const py::object out = outs[next++];
       const py::dtype& dtype = forward.dtype_at(index++);
+      const Tensor argument = *tensor;
       tensor->data = nullptr;
-      if (py::isinstance<py::bool_>(out)) return;
+      if (py::isinstance<py::bool_>(out)) {
+        if (out.cast<bool>()) *tensor = argument;  // any memory: none is written
+        runs_ = runs_ && !out.cast<bool>();
+        return;
+      }
       const bool weight = name.find("_weights") != std::string::npos && name != "router_weights";
       outputs_.push_back(
           std::make_unique<Output>("gradient of " + name, out, dtype, tensor->shape, reader_, weight));
@@ -645,6 +658,7 @@ class ExpertsBackward {
   size_t workspace_size() const { return dispatch::backward_workspace_size(device_, problem_) + kAlignment; }
 
   py::list run(const py::object& workspace) const {
+    if (!runs_) fail("outs must hold arrays, None or False, got True");
     const Workspace scratch(workspace, dispatch::backward_workspace_size(device_, problem_), reader_);
     {
       py::gil_scoped_release release;
@@ -659,6 +673,7 @@ class ExpertsBackward {
   Array grad_out_, pre_activations_;
   std::vector<std::unique_ptr<Output>> outputs_;
   py::list results_;
+  bool runs_ = true;  // not made for the size of its workspace alone
   BackwardProblem problem_;
 };
 
@@ -706,11 +721,17 @@ PYBIND11_MODULE(_core, module) {
   module.def("has_cuda", &dispatch::has_cuda);
   module.def("set_num_threads", &cpu::set_num_threads);
   module.def("num_threads", &cpu::num_threads);
-  module.def("measure_flops", [](bool bf16, int num_threads) {
+  const auto expect_positive = [](const char* name, int value) {
+    if (value < 1) fail(std::string(name) + " must be at least 1, got " + std::to_string(value));
+  };
+  module.def("measure_flops", [=](bool bf16, int num_threads) {
+    expect_positive("num_threads", num_threads);
     py::gil_scoped_release release;
     return cpu::measure_flops(bf16 ? DType::kBFloat16 : DType::kFloat32, num_threads);
   });
-  module.def("measure_read", [](const py::array& data, int streams, int num_threads) {
+  module.def("measure_read", [=](const py::array& data, int streams, int num_threads) {
+    expect_positive("streams", streams);
+    expect_positive("num_threads", num_threads);
     const void* bytes = data.data();
     const size_t size = static_cast<size_t>(data.nbytes());
     py::gil_scoped_release release;

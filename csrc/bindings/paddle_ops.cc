@@ -153,8 +153,13 @@ class KeptMemory {
   static constexpr size_t kSmallestGradient = size_t{32} << 20;  // the C library keeps smaller ones by itself
 
   static bool is_for(const paddle::Place& place, size_t bytes, size_t smallest) {
-    static const char* const text = std::getenv("PADDLE_MOE_KEEP_MEMORY");
-    static const bool is_wanted = text == nullptr || std::strcmp(text, "0") != 0;
+    static const bool is_wanted = [] {
+      const char* const text = std::getenv("PADDLE_MOE_KEEP_MEMORY");
+      const std::string value = text == nullptr || *text == '\0' ? "1" : text;
+      if (value != "0" && value != "1")
+        throw std::invalid_argument("PADDLE_MOE_KEEP_MEMORY must be 0 or 1, got '" + value + "'");
+      return value == "1";
+    }();
     return is_wanted && place.GetType() == phi::AllocationType::CPU && bytes >= smallest;
   }
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Callable, Optional
@@ -22,7 +21,7 @@ import paddle
 from paddle import nn
 
 from paddle_moe import functional
-from paddle_moe._options import dtype_name
+from paddle_moe._options import dtype_name, switch
 from paddle_moe.all_to_all import all_to_all_experts
 from paddle_moe.collectives import leave_shards, no_contribution
 from paddle_moe.distributed import ParallelContext
@@ -594,7 +593,7 @@ class MoEBlock:
     ) -> Tensor:
         parallel, groups = self.parallel, ["tp" if self.dispatch == "alltoall" else "grid"]
         tokens = self.tokens(hidden_states).astype(self._compute_dtype())
-        if parallel is not None and os.environ.get("PADDLE_MOE_CHECK") == "1" and groups == ["grid"]:
+        if parallel is not None and groups == ["grid"] and switch("PADDLE_MOE_CHECK"):
             parallel.check_same_routing(routing_table, router_weights)
         if self.shared_expert() is not None and shared_weights is None:
             shared_weights = paddle.ones_like(tokens[:, :1], dtype="float32")

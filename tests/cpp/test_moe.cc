@@ -1,6 +1,8 @@
 // Every small shape, dtype and weight layout against the naive loop, on every instruction set of this
 // processor.
+#include <cmath>
 #include <limits>
+#include <vector>
 
 #include "check.h"
 #include "cpu/kernels.h"
@@ -218,6 +220,33 @@ void results_stay_in_their_blocks() {
   }
 }
 
+// The loops that measure the limits of the machine do what they are counted for.
+void loops_of_the_limits() {
+  using paddle_moe::cpu::kernels;
+  constexpr int64_t kCount = 4096, kLine = 16;
+  std::vector<float> data(kCount, 1.0f);
+  // Of a sum per lane the loop returns that of the first.
+  const float all = kernels().read_loop(data.data(), kCount, 1);
+  CHECK(all == kCount / 4 || all == kCount / 8 || all == kCount / 16, "%g of 4096 ones", all);
+  for (const int64_t streams : {1, 2, 4}) {
+    for (int64_t i = 0; i < kCount; i += kLine) {
+      data[i] = 3.0f;
+      const float sum = kernels().read_loop(data.data(), kCount, streams);
+      CHECK(sum == all + 2.0f, "line %d is read %g times, %d streams", static_cast<int>(i / kLine),
+            (sum - all) / 2, static_cast<int>(streams));
+      data[i] = 1.0f;
+    }
+  }
+  // Chain i begins with i and goes to 1 by a factor of 0.999.
+  const int chains = kernels().multiply_add_flops / 2 / static_cast<int>(kCount / all);
+  for (const int iterations : {0, 1, 700}) {
+    double expected = 0;
+    for (int i = 0; i < chains; ++i) expected += 1 + (i - 1) * std::pow(0.999, iterations);
+    const float sum = kernels().multiply_add_loop(iterations);
+    CHECK(std::abs(sum - expected) < 1e-3 * expected, "%g instead of %g after %d", sum, expected, iterations);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -230,6 +259,7 @@ int main() {
     chunks();
     results_stay_in_their_blocks();
     blocks_fit_their_scratch();
+    loops_of_the_limits();
   });
   return finish();
 }
