@@ -112,7 +112,7 @@ MISUSES = [
     ("mixture_of_experts", {"router_weights": zeros(T, K, 1)},
      "router_weights must have 2 dimensions [T, K], got the shape [3, 2, 1]"),
     ("mixture_of_experts", {"down_weights": [zeros(1, I, H)] * E},
-     "down_weights[0] must have 2 dimensions [I, H], got the shape [1, 6, 8]"),
+     "down_weights[0] must have the shape [I, H] = [6, 8], got [1, 6, 8]"),
     ("mixture_of_experts", {"gate_up_weights": [zeros(1, H, 2 * I)] * E},
      "gate_up_weights[0] must have the shape [H, 2I] = [8, 12], got [1, 8, 12]"),
     ("gate", {"hidden_states": zeros(H)}, "hidden_states must have 2 dimensions [T, H], got the shape [8]"),
