@@ -80,7 +80,7 @@ DType find_dtype(const Arguments& a, DType dtype) {
   return found == DType::kUnknown || is_quantised(found) ? found : dtype;
 }
 
-Storage find_storage(const Arguments& a, bool prepacked, DType dtype) {
+WeightStorage find_storage(const Arguments& a, bool prepacked, DType dtype) {
   if (prepacked) {
     if (a.permuted_weights) {
       fail(
@@ -91,16 +91,16 @@ Storage find_storage(const Arguments& a, bool prepacked, DType dtype) {
       fail("down_weights must have the dtype float32, bfloat16 or float16 where they are prepacked (",
            kPrepackedRank, " dimensions), got ", dtype_text(a.down_weights[0]));
     }
-    return Storage::kPrepacked;
+    return WeightStorage::kPrepacked;
   }
   if (dtype == DType::kInt4) {
     if (!a.permuted_weights) {
       fail("permuted_weights must be True with int4 weights, whose words hold numbers along the inputs: ",
            "[2I, 8 * ceil(H / 64)] and [H, 8 * ceil(I / 64)]; got False");
     }
-    return Storage::kInt4;
+    return WeightStorage::kInt4;
   }
-  return a.permuted_weights ? Storage::kOutIn : Storage::kInOut;
+  return a.permuted_weights ? WeightStorage::kOutIn : WeightStorage::kInOut;
 }
 
 }  // namespace
@@ -109,12 +109,12 @@ ExpertForms find_forms(const Arguments& a, DType dtype) {
   const Counts counts = count_experts(a.gate_up_weights, a.down_weights);
   const Tensor& first_down = a.down_weights[0];
   const DType stored = find_dtype(a, dtype);
-  const Storage storage = find_storage(a, counts.prepacked, stored);
+  const WeightStorage storage = find_storage(a, counts.prepacked, stored);
   // Before the shapes, which depend on the dtype.
   expect_weight_dtype({"gate_up_weights", 0, a.gate_up_weights.size()}, a.gate_up_weights[0], stored);
   expect_weight_dtype({"down_weights", 0, a.down_weights.size()}, first_down, stored);
   const bool may_be_int4 =
-      storage == Storage::kOutIn && stored == DType::kUnknown && !a.gate_up_scale.empty();
+      storage == WeightStorage::kOutIn && stored == DType::kUnknown && !a.gate_up_scale.empty();
   const bool pairs = counts.prepacked && (dtype == DType::kUnknown ? first_down.shape[3] == 2 * kPanelColumns
                                                                    : dtype == DType::kBFloat16);
   const auto form = [&](const char* argument, const char* in, const char* out, bool stacked, int64_t parts) {
@@ -132,16 +132,16 @@ std::vector<int64_t> WeightForm::shape(int64_t in, int64_t out) const {
   const int64_t columns = times(out, parts);
   std::vector<int64_t> result;
   switch (storage) {
-    case Storage::kInOut:
+    case WeightStorage::kInOut:
       result = {in, columns};
       break;
-    case Storage::kOutIn:
+    case WeightStorage::kOutIn:
       result = {columns, may_be_int4 ? -1 : in};
       break;
-    case Storage::kInt4:
+    case WeightStorage::kInt4:
       result = {columns, times(divide_up(in, kInt4Run), kInt4Run / kInt4InWord)};
       break;
-    case Storage::kPrepacked:
+    case WeightStorage::kPrepacked:
       result = {times(divide_up(out, kPanelColumns), parts), known(in) ? in / inputs_of_row : -1,
                 kPanelColumns * inputs_of_row};
   }
@@ -153,11 +153,11 @@ std::string WeightForm::shape_in_letters() const {
   const std::string in = in_letter, out = out_letter, columns = parts == 2 ? "2" + out : out;
   const std::string experts = stacked ? "E_l, " : has_experts_in_front() ? "1, " : "";
   switch (storage) {
-    case Storage::kInOut:
+    case WeightStorage::kInOut:
       return "[" + experts + in + ", " + columns + "]";
-    case Storage::kOutIn:
+    case WeightStorage::kOutIn:
       return "[" + experts + columns + ", " + in + "]";
-    case Storage::kInt4:
+    case WeightStorage::kInt4:
       return "[" + experts + columns + ", 8 * ceil(" + in + " / 64)]";
     default:
       return "[" + experts + (parts == 2 ? "2 * " : "") + "ceil(" + out + " / 16), " + in +
@@ -167,16 +167,16 @@ std::string WeightForm::shape_in_letters() const {
 
 int64_t WeightForm::inputs(const Tensor& array) const {
   const size_t first = has_experts_in_front() ? 1 : 0;
-  if (array.shape.size() != shape(-1, -1).size() || storage == Storage::kInt4 || may_be_int4) return -1;
-  return storage == Storage::kInOut   ? array.shape[first]
-         : storage == Storage::kOutIn ? array.shape[first + 1]
-                                      : times(array.shape[2], inputs_of_row);
+  if (array.shape.size() != shape(-1, -1).size() || storage == WeightStorage::kInt4 || may_be_int4) return -1;
+  return storage == WeightStorage::kInOut   ? array.shape[first]
+         : storage == WeightStorage::kOutIn ? array.shape[first + 1]
+                                            : times(array.shape[2], inputs_of_row);
 }
 
 int64_t WeightForm::outputs(const Tensor& array) const {
   const size_t first = has_experts_in_front() ? 1 : 0;
-  if (array.shape.size() != shape(-1, -1).size() || storage == Storage::kPrepacked) return -1;
-  const int64_t columns = array.shape[storage == Storage::kInOut ? first + 1 : first];
+  if (array.shape.size() != shape(-1, -1).size() || storage == WeightStorage::kPrepacked) return -1;
+  const int64_t columns = array.shape[storage == WeightStorage::kInOut ? first + 1 : first];
   return known(columns) ? columns / parts : -1;
 }
 
@@ -187,8 +187,8 @@ void WeightForm::check(const std::vector<Tensor>& arrays, int64_t in, int64_t ou
     const Name name(argument, i, arrays.size());
     expect_shape(name, arrays[i], expected, letters);
     expect_weight_dtype(name, arrays[i], dtype);
-    if (storage == Storage::kInt4) expect_contiguous(name, arrays[i], expected.size() - 1);
-    if (storage == Storage::kPrepacked) expect_contiguous(name, arrays[i], 1);
+    if (storage == WeightStorage::kInt4) expect_contiguous(name, arrays[i], expected.size() - 1);
+    if (storage == WeightStorage::kPrepacked) expect_contiguous(name, arrays[i], 1);
   }
 }
 
@@ -196,20 +196,20 @@ Matrix WeightForm::matrix(const std::vector<Tensor>& arrays, int64_t expert, int
                           int64_t out) const {
   const Tensor& array = arrays[stacked ? 0 : parts == 1 ? part * num_experts + expert : expert];
   const size_t rank = array.shape.size();
-  const int64_t word = storage == Storage::kInt4 ? kInt4InWord : 1;  // elements
+  const int64_t word = storage == WeightStorage::kInt4 ? kInt4InWord : 1;  // elements
   Matrix matrix{array.data, stride(array, rank - 2), stride(array, rank - 1)};
   int64_t columns = out;  // of a part
   switch (storage) {
-    case Storage::kInOut:
+    case WeightStorage::kInOut:
       break;
-    case Storage::kOutIn:
+    case WeightStorage::kOutIn:
       std::swap(matrix.in_stride, matrix.out_stride);
       break;
-    case Storage::kInt4:
+    case WeightStorage::kInt4:
       matrix.out_stride = matrix.in_stride * word;
       matrix.in_stride = 1;
       break;
-    case Storage::kPrepacked:
+    case WeightStorage::kPrepacked:
       matrix.in_stride = kPanelColumns;
       matrix.out_stride = array.shape[2] * inputs_of_row;
       columns = panels_of(out) * kPanelColumns;
@@ -250,7 +250,7 @@ void ScaleForm::check(const std::vector<Tensor>& arrays, const std::vector<Tenso
 
 // Of the first part of the first expert of an array.
 Scale ScaleForm::read(const Name& name, const Tensor& array) const {
-  const bool in_first = weights_.storage == Storage::kInOut;
+  const bool in_first = weights_.storage == WeightStorage::kInOut;
   const size_t rank = array.shape.size(), first = weights_.stacked ? 1 : 0;
   if (rank < first || rank - first > 2 ||
       (weights_.stacked && !agree(array.shape[0], weights_.num_experts))) {
@@ -292,7 +292,7 @@ Scale ScaleForm::scale(const std::vector<Tensor>& arrays, int64_t expert, int64_
 
 void ScaleForm::refuse(const Name& name, const Tensor& array) const {
   const auto text = [&](std::vector<int64_t> shape) {
-    if (weights_.storage != Storage::kInOut) std::reverse(shape.begin(), shape.end());
+    if (weights_.storage != WeightStorage::kInOut) std::reverse(shape.begin(), shape.end());
     if (weights_.stacked) shape.insert(shape.begin(), weights_.num_experts);
     return shape_text(shape);
   };

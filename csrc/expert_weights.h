@@ -7,7 +7,7 @@
 namespace paddle_moe {
 
 // How a matrix from `in` features to `out` features is stored.
-enum class Storage {
+enum class WeightStorage {
   kInOut,      // [in, out]
   kOutIn,      // [out, in]
   kInt4,       // [out, 8 * ceil(in / 64)]: words of eight numbers along `in`
@@ -23,7 +23,7 @@ struct WeightForm {
   bool stacked;
   int64_t parts;  // 2: gate and up side by side
   DType dtype;    // kUnknown while a static graph is being built
-  Storage storage;
+  WeightStorage storage;
   bool may_be_int4;       // kOutIn, but of a dtype that is not known
   int64_t inputs_of_row;  // of prepacked ones, in a row of a panel
 
@@ -35,7 +35,7 @@ struct WeightForm {
   Matrix matrix(const std::vector<Tensor>& arrays, int64_t expert, int64_t part, int64_t out) const;
 
  private:
-  bool has_experts_in_front() const { return stacked || storage == Storage::kPrepacked; }
+  bool has_experts_in_front() const { return stacked || storage == WeightStorage::kPrepacked; }
   std::vector<int64_t> shape(int64_t in, int64_t out) const;
   std::string shape_in_letters() const;
 };
@@ -45,7 +45,7 @@ struct ExpertForms {
   DType dtype;          // of the weights
   WeightForm gate_up, down;
 
-  bool prepacked() const { return down.storage == Storage::kPrepacked; }
+  bool prepacked() const { return down.storage == WeightStorage::kPrepacked; }
 };
 
 // dtype: of the activations, and of weights that are not quantised.
