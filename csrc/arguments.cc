@@ -52,8 +52,8 @@ void resolve_sizes(const Arguments& a, const ExpertForms& forms, Problem* p) {
   const bool from_down = known(p->intermediate_size);
   unify(&p->intermediate_size, forms.gate_up.outputs(gate_up));
   if (p->hidden_size > 0 && p->hidden_size % forms.gate_up.inputs_of_row != 0)
-    fail("hidden_states must have an even number of columns with prepacked bfloat16 weights, got ",
-         p->hidden_size);
+    fail("hidden_states must have a multiple of ", forms.gate_up.inputs_of_row, " columns with prepacked ",
+         dtype_name(forms.dtype), " weights, got ", p->hidden_size);
   if (p->hidden_size == 0)
     fail("hidden_states must have at least one column (H >= 1), got the shape ",
          shape_text(a.hidden_states.shape));

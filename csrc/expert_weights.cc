@@ -80,16 +80,16 @@ DType find_dtype(const Arguments& a, DType dtype) {
   return found == DType::kUnknown || is_quantised(found) ? found : dtype;
 }
 
+int64_t inputs_of_prepacked_row(DType dtype) {
+  return dtype == DType::kInt4 ? kInt4InWord : dtype == DType::kFloat32 || dtype == DType::kFloat16 ? 1 : 2;
+}
+
 WeightStorage find_storage(const Arguments& a, bool prepacked, DType dtype) {
   if (prepacked) {
     if (a.permuted_weights) {
       fail(
           "permuted_weights must be False with prepacked weights, which have a layout of their own, "
           "got True");
-    }
-    if (is_quantised(dtype)) {
-      fail("down_weights must have the dtype float32, bfloat16 or float16 where they are prepacked (",
-           kPrepackedRank, " dimensions), got ", dtype_text(a.down_weights[0]));
     }
     return WeightStorage::kPrepacked;
   }
@@ -115,11 +115,14 @@ ExpertForms find_forms(const Arguments& a, DType dtype) {
   expect_weight_dtype({"down_weights", 0, a.down_weights.size()}, first_down, stored);
   const bool may_be_int4 =
       storage == WeightStorage::kOutIn && stored == DType::kUnknown && !a.gate_up_scale.empty();
-  const bool pairs = counts.prepacked && (dtype == DType::kUnknown ? first_down.shape[3] == 2 * kPanelColumns
-                                                                   : dtype == DType::kBFloat16);
+  const int64_t inputs_of_row = !counts.prepacked                      ? 1
+                                : stored != DType::kUnknown            ? inputs_of_prepacked_row(stored)
+                                : first_down.shape[3] != kPanelColumns ? 2
+                                : a.gate_up_scale.empty()              ? 1
+                                                                       : kInt4InWord;
   const auto form = [&](const char* argument, const char* in, const char* out, bool stacked, int64_t parts) {
     return WeightForm{argument, in,     out,     counts.num_experts, stacked,
-                      parts,    stored, storage, may_be_int4,        pairs ? 2 : 1};
+                      parts,    stored, storage, may_be_int4,        inputs_of_row};
   };
   return {counts.num_experts, stored,
           form("gate_up_weights", "H", "I", counts.stacked_gate_up, counts.separate ? 1 : 2),
@@ -143,9 +146,9 @@ std::vector<int64_t> WeightForm::shape(int64_t in, int64_t out) const {
       break;
     case WeightStorage::kPrepacked:
       result = {times(divide_up(out, kPanelColumns), parts), known(in) ? in / inputs_of_row : -1,
-                kPanelColumns * inputs_of_row};
+                kPanelColumns * (inputs_of_row == kInt4InWord ? 1 : inputs_of_row)};
   }
-  if (has_experts_in_front()) result.insert(result.begin(), stacked ? num_experts : 1);
+  if (has_experts_in_front()) result.insert(result.begin(), experts_in_front());
   return result;
 }
 
@@ -161,7 +164,9 @@ std::string WeightForm::shape_in_letters() const {
       return "[" + experts + columns + ", 8 * ceil(" + in + " / 64)]";
     default:
       return "[" + experts + (parts == 2 ? "2 * " : "") + "ceil(" + out + " / 16), " + in +
-             (inputs_of_row == 2 ? " / 2, 32]" : ", 16]");
+             (inputs_of_row == 1   ? ", 16]"
+              : inputs_of_row == 2 ? " / 2, 32]"
+                                   : " / 8, 16]");
   }
 }
 
@@ -196,7 +201,7 @@ Matrix WeightForm::matrix(const std::vector<Tensor>& arrays, int64_t expert, int
                           int64_t out) const {
   const Tensor& array = arrays[stacked ? 0 : parts == 1 ? part * num_experts + expert : expert];
   const size_t rank = array.shape.size();
-  const int64_t word = storage == WeightStorage::kInt4 ? kInt4InWord : 1;  // elements
+  const int64_t word = dtype == DType::kInt4 ? kInt4InWord : 1;  // elements
   Matrix matrix{array.data, stride(array, rank - 2), stride(array, rank - 1)};
   int64_t columns = out;  // of a part
   switch (storage) {
@@ -250,12 +255,10 @@ void ScaleForm::check(const std::vector<Tensor>& arrays, const std::vector<Tenso
 
 // Of the first part of the first expert of an array.
 Scale ScaleForm::read(const Name& name, const Tensor& array) const {
-  const bool in_first = weights_.storage == WeightStorage::kInOut;
-  const size_t rank = array.shape.size(), first = weights_.stacked ? 1 : 0;
-  if (rank < first || rank - first > 2 ||
-      (weights_.stacked && !agree(array.shape[0], weights_.num_experts))) {
+  const bool in_first = weights_.inputs_first();
+  const size_t rank = array.shape.size(), first = weights_.has_experts_in_front() ? 1 : 0;
+  if (rank < first || rank - first > 2 || (first == 1 && !agree(array.shape[0], weights_.experts_in_front())))
     refuse(name, array);
-  }
   Scale scale;
   scale.data = static_cast<const float*>(array.data);
   // Along one dimension: one scale for all, one for each group, or one for each element.
@@ -292,8 +295,8 @@ Scale ScaleForm::scale(const std::vector<Tensor>& arrays, int64_t expert, int64_
 
 void ScaleForm::refuse(const Name& name, const Tensor& array) const {
   const auto text = [&](std::vector<int64_t> shape) {
-    if (weights_.storage != WeightStorage::kInOut) std::reverse(shape.begin(), shape.end());
-    if (weights_.stacked) shape.insert(shape.begin(), weights_.num_experts);
+    if (!weights_.inputs_first()) std::reverse(shape.begin(), shape.end());
+    if (weights_.has_experts_in_front()) shape.insert(shape.begin(), weights_.experts_in_front());
     return shape_text(shape);
   };
   const std::string group = std::to_string(kScaleGroup);

@@ -8,10 +8,12 @@ namespace paddle_moe {
 
 // How a matrix from `in` features to `out` features is stored.
 enum class WeightStorage {
-  kInOut,      // [in, out]
-  kOutIn,      // [out, in]
-  kInt4,       // [out, 8 * ceil(in / 64)]: words of eight numbers along `in`
-  kPrepacked,  // [1, ceil(out / 16), in, 16], of bfloat16 [1, ceil(out / 16), in / 2, 32]
+  kInOut,  // [in, out]
+  kOutIn,  // [out, in]
+  kInt4,   // [out, 8 * ceil(in / 64)]: words of eight numbers along `in`
+  // [1, ceil(out / 16), in, 16]; of bfloat16 and 8 bits [1, ceil(out / 16), in / 2, 32], of int4 [1, ceil(out
+  // / 16), in / 8, 16]
+  kPrepacked,
 };
 
 // Of one argument: an array for all experts, with a dimension more in front (prepacked ones with E_l instead
@@ -27,6 +29,14 @@ struct WeightForm {
   bool may_be_int4;       // kOutIn, but of a dtype that is not known
   int64_t inputs_of_row;  // of prepacked ones, in a row of a panel
 
+  // The order of the scales of a matrix: as if prepacked ones were stored [in, out].
+  bool inputs_first() const {
+    return storage == WeightStorage::kInOut || storage == WeightStorage::kPrepacked;
+  }
+
+  bool has_experts_in_front() const { return stacked || storage == WeightStorage::kPrepacked; }
+  int64_t experts_in_front() const { return stacked ? num_experts : 1; }
+
   // Sizes of one matrix, -1 where an array does not tell.
   int64_t inputs(const Tensor& array) const;
   int64_t outputs(const Tensor& array) const;
@@ -35,7 +45,6 @@ struct WeightForm {
   Matrix matrix(const std::vector<Tensor>& arrays, int64_t expert, int64_t part, int64_t out) const;
 
  private:
-  bool has_experts_in_front() const { return stacked || storage == WeightStorage::kPrepacked; }
   std::vector<int64_t> shape(int64_t in, int64_t out) const;
   std::string shape_in_letters() const;
 };

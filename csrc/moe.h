@@ -104,7 +104,9 @@ struct Matrix {
 
 // Prepacked weights: the columns of a matrix in panels of kPanelColumns, one after the other, the last
 // completed with zeros. A row of a panel is one input of all its columns; of bf16 two, side by side in each
-// column. As an array [ceil(out / 16), in, 16], of bf16 [ceil(out / 16), in / 2, 32].
+// column; of int8 and fp8 two, one after the other; of int4 eight, a word in each column, with input 2n at
+// bit 4n and input 2n + 1 at bit 16 + 4n. As an array [ceil(out / 16), rows, 16], where a row has two
+// inputs 32. Scales are in the order of weights stored [in, out].
 constexpr int64_t kPanelColumns = 16;
 inline int64_t panels_of(int64_t columns) { return (columns + kPanelColumns - 1) / kPanelColumns; }
 

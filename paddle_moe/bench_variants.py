@@ -123,7 +123,8 @@ class Weights:
     @functools.cached_property
     def prepacked(self) -> list[np.ndarray]:
         """gate_up and down as reference.prepack_weights() gives them."""
-        return [_aligned(reference.prepack_weights(stack, 2 - i)) for i, stack in enumerate(self.own)]
+        int4 = self.dtype == "int4"
+        return [_aligned(reference.prepack_weights(stack, 2 - i, int4)) for i, stack in enumerate(self.own)]
 
     @functools.cached_property
     def packed(self) -> list[np.ndarray]:
@@ -150,10 +151,10 @@ class Inputs:
 def _paddle_moe_core(inputs: Inputs, weights: Weights, layout: str = "stacked") -> Callable[[], np.ndarray]:
     if weights.dtype == "int4":
         if layout == "list":
-            raise NotSupported("int4 runs stacked and stored [out, in] here")
-        layout = "permuted"
-    if layout == "prepacked" and (weights.scales or inputs.grad is not None):
-        raise NotSupported("prepacked weights are not quantised, and have no gradient")
+            raise NotSupported("int4 runs stacked here")
+        layout = "prepacked" if layout == "prepacked" else "permuted"
+    if layout == "prepacked" and inputs.grad is not None:
+        raise NotSupported("prepacked weights have no gradient")
     arrays = [[stack] for stack in weights.own]
     if layout == "list":
         arrays = [[_aligned(w) for w in stack] for stack in weights.own]

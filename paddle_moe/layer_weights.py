@@ -197,9 +197,10 @@ class ShardedWeights(nn.Layer):
         if dtype is not None and dtype_name(dtype) not in DTYPES:
             raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {dtype_name(dtype)}")
         kept = [buffer for buffer in self._buffers.values() if buffer is not None]
-        if self.prepacked and dtype is not None and dtype_name(dtype) != dtype_name(self.down_weight.dtype):
+        own = None if self.quantized else dtype_name(self.down_weight.dtype)
+        if self.prepacked and own and dtype is not None and dtype_name(dtype) != own:
             raise RuntimeError(
-                f"the expert weights of this layer are prepacked in {dtype_name(self.down_weight.dtype)}; "
+                f"the expert weights of this layer are prepacked in {own}; "
                 f"call unpack_() before it becomes {dtype_name(dtype)}"
             )
         if self._gate_dtype == "float32":
@@ -288,32 +289,43 @@ class ShardedWeights(nn.Layer):
 
         For serving: see paddle_moe.prepack_weights. Afterwards gate_up_weight, down_weight and those of the
         shared expert are buffers without a gradient; gradients go through them to hidden_states, router,
-        gates and biases. Results are those of weights stored [in, out], bit by bit. All ranks call it alike.
+        gates and biases. Results are those of weights stored [in, out], bit by bit; quantised weights, which
+        may be prepacked after quantize_(), add in another order than before. All ranks call it alike.
         Loading, saving and converting to another dtype need unpack_() first.
 
         Returns:
             The layer.
 
         Raises:
-            ValueError: the hidden size, or what any rank has of the intermediate sizes, is odd in bfloat16.
-            RuntimeError: the weights are quantised or prepacked already, not initialised, or on a GPU; Paddle
-                is 2.6 and the layer is one of several shards.
+            ValueError: the hidden size, or what any rank has of the intermediate sizes, is odd in bfloat16,
+                int8 or fp8, or no multiple of 8 in int4.
+            RuntimeError: the weights are prepacked already, not initialised, or on a GPU; Paddle is 2.6 and
+                the layer is one of several shards.
         """
-        if self.quantized is not None or self.prepacked:
-            state = "prepacked already" if self.prepacked else f"{self.quantized} since quantize_()"
-            raise RuntimeError(f"the expert weights of this layer are {state}")
+        if self.prepacked:
+            raise RuntimeError("the expert weights of this layer are prepacked already")
         check_shards("prepack_", self.ep_size * self.tp_size)
         expect_cpu("down_weight", self.down_weight)
-        dtype = self.down_weight.dtype
+        dtype = self.quantized or self.down_weight.dtype
         check_inputs("gate_up_weight", dtype, self._shard.hidden_size)
         for rank in self._shard.grid():  # so that all refuse alike
             for name, (start, stop) in (("down", rank.columns), ("shared_down", rank.shared_columns)):
                 check_inputs(f"{name}_weight of a rank", dtype, stop - start)
         for name in [name for name, _ in self._own_expert_weights()]:
-            weight = getattr(self, f"{name}_weight")
-            self._before_prepacking[name] = {one: getattr(weight, one) for one in TRAINING_ATTRIBUTES}
+            weight, scale = getattr(self, f"{name}_weight"), getattr(self, f"{name}_scale", None)
+            if scale is None:
+                self._before_prepacking[name] = {one: getattr(weight, one) for one in TRAINING_ATTRIBUTES}
             delattr(self, f"{name}_weight")  # freed once it is prepacked
-            weight = prepack_weights(weight, parts=PARTS[name], permuted=self.permuted_weights)
+            weight = prepack_weights(
+                weight,
+                scale,
+                parts=PARTS[name],
+                permuted=self.permuted_weights,
+                inputs=self._sizes_of(name)[0] if self.quantized == "int4" else None,
+            )
+            if scale is not None:
+                weight, scale = weight
+                self.register_buffer(f"{name}_scale", scale)
             self.register_buffer(f"{name}_weight", weight)
         self.prepacked = True
         self._mark_parameters()
@@ -321,9 +333,9 @@ class ShardedWeights(nn.Layer):
 
     @paddle.no_grad()
     def unpack_(self) -> ShardedWeights:
-        """Undoes prepack_(): the weights are parameters again, new ones, so make optimizers afterwards.
+        """Undoes prepack_(). Parameters are new ones, so make optimizers afterwards.
 
-        Those that did not train still do not.
+        Those that did not train still do not. Quantised weights stay quantised.
 
         Returns:
             The layer.
@@ -333,26 +345,34 @@ class ShardedWeights(nn.Layer):
         """
         if not self.prepacked:
             raise RuntimeError("the expert weights of this layer are not prepacked")
-        parts = self._shard.parts()
         for name, count in PARTS.items():
-            weight = getattr(self, f"{name}_weight")
+            weight, scale = getattr(self, f"{name}_weight"), getattr(self, f"{name}_scale", None)
             if weight is None:
                 continue
-            shape = parts[f"{name}_weight"].shape
-            outputs = shape[1 if self.permuted_weights else 2]
+            unpacked = unpack_weights(
+                weight, self._sizes_of(name)[1], parts=count, permuted=self.permuted_weights
+            )
+            delattr(self, f"{name}_weight")
+            if scale is not None:
+                self.register_buffer(f"{name}_scale", scale.transpose([0, 2, 1]))
+                self.register_buffer(f"{name}_weight", unpacked)
+                continue
             attr = paddle.ParamAttr(initializer=nn.initializer.Constant(0.0))
+            shape = self._shard.parts()[f"{name}_weight"].shape
             parameter = self.create_parameter(shape, attr, dtype_name(weight.dtype))
             if parameter.size:
-                parameter.set_value(
-                    unpack_weights(weight, outputs, parts=count, permuted=self.permuted_weights)
-                )
+                parameter.set_value(unpacked)
             for attribute, value in self._before_prepacking.pop(name).items():
                 setattr(parameter, attribute, value)
-            delattr(self, f"{name}_weight")
             setattr(self, f"{name}_weight", parameter)
         self.prepacked = False
         self._mark_parameters()
         return self
+
+    def _sizes_of(self, name: str) -> tuple[int, int]:
+        """The inputs and outputs of a matrix of PARTS."""
+        _, inputs, outputs = self._shard.parts()[f"{name}_weight"].shape
+        return (outputs, inputs) if self.permuted_weights else (inputs, outputs)
 
     def _own_expert_weights(self) -> list[tuple[str, paddle.Tensor]]:
         """What PARTS names and this rank holds; a RuntimeError where a weight has no values yet."""

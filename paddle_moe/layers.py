@@ -402,7 +402,7 @@ class FusedMoE(ShardedWeights):
     ) -> _Partial:
         autocast = functional._autocast_dtype()
         if autocast is not None:  # here, so that every rank casts and reduces alike
-            if self.prepacked:
+            if self.prepacked and self.quantized is None:
                 expect_dtype_of_prepacked(self.down_weight.dtype, autocast, "prepack_()")
             hidden_states = hidden_states.astype(autocast)
         experts = _OwnExperts(self, measure)

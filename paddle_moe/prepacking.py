@@ -1,7 +1,9 @@
 """Weights in the order in which the CPU kernels read them, as mixture_of_experts takes them prepacked.
 
 The outputs of a matrix stand in panels of 16, the last completed with zeros, and each panel is one run of
-memory, row after row. A row is one input, in bfloat16 two, which stand side by side in each output.
+memory, row after row. A row is one input; in bfloat16 two, which stand side by side in each output; of 8 bits
+two, one after the other; of int4 eight, a word of int32 in each output, with input 2 n at its bit 4 n and
+input 2 n + 1 at bit 16 + 4 n.
 """
 
 from __future__ import annotations
@@ -9,35 +11,41 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import paddle
 
+from paddle_moe import reference
 from paddle_moe._options import at_least, dtype_name, flag, type_name
 
 __all__ = ["prepack_weights", "unpack_weights"]
 
 PANEL = 16
+FLOATS = ("float32", "bfloat16", "float16")
+QUANTISED = ("int8", "uint8", "float8_e4m3fn", "int32")
 
 
-def _inputs_of_row(dtype: paddle.dtype) -> int:
-    return 2 if dtype_name(dtype) == "bfloat16" else 1
+def _inputs_of_row(dtype: str | paddle.dtype) -> int:
+    name = dtype_name(dtype)
+    return 8 if name in ("int32", "int4") else 1 if name in ("float32", "float16") else 2
 
 
 def _expect(name: str, weight: paddle.Tensor, ndims: tuple[int, ...], shape: str) -> None:
     if not isinstance(weight, paddle.Tensor):
         raise ValueError(f"{name} must be a paddle.Tensor, got {type_name(weight)}")
-    if weight.ndim not in ndims or dtype_name(weight.dtype) not in ("float32", "bfloat16", "float16"):
+    if weight.ndim not in ndims or dtype_name(weight.dtype) not in (*FLOATS, *QUANTISED):
         raise ValueError(
-            f"{name} must be float32, bfloat16 or float16 with the shape {shape}, got "
+            f"{name} must be float32, bfloat16, float16 or quantised, with the shape {shape}, got "
             f"{dtype_name(weight.dtype)} {list(weight.shape)}"
         )
 
 
-def check_inputs(name: str, dtype: paddle.dtype, inputs: int) -> None:
-    """A ValueError where a weight with so many inputs cannot be prepacked."""
+def check_inputs(name: str, dtype: str | paddle.dtype, inputs: int) -> None:
+    """A ValueError where a weight with so many inputs cannot be prepacked. dtype: also "int4"."""
     if inputs % _inputs_of_row(dtype):
+        of_row = {2: "an even number", 8: "a multiple of 8"}[_inputs_of_row(dtype)]
         raise ValueError(
-            f"{name} must have an even number of inputs in bfloat16, where a row of a panel holds two, got "
-            f"{inputs}"
+            f"{name} must have {of_row} of inputs in {dtype_name(dtype).replace('int32', 'int4')}, where a "
+            f"row of a panel holds {_inputs_of_row(dtype)}, got {inputs}"
         )
 
 
@@ -61,30 +69,89 @@ def expect_cpu(name: str, weight: paddle.Tensor) -> None:
         )
 
 
-def prepack_weights(weight: paddle.Tensor, *, parts: int, permuted: bool = False) -> paddle.Tensor:
+def prepack_weights(
+    weight: paddle.Tensor,
+    scale: paddle.Tensor | None = None,
+    *,
+    parts: int,
+    permuted: bool = False,
+    inputs: int | None = None,
+) -> paddle.Tensor | tuple[paddle.Tensor, paddle.Tensor]:
     """Puts the weights of experts in the order in which the CPU kernels read them, so that no call has to.
 
     For serving: calls take less time, most of all those of some tens of tokens, and give the same bits as
     those of weights stored [in, out]. Prepacked weights have no gradient, and no GPU takes them.
 
     Args:
-        weight: [E, in, out], or [in, out] of a single expert; float32, bfloat16 or float16. In bfloat16 the
-            inputs must be even in number.
+        weight: [E, in, out], or [in, out] of a single expert; float32, bfloat16 or float16, or quantised:
+            int8, float8_e4m3fn or its bits as uint8, int4 as :func:`paddle_moe.quantize` gives it. The inputs
+            must be even in number in bfloat16 and in 8 bits, a multiple of 8 in int4.
+        scale: of quantised weights.
         parts: 2 for gate and up side by side, so that no panel holds columns of both; 1 for one of them, or
             for down. The operator cannot tell a wrong one from the shape, which rounds the outputs up.
-        permuted: `weight` is transposed, [..., out, in].
+        permuted: `weight` and `scale` are transposed, [..., out, in]; int4 always is.
+        inputs: of int4, whose words do not tell; None: as many as they hold, a multiple of 64.
 
     Returns:
-        [E, parts * ceil(out / parts / 16), in, 16], in bfloat16 [..., in / 2, 32], with E = 1 for a single
-        expert: what to pass to :func:`paddle_moe.mixture_of_experts`, stacked or as one of a list.
+        [E, parts * ceil(out / parts / 16), in, 16], in bfloat16 and 8 bits [..., in / 2, 32], in int4 int32
+        [..., in / 8, 16], with E = 1 for a single expert: what to pass to
+        :func:`paddle_moe.mixture_of_experts`, stacked or as one of a list. Of quantised weights this, fp8 as
+        uint8, and the scale, as of weights stored [in, out].
 
     Raises:
-        ValueError: another dtype or rank, an odd number of bfloat16 inputs, `parts` that do not divide out.
+        ValueError: another dtype or rank, a wrong number of inputs, `parts` that do not divide out, a scale
+            that is missing or must not be given, int4 without permuted.
     """
     flag("permuted", permuted)
     at_least(1)("parts", parts)
     _expect("weight", weight, (2, 3), "[E, out, in]" if permuted else "[E, in, out]")
-    return prepack_stack(weight if weight.ndim == 3 else weight.unsqueeze(0), parts, permuted)
+    name = dtype_name(weight.dtype)
+    if (scale is not None) != (name in QUANTISED):
+        given = "must not be given" if scale is not None else "must be given"
+        raise ValueError(f"scale {given}: weight has the dtype {name}")
+    stack = weight if weight.ndim == 3 else weight.unsqueeze(0)
+    if scale is None:
+        return prepack_stack(stack, parts, permuted)
+    if name == "int32":
+        if not permuted:
+            raise ValueError("permuted must be True for int4, which is stored [out, in], got False")
+        held = 8 * stack.shape[2]
+        inputs = held if inputs is None else at_least(1)("inputs", inputs)
+        if -(-inputs // 64) * 64 != held:
+            raise ValueError(
+                f"inputs must be {held} or up to 63 less, as many as the words hold, got {inputs}"
+            )
+    if permuted and scale.ndim == weight.ndim:
+        scale = scale.transpose([*range(weight.ndim - 2), weight.ndim - 1, weight.ndim - 2])
+    scale = scale if weight.ndim == 3 else scale.unsqueeze(0)
+    return _prepack_quantised(stack, parts, permuted, inputs), scale
+
+
+@_exactly
+def _prepack_quantised(
+    weight: paddle.Tensor, parts: int, permuted: bool, inputs: int | None
+) -> paddle.Tensor:
+    """Of [E, in, out], or [E, out, in] with `permuted`; `inputs` of int4."""
+    name, place = dtype_name(weight.dtype), weight.place
+    if name == "float8_e4m3fn":  # Paddle moves and slices bytes
+        weight = weight.view("uint8")
+    outputs = weight.shape[1 if permuted else 2]
+    inputs = inputs if name == "int32" else weight.shape[2 if permuted else 1]
+    check_inputs("weight", name, inputs)
+    if outputs % parts:
+        raise ValueError(f"weight must have a multiple of parts = {parts} outputs, got {outputs}")
+    prepacked = []
+    for one in weight.numpy():
+        if name == "int32":
+            one = reference.unpack_int4(one, inputs)
+        one = one.T if permuted else one
+        prepacked.append(reference.prepack_weights(one[None], parts, int4=name == "int32"))
+    if not prepacked:
+        return paddle.empty(
+            [0, parts * -(-(outputs // parts) // PANEL), *_row_shape(name, inputs)], weight.dtype
+        )
+    array = np.concatenate(prepacked)
+    return paddle.to_tensor(array, place=place)
 
 
 def expect_dtype_of_prepacked(dtype: paddle.dtype, wanted: paddle.dtype, since: str) -> None:
@@ -120,9 +187,9 @@ def prepack_stack(
     return prepacked
 
 
-def _row_shape(dtype: paddle.dtype, inputs: int) -> list[int]:
+def _row_shape(dtype: str | paddle.dtype, inputs: int) -> list[int]:
     of_row = _inputs_of_row(dtype)
-    return [inputs // of_row, PANEL * of_row]
+    return [inputs // of_row, PANEL if of_row == 8 else PANEL * of_row]
 
 
 def _panels(weight: paddle.Tensor, parts: int) -> paddle.Tensor:
@@ -143,7 +210,7 @@ def unpack_weights(
     """The reverse of :func:`prepack_weights`: [E, in, out], or [E, out, in] with `permuted`.
 
     Args:
-        weight: what prepack_weights returned.
+        weight: what prepack_weights returned. Of quantised ones the scale, as of [in, out], stays as it is.
         outputs: out, which the panels round up. parts: as there.
 
     Raises:
@@ -155,11 +222,17 @@ def unpack_weights(
     _expect("weight", weight, (4,), "[E, panels, rows, 16 or 32]")
     of_row = _inputs_of_row(weight.dtype)
     experts, panels, rows, width = weight.shape
-    if width != PANEL * of_row or panels != parts * -(-(outputs // parts) // PANEL) or outputs % parts:
+    if (
+        width != _row_shape(weight.dtype, 0)[1]
+        or panels != parts * -(-(outputs // parts) // PANEL)
+        or outputs % parts
+    ):
         raise ValueError(
             f"weight must have the shape [E, {parts} * ceil({outputs} / {parts} / {PANEL}), rows, "
-            f"{PANEL * of_row}], got {list(weight.shape)}"
+            f"{_row_shape(weight.dtype, 0)[1]}], got {list(weight.shape)}"
         )
+    if dtype_name(weight.dtype) in QUANTISED:
+        return _unpack_quantised(weight, outputs, parts, permuted)
     inputs = rows * of_row
     shape = [experts, outputs, inputs] if permuted else [experts, inputs, outputs]
     unpacked = paddle.empty(shape, weight.dtype)
@@ -169,3 +242,12 @@ def unpack_weights(
             one = one.reshape([parts, -1, inputs])[:, : outputs // parts].reshape([outputs, inputs])
             unpacked[number] = one if permuted else one.t()
     return unpacked
+
+
+def _unpack_quantised(weight: paddle.Tensor, outputs: int, parts: int, permuted: bool) -> paddle.Tensor:
+    int4 = dtype_name(weight.dtype) == "int32"
+    if int4 and not permuted:
+        raise ValueError("permuted must be True for int4, which is stored [out, in], got False")
+    numbers = reference.unpack_8_or_4_bits(weight.numpy(), outputs, parts)
+    numbers = numbers.swapaxes(1, 2) if permuted else numbers
+    return paddle.to_tensor(reference.pack_int4(numbers) if int4 else numbers, place=weight.place)

@@ -75,15 +75,41 @@ def unpack_int4(words: np.ndarray, size: int) -> np.ndarray:
     return (numbers - (numbers > 7) * 16).astype(np.int8)
 
 
-def prepack_weights(weight: np.ndarray, parts: int) -> np.ndarray:
-    """[E, in, out] as [E, panels, in, 16], bf16 bits [E, panels, in / 2, 32]: paddle_moe.prepack_weights."""
+def prepack_weights(weight: np.ndarray, parts: int, int4: bool = False) -> np.ndarray:
+    """[E, in, out] in panels of 16 outputs, see paddle_moe.prepack_weights.
+
+    uint16: bf16 bits. 8 bits: int8 or, uint8, those of fp8; with int4 the numbers that become words.
+    """
     experts, inputs, outputs = weight.shape
-    of_row, size = (2 if weight.dtype == np.uint16 else 1), outputs // parts
+    size = outputs // parts
     panels = -(-size // 16)
     completed = np.zeros((experts, inputs, parts, 16 * panels), weight.dtype)
     completed[..., :size] = weight.reshape(experts, inputs, parts, size)
-    rows = completed.reshape(experts, inputs // of_row, of_row, parts * panels, 16).transpose(0, 3, 1, 4, 2)
-    return np.ascontiguousarray(rows).reshape(experts, parts * panels, inputs // of_row, 16 * of_row)
+    rows = completed.reshape(experts, inputs, parts * panels, 16).transpose(0, 2, 1, 3)
+    if int4:
+        eight = rows.reshape(*rows.shape[:2], inputs // 8, 4, 2, 16).astype(np.uint32) & 15
+        shifts = np.array([[4 * n + 16 * half for half in range(2)] for n in range(4)], np.uint32)
+        words = (eight << shifts[:, :, None]).sum((3, 4), dtype=np.uint32)
+        return np.ascontiguousarray(words).view(np.int32)
+    if weight.dtype == np.uint16:
+        pairs = rows.reshape(*rows.shape[:2], inputs // 2, 2, 16).swapaxes(3, 4)
+        return np.ascontiguousarray(pairs).reshape(*rows.shape[:2], inputs // 2, 32)
+    rows = np.ascontiguousarray(rows)
+    return rows.reshape(*rows.shape[:2], inputs // 2, 32) if weight.itemsize == 1 else rows
+
+
+def unpack_8_or_4_bits(prepacked: np.ndarray, outputs: int, parts: int) -> np.ndarray:
+    """The [E, in, out] of 8 bits, or of the numbers of int4 (words of int32), that prepack_weights() took."""
+    experts, panels, rows = prepacked.shape[:3]
+    inputs = rows * (8 if prepacked.dtype == np.int32 else 2)
+    if prepacked.dtype == np.int32:
+        shifts = np.array([[4 * n + 16 * half for half in range(2)] for n in range(4)], np.uint32)
+        words = prepacked.view(np.uint32)[:, :, :, None, None]
+        numbers = (words >> shifts[:, :, None] & 15).astype(np.int8)
+        prepacked = numbers - (numbers > 7) * np.int8(16)
+    panels_of_rows = prepacked.reshape(experts, panels, inputs, 16)
+    columns = panels_of_rows.transpose(0, 2, 1, 3).reshape(experts, inputs, parts, 16 * panels // parts)
+    return np.ascontiguousarray(columns[..., : outputs // parts]).reshape(experts, inputs, outputs)
 
 
 @np.errstate(all="ignore")

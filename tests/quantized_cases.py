@@ -121,3 +121,28 @@ def quantised_model(kind: str, granularity: str | None = None, seed: int | None 
         if isinstance(layer, FusedMoE):
             layer.quantize_(kind, granularity)
     return model
+
+
+def prepacked_quantised(case: dict) -> dict:
+    """The same call with prepacked weights."""
+    result = {**case, "permuted_weights": False}
+    permuted, int4 = case["permuted_weights"], case["gate_up_weights"][0].dtype == np.int32
+    hidden = case["hidden_states"].shape[1]
+    separate = len(case["gate_up_weights"]) == 2 * len(case["down_weights"])
+    inter = case["gate_up_weights"][0].shape[0 if permuted else 1] // (1 if separate else 2)
+    for kind, inputs, parts in (("gate_up", hidden, 1 if separate else 2), ("down", inter, 1)):
+        weights, scales = case[f"{kind}_weights"], case[f"{kind}_scale"]
+
+        def pack(weight):
+            weight = reference.unpack_int4(weight, inputs) if int4 else weight
+            return reference.prepack_weights(weight.swapaxes(1, 2) if permuted else weight, parts, int4)
+
+        def turn(scale):
+            return np.ascontiguousarray(scale.swapaxes(1, 2)) if permuted and scale.ndim == 3 else scale
+
+        if isinstance(weights, list):
+            result[f"{kind}_weights"] = [pack(one[None]) for one in weights]
+            result[f"{kind}_scale"] = [turn(one[None]) for one in scales]
+        else:
+            result[f"{kind}_weights"], result[f"{kind}_scale"] = pack(weights), turn(scales)
+    return result

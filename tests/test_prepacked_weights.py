@@ -209,7 +209,9 @@ def test_refuses():
         panels = {name: case[name].astype(np.uint16) for name in ("gate_up_weights", "down_weights")}
         core.mixture_of_experts(**without(bf16, **panels))
     odd = np.zeros((9, 65), np.uint16)
-    with pytest.raises(ValueError, match="hidden_states must have an even number of columns .* got 65"):
+    with pytest.raises(
+        ValueError, match="hidden_states must have a multiple of 2 columns .* bfloat16 .* got 65"
+    ):
         core.mixture_of_experts(**without(bf16, hidden_states=odd))
     listed = prepacked(random_case(9, 64, 48))
     listed["down_weights"][3] = np.concatenate([listed["down_weights"][3]] * 2)
@@ -374,7 +376,7 @@ def test_prepack_refuses():
     matrix = paddle.zeros([4, 6])
     for call, text in (
         (lambda: pack(np.zeros((2, 4, 6)), parts=1), "weight must be a paddle.Tensor, got numpy.ndarray"),
-        (lambda: pack(matrix.astype("int8"), parts=1), r"weight must be float32, .* got int8 \[4, 6\]"),
+        (lambda: pack(matrix.astype("int64"), parts=1), r"weight must be float32, .* got int64 \[4, 6\]"),
         (lambda: pack(matrix[0], parts=1), r"weight must be .* the shape \[E, in, out\], got float32 \[6\]"),
         (lambda: pack(matrix, parts=4), "weight must have a multiple of parts = 4 outputs, got 6"),
         (lambda: pack(matrix, parts=0), "parts must be"),
@@ -523,8 +525,6 @@ def test_layer_says_what_it_cannot_do(tmp_path):
     for function in (paddle_moe.save_moe_weights, paddle_moe.load_moe_weights):
         with pytest.raises(RuntimeError, match="are prepacked, which no file holds"):
             function(tmp_path, {"mlp": layer}, "qwen3_moe")
-    with pytest.raises(RuntimeError, match=r"are int8 since quantize_\(\)"):
-        FusedMoE(HIDDEN, 48, 6, TOP_K).quantize_().prepack_()
 
 
 def test_a_layer_with_odd_sizes_is_left_alone():

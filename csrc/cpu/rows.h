@@ -41,7 +41,7 @@ inline Operand operand_of(DType dtype) {
 // integers are multiplied as integers. int8 with fp32 activations, which would take two planes, and all
 // others become fp32.
 inline Operand operand_of(const Problem& p) {
-  if (!is_quantised(p.weight_dtype)) return operand_of(p.dtype);
+  if (!is_quantised(p.weight_dtype) || p.prepacked) return operand_of(p.dtype);
   const bool in_columns = std::all_of(p.experts.begin(), p.experts.end(), [](const Expert& e) {
     return storage_of(e.gate, e.up) == Storage::kColumns && storage_of(e.down) == Storage::kColumns;
   });

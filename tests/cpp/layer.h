@@ -145,26 +145,66 @@ struct Layer {
     arguments.down_scale = quantise(random, type, &arguments.down_weights, inter, hidden, 1);
   }
 
-  // The same layer with prepacked weights. It must not be permuted, and its sizes even in bf16.
+  // The same layer with prepacked weights, quantised ones too. Its sizes must be multiples of row_inputs().
   void prepack() {
-    prepack(&arguments.gate_up_weights, hidden, inter, layout == Layout::kSeparate ? 1 : 2);
-    prepack(&arguments.down_weights, inter, hidden, 1);
+    prepack(&arguments.gate_up_weights, &arguments.gate_up_scale, hidden, inter,
+            layout == Layout::kSeparate ? 1 : 2);
+    prepack(&arguments.down_weights, &arguments.down_scale, inter, hidden, 1);
+    arguments.permuted_weights = false;
+  }
+
+  // Neighbours of the depth that prepacked weights hold together.
+  static int row_inputs(paddle_moe::DType weights) {
+    using paddle_moe::DType;
+    return weights == DType::kInt4                                                                   ? 8
+           : weights == DType::kInt8 || weights == DType::kFloat8E4M3 || weights == DType::kBFloat16 ? 2
+                                                                                                     : 1;
   }
 
  private:
-  void prepack(std::vector<paddle_moe::Tensor>* weights, int64_t in, int64_t part_out, int64_t parts) {
-    const int64_t inputs = dtype == paddle_moe::DType::kBFloat16 ? 2 : 1, panels = (part_out + 15) / 16;
+  void prepack(std::vector<paddle_moe::Tensor>* weights, std::vector<paddle_moe::Tensor>* scales, int64_t in,
+               int64_t part_out, int64_t parts) {
+    using paddle_moe::DType;
+    const int64_t panels = (part_out + 15) / 16, columns = parts * part_out;
+    const int64_t matrices = layout == Layout::kStacked ? num_experts : 1;
     for (paddle_moe::Tensor& tensor : *weights) {
-      const int64_t matrices = layout == Layout::kStacked ? num_experts : 1;
-      Numbers packed(static_cast<size_t>(matrices * parts * panels * in * 16), 0.0f);
-      for (int64_t n = 0; n < matrices * in * parts * part_out; ++n) {
-        const int64_t out = n % (parts * part_out), i = n / (parts * part_out) % in;
-        const int64_t matrix = n / (parts * part_out) / in, o = out % part_out;
-        const int64_t panel = (matrix * parts + out / part_out) * panels + o / 16;
-        packed[(panel * (in / inputs) + i / inputs) * 16 * inputs + o % 16 * inputs + i % inputs] =
-            get(static_cast<const unsigned char*>(tensor.data), dtype, n);
+      const bool int4 = tensor.dtype == DType::kInt32, pairs = tensor.dtype == DType::kBFloat16;
+      const int64_t size = static_cast<int64_t>(paddle_moe::dtype_size(tensor.dtype));
+      const int64_t inputs = row_inputs(int4 ? DType::kInt4 : tensor.dtype);
+      const int64_t rows = in / inputs, width = inputs == 2 ? 32 : 16;
+      std::vector<unsigned char> packed(static_cast<size_t>(matrices * parts * panels * rows * width * size));
+      const auto* from = static_cast<const unsigned char*>(tensor.data);
+      for (int64_t n = 0; n < matrices * in * columns; ++n) {
+        const int64_t column = n % columns, i = n / columns % in, matrix = n / columns / in;
+        const int64_t panel = (matrix * parts + column / part_out) * panels + column % part_out / 16;
+        const int64_t c = column % part_out % 16;
+        if (int4) {
+          const int64_t half = ((matrix * columns + column) * ((in + 63) / 64) + i / 64) * 16 + i % 16;
+          const int64_t word = ((panel * rows + i / 8) * 16 + c) * 2 + i % 2;
+          const int number = from[2 * half + i % 64 / 32] >> i % 32 / 16 * 4 & 15;
+          packed[static_cast<size_t>(2 * word + i % 8 / 4)] |=
+              static_cast<unsigned char>(number << i % 4 / 2 * 4);
+          continue;
+        }
+        const int64_t at = pairs ? panel * in * 16 + i / 2 * 32 + c * 2 + i % 2 : (panel * in + i) * 16 + c;
+        const int64_t old = permuted ? (matrix * columns + column) * in + i : n;
+        std::memcpy(&packed[static_cast<size_t>(at * size)], from + old * size, static_cast<size_t>(size));
       }
-      tensor = store(packed, dtype, {matrices, parts * panels, in / inputs, 16 * inputs});
+      storage.push_back(std::move(packed));
+      tensor = {storage.back().data(), tensor.dtype, {matrices, parts * panels, rows, width}, {}};
+    }
+    // As of weights stored [in, out], and with the same first dimension.
+    for (paddle_moe::Tensor& scale : *scales) {
+      if (layout != Layout::kStacked) scale.shape.insert(scale.shape.begin(), 1);
+      if (!permuted || scale.shape.size() < 3) continue;
+      const int64_t outs = scale.shape[1], ins = scale.shape[2];
+      Numbers turned(static_cast<size_t>(matrices * outs * ins));
+      for (int64_t n = 0; n < matrices * outs * ins; ++n) {
+        const int64_t matrix = n / outs / ins, o = n / ins % outs, i = n % ins;
+        turned[static_cast<size_t>((matrix * ins + i) * outs + o)] =
+            get(static_cast<const unsigned char*>(scale.data), DType::kFloat32, n);
+      }
+      scale = store(turned, DType::kFloat32, {matrices, ins, outs});
     }
   }
 

@@ -116,6 +116,36 @@ void prepacked() {
   }
 }
 
+// Also past groups of scales, along both dimensions.
+void quantised_and_prepacked() {
+  Random random(7);
+  const auto check_one = [&](int tokens, int hidden, int inter, DType dtype, DType type, Layout layout) {
+    const int inputs = Layer::row_inputs(type);
+    hidden = (hidden + inputs - 1) / inputs * inputs;
+    inter = (inter + inputs - 1) / inputs * inputs;
+    Layer layer(random, tokens, hidden, inter, 3, 2, dtype, layout,
+                type == DType::kInt4 || pick(random, 0, 1) == 1);
+    layer.quantise(random, type);
+    layer.prepack();
+    CHECK(count_differences(layer, run(layer, 2)) == 0, "T=%d H=%d I=%d %s %s layout %d", tokens, hidden,
+          inter, paddle_moe::dtype_name(dtype), paddle_moe::dtype_name(type), static_cast<int>(layout));
+  };
+  for (DType type : {DType::kInt8, DType::kFloat8E4M3, DType::kInt4}) {
+    for (DType dtype : kDTypes) {
+      for (int hidden : {2, 7, 33, 64, 129, 300}) {
+        for (int inter : {2, 31, 64, 130, 257}) {
+          for (int most_tokens : {3, 70}) {
+            check_one(pick(random, 0, most_tokens), hidden, inter, dtype, type,
+                      static_cast<Layout>(pick(random, 0, 2)));
+          }
+        }
+      }
+      check_one(400, 800, 160, dtype, type, Layout::kStacked);
+      check_one(400, 40, 1031, dtype, type, Layout::kList);
+    }
+  }
+}
+
 void ids_at_the_limits() {
   Random random(3);
   Layer layer(random, 64, 9, 7, 3, 2, DType::kFloat32, Layout::kList, false);
@@ -255,6 +285,7 @@ int main() {
     past_block_sizes();
     quantised();
     prepacked();
+    quantised_and_prepacked();
     ids_at_the_limits();
     chunks();
     results_stay_in_their_blocks();
