@@ -116,7 +116,7 @@ def prepack_weights(
         if not permuted:
             raise ValueError("permuted must be True for int4, which is stored [out, in], got False")
         held = 8 * stack.shape[2]
-        inputs = held if inputs is None else at_least(1)("inputs", inputs)
+        inputs = held if inputs is None else at_least(0)("inputs", inputs)
         if -(-inputs // 64) * 64 != held:
             raise ValueError(
                 f"inputs must be {held} or up to 63 less, as many as the words hold, got {inputs}"

@@ -27,7 +27,7 @@ from paddle_moe.collectives import leave_shards, no_contribution
 from paddle_moe.distributed import ParallelContext
 from paddle_moe.layer_weights import keep_dtypes
 from paddle_moe.params import Part, shard_range
-from paddle_moe.prepacking import check_inputs, expect_dtype_of_prepacked, prepack_stack
+from paddle_moe.prepacking import check_inputs, expect_dtype_of_prepacked, prepack_stack, prepack_weights
 from paddle_moe.quantization import quantize_stack, quantize_stored
 from paddle_moe.sharded import partial_sum
 
@@ -66,16 +66,20 @@ class Weights:
     down: Any
     gate_up_bias: Any = None
     down_bias: Any = None
-    gate_up_scale: Any = None  # of quantised ones, which are stored [out, in]
+    gate_up_scale: Any = None  # of quantised ones, which are stored [out, in] or prepacked
     down_scale: Any = None
+
+    def are_prepacked(self) -> bool:
+        down = self.down[0] if isinstance(self.down, list) else self.down
+        return down.ndim == 4
 
 
 class FrozenWeight(nn.Layer):
     """What MoEBlock.quantize() and prepack() put in the place of a Linear layer, or of weights [E, in, out].
 
-    Buffers weight and scale, [out, in] as paddle_moe.quantize gives them, or weight alone, as
-    paddle_moe.prepack_weights does; the bias as it was. They get the flags of the parameter `before` where it
-    is a shard, and compute in its dtype, `dense_dtype`.
+    Buffers weight and scale, [out, in] as paddle_moe.quantize gives them or as paddle_moe.prepack_weights
+    does, or weight alone, prepacked; the bias as it was. They get the flags of the parameter `before` where
+    it is a shard, and compute in its dtype, `dense_dtype`.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None, before: Tensor, bias: Tensor | None = None):
@@ -453,8 +457,11 @@ class MoEBlock:
         names = {id(tensor): name for name, tensor in self.state_dict().items()}
         return {names[id(weight)]: weight for weight in stacked + [layer.weight for layer in layers]}
 
-    def check_prepacking(self) -> None:
-        """A ValueError where the weights of any rank cannot be prepacked."""
+    def check_prepacking(self, dtype: str | None = None) -> None:
+        """A ValueError where the weights of any rank cannot be prepacked.
+
+        dtype: that they will be quantised to; None: as they are.
+        """
         for one in self.slices():
             if one.dense.removeprefix("shared_") in ("gate_up_weight", "down_weight"):
                 inputs, ranks = one.whole.names[1 if one.whole.names[0] == "E" else 0], 1
@@ -463,15 +470,23 @@ class MoEBlock:
                     ranks = self.parallel.size("grid" if over_grid else "tp")
                 whole = one.whole.length(inputs)
                 for size in {whole // ranks, -(-whole // ranks)}:
-                    check_inputs(f"{one.dense} of a rank", one.parameter.dtype, size)
+                    check_inputs(f"{one.dense} of a rank", dtype or one.parameter.dtype, size)
 
-    def quantize(self, dtype: str, granularity: str) -> None:
-        """Quantises the experts on this rank and the shared one, whose weights are finite."""
+    def quantize(self, dtype: str, granularity: str, prepack: bool = False) -> None:
+        """Quantises the experts on this rank and the shared one, whose weights are finite.
+
+        prepack: and prepacks them, after check_prepacking().
+        """
 
         def freeze(weight: Tensor, parts: int, order: Order | None) -> tuple[Tensor, Tensor]:
             if weight.ndim == 3:
-                return quantize_stack(weight, dtype, granularity, parts, order)
-            return quantize_stored(weight, dtype, granularity, parts)
+                pair = quantize_stack(weight, dtype, granularity, parts, order)
+            else:
+                pair = quantize_stored(weight, dtype, granularity, parts)
+            if not prepack:
+                return pair
+            inputs = weight.shape[-2] if dtype == "int4" else None
+            return prepack_weights(*pair, parts=parts, permuted=True, inputs=inputs)
 
         self._freeze(freeze, dtype)
 
@@ -649,7 +664,7 @@ class MoEBlock:
             weights.down_bias,
             gate_up_scale=weights.gate_up_scale,
             down_scale=weights.down_scale,
-            permuted_weights=weights.down_scale is not None,
+            permuted_weights=weights.down_scale is not None and not weights.are_prepacked(),
             activation=self.activation(),
             experts_min=first,
         )

@@ -16,7 +16,7 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from paddle_moe._options import one_of
+from paddle_moe._options import flag, one_of
 from paddle_moe.checkpoint import part_key
 from paddle_moe.distributed import ParallelContext, init_distributed
 from paddle_moe.integrations.blocks import MoEBlock, Slice, listed_weights
@@ -138,7 +138,12 @@ class Integration:
         return model
 
     def quantize_experts(
-        self, model: nn.Layer, dtype: str | paddle.dtype = "int8", granularity: str | None = None
+        self,
+        model: nn.Layer,
+        dtype: str | paddle.dtype = "int8",
+        granularity: str | None = None,
+        *,
+        prepack: bool = False,
     ) -> nn.Layer:
         """Turns the experts of an accelerated model into 8- or 4-bit numbers, in place.
 
@@ -151,17 +156,23 @@ class Integration:
         Args:
             model: what :meth:`accelerate` returned.
             dtype, granularity: see :func:`paddle_moe.quantize`.
+            prepack: put them in the order in which the CPU reads them too, as
+                :func:`paddle_moe.prepack_weights` does: prompts then take less time.
 
         Returns:
             ``model``.
 
         Raises:
-            ValueError: the model is not accelerated, a weight is not finite, an unknown option; nothing has
-                been changed then, on other ranks neither, where it is a RuntimeError that names this one.
+            ValueError: the model is not accelerated, a weight is not finite, an unknown option, with prepack
+                an input size that a panel cannot hold; nothing has been changed then, on other ranks neither,
+                where it is a RuntimeError that names this one.
             RuntimeError: the experts are quantised already, or on a GPU; a Paddle 2.6 over several ranks.
         """
         dtype, granularity = check_options(dtype, granularity)
+        flag("prepack", prepack)
         blocks = _blocks_to_freeze(model, "quantize_experts")
+        for block in blocks.values() if prepack else ():
+            block.check_prepacking(dtype)
         failure = None
         try:
             for prefix, block in blocks.items():
@@ -171,7 +182,7 @@ class Integration:
             failure = error
         raise_anywhere(_parallel_of(model, None), failure, "quantize_experts()")
         for block in blocks.values():
-            block.quantize(dtype, granularity)
+            block.quantize(dtype, granularity, prepack)
         return model
 
     def prepack_experts(self, model: nn.Layer) -> nn.Layer:

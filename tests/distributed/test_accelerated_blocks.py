@@ -94,6 +94,36 @@ def test_quantized_experts(kind, stacked, tmp_path):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_experts_that_are_prepacked(kind, stacked):
+    model = paddle.nn.Sequential(Block(5, 16, shared=24, bias=not stacked, stacked=stacked))
+    x = draw_tokens(7, model[0])
+    plain = integration.quantize_experts(accelerate(copy.deepcopy(model)), kind)
+    assert integration.quantize_experts(accelerate(model), kind, prepack=True) is model
+    with paddle.no_grad():
+        expected, output = plain(x).numpy(), model(x).numpy()
+        assert relative_l2(output, expected) < 1e-6
+        assert_same_bits(copy.deepcopy(model)(x).numpy(), output)
+        model.to(dtype="bfloat16")
+        assert relative_l2(model(x.astype("bfloat16")).astype("float32").numpy(), expected) < 0.03
+    x.stop_gradient = False
+    gradients = []
+    for one in (plain, model.to(dtype="float32")):
+        one(x).sum().backward()
+        gradients.append(x.grad.numpy())
+        x.clear_grad()
+    assert relative_l2(*gradients[::-1]) < 1e-2
+    with pytest.raises(RuntimeError, match=f"are {kind} since quantize_experts"):
+        integration.prepack_experts(model)
+    odd = accelerate(paddle.nn.Sequential(Block(5, 11)))
+    with pytest.raises(ValueError, match="down_weight of a rank must have .* got 11"):
+        integration.quantize_experts(odd, kind, prepack=True)
+    assert odd[0].frozen is None
+    with pytest.raises(ValueError, match="prepack must be True or False, got 1"):
+        integration.quantize_experts(odd, kind, prepack=1)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
 def test_prepacked_experts(stacked, tmp_path):
     model = paddle.nn.Sequential(Block(5, 12, shared=9, bias=not stacked, stacked=stacked))
     x = draw_tokens(7, model[0])

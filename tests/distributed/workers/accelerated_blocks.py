@@ -332,6 +332,17 @@ def prepacked():
         assert relative_l2(gradient, expected_gradient) < 1e-6
         flags = [buffer.no_sync for name, buffer in model.named_buffers() if "proj" in name]
         assert flags and all(flags)
+    # Quantised ones too: near to what they are without, which adds in another order.
+    for stacked in (False, True):
+        model = Beside(Block(5, 32, shared=32, bias=not stacked, stacked=stacked), Block(1, 32))
+        accelerate(model, parallel=parallel)
+        plain = integration.quantize_experts(copy.deepcopy(model), "int4")
+        integration.quantize_experts(model, "int4", prepack=True)
+        x = draw(7, 3)
+        with paddle.no_grad():
+            assert relative_l2(model(x).numpy(), plain(x).numpy()) < 1e-5
+        flags = [buffer.no_sync for name, buffer in model.named_buffers() if "proj" in name]
+        assert flags and all(flags)
     # All ranks refuse what one of them has: 10 columns over two of a TP group, 12 over the four of the grid.
     for sizes, what in (
         (dict(intermediate=10), "down_weight"),
