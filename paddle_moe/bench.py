@@ -365,7 +365,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants",
         default=DEFAULT_VARIANTS,
         help="comma-separated, quoted, also 'paddle_moe.core list', 'paddle_moe.core permuted', "
-        "'paddle_moe.core prepacked' and, beside quantised weights, 'bfloat16 permuted' "
+        "'paddle_moe.core prepacked' and, beside quantised weights, 'bfloat16 permuted', 'bfloat16 prepacked' "
         "(default: %(default)s)",
     )
     parser.add_argument("--backward", action="store_true", help="forward and backward")

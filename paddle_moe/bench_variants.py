@@ -190,15 +190,16 @@ def _paddle_moe_core(inputs: Inputs, weights: Weights, layout: str = "stacked") 
     return call
 
 
-def _bfloat16(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
+def _bfloat16(inputs: Inputs, weights: Weights, layout: str) -> Callable[[], np.ndarray]:
     """paddle_moe.core on the same numbers in bfloat16: what quantised weights are to be compared with."""
     halves = copy.copy(inputs), copy.copy(weights)
     halves[0].own = reference.to_bf16_bits(inputs.hidden)
-    halves[1].__dict__.pop("swapped", None)
+    for derived in ("swapped", "prepacked"):
+        halves[1].__dict__.pop(derived, None)
     halves[1].dtype = "bfloat16"
     halves[1].own = [_aligned(reference.to_bf16_bits(stack)) for stack in weights.fp32]
     halves[1].scales = None
-    return _paddle_moe_core(*halves, layout="permuted")
+    return _paddle_moe_core(*halves, layout=layout)
 
 
 def _paddle_moe_one_thread(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
@@ -540,7 +541,8 @@ VARIANTS: dict[str, Callable[[Inputs, Weights], Callable[[], object]]] = {
     "paddle_moe.core permuted": functools.partial(_paddle_moe_core, layout="permuted"),
     "paddle_moe.core prepacked": functools.partial(_paddle_moe_core, layout="prepacked"),
     ONE_THREAD: _paddle_moe_one_thread,
-    "bfloat16 permuted": _bfloat16,
+    "bfloat16 permuted": functools.partial(_bfloat16, layout="permuted"),
+    "bfloat16 prepacked": functools.partial(_bfloat16, layout="prepacked"),
 }
 WITHOUT_BACKWARD = {"numpy loop", "vllm", "zentorch", "ggml"}
 WITHOUT_QUANTISED = {"vllm", "zentorch"}  # the loops multiply the dequantised weights
