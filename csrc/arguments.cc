@@ -1,8 +1,10 @@
-// Checks what a caller passed and resolves every accepted weight layout to pointers and strides.
+// Checks what a caller passed; of the experts' weights expert_weights.cc does.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <locale>
 #include <sstream>
+#include <utility>
 
 #include "checks.h"
 #include "expert_weights.h"
@@ -51,9 +53,11 @@ void resolve_sizes(const Arguments& a, const ExpertForms& forms, Problem* p) {
   p->intermediate_size = forms.down.inputs(down);
   const bool from_down = known(p->intermediate_size);
   unify(&p->intermediate_size, forms.gate_up.outputs(gate_up));
-  if (p->hidden_size > 0 && p->hidden_size % forms.gate_up.inputs_of_row != 0)
-    fail("hidden_states must have a multiple of ", forms.gate_up.inputs_of_row, " columns with prepacked ",
-         dtype_name(forms.dtype), " weights, got ", p->hidden_size);
+  if (p->hidden_size > 0 && forms.gate_up.inputs_of_row > 1 &&
+      p->hidden_size % forms.gate_up.inputs_of_row != 0)
+    fail("hidden_states must have a multiple of ", forms.gate_up.inputs_of_row,
+         " columns with prepacked weights", forms.dtype == DType::kUnknown ? "" : " of the dtype ",
+         forms.dtype == DType::kUnknown ? "" : dtype_name(forms.dtype), ", got ", p->hidden_size);
   if (p->hidden_size == 0)
     fail("hidden_states must have at least one column (H >= 1), got the shape ",
          shape_text(a.hidden_states.shape));

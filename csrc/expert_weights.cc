@@ -72,15 +72,23 @@ Counts count_experts(const std::vector<Tensor>& gate_up, const std::vector<Tenso
 
 // The dtype of all weights: that of the activations, or a quantised one.
 DType find_dtype(const Arguments& a, DType dtype) {
-  const Tensor& first = a.gate_up_weights[0];
-  const DType found = weight_dtype_of(first.dtype == DType::kUnknown ? a.down_weights[0] : first);
+  const bool by_gate_up = a.gate_up_weights[0].dtype != DType::kUnknown;
+  const Tensor& first = by_gate_up ? a.gate_up_weights[0] : a.down_weights[0];
+  const DType found = weight_dtype_of(first);
   // Here, because the shape of an int32 that is no int4 would be refused first.
-  if (found == DType::kInt4 && a.gate_up_scale.empty())
-    fail("gate_up_scale must be given: gate_up_weights has the dtype ", dtype_text(first));
+  if (found == DType::kInt4 && a.gate_up_scale.empty()) {
+    fail("gate_up_scale must be given: ", by_gate_up ? "gate_up_weights" : "down_weights", " has the dtype ",
+         dtype_text(first));
+  }
   return found == DType::kUnknown || is_quantised(found) ? found : dtype;
 }
 
-int64_t inputs_of_prepacked_row(DType dtype) {
+// 0: not known yet.
+int64_t inputs_of_prepacked_row(const Arguments& a, DType dtype) {
+  if (dtype == DType::kUnknown) {
+    const int64_t width = a.down_weights[0].shape[3];
+    return !known(width) ? 0 : width != kPanelColumns ? 2 : a.gate_up_scale.empty() ? 1 : kInt4InWord;
+  }
   return dtype == DType::kInt4 ? kInt4InWord : dtype == DType::kFloat32 || dtype == DType::kFloat16 ? 1 : 2;
 }
 
@@ -115,11 +123,7 @@ ExpertForms find_forms(const Arguments& a, DType dtype) {
   expect_weight_dtype({"down_weights", 0, a.down_weights.size()}, first_down, stored);
   const bool may_be_int4 =
       storage == WeightStorage::kOutIn && stored == DType::kUnknown && !a.gate_up_scale.empty();
-  const int64_t inputs_of_row = !counts.prepacked                      ? 1
-                                : stored != DType::kUnknown            ? inputs_of_prepacked_row(stored)
-                                : first_down.shape[3] != kPanelColumns ? 2
-                                : a.gate_up_scale.empty()              ? 1
-                                                                       : kInt4InWord;
+  const int64_t inputs_of_row = counts.prepacked ? inputs_of_prepacked_row(a, stored) : 1;
   const auto form = [&](const char* argument, const char* in, const char* out, bool stacked, int64_t parts) {
     return WeightForm{argument, in,     out,     counts.num_experts, stacked,
                       parts,    stored, storage, may_be_int4,        inputs_of_row};
@@ -145,8 +149,11 @@ std::vector<int64_t> WeightForm::shape(int64_t in, int64_t out) const {
       result = {columns, times(divide_up(in, kInt4Run), kInt4Run / kInt4InWord)};
       break;
     case WeightStorage::kPrepacked:
-      result = {times(divide_up(out, kPanelColumns), parts), known(in) ? in / inputs_of_row : -1,
-                kPanelColumns * (inputs_of_row == kInt4InWord ? 1 : inputs_of_row)};
+      result = {times(divide_up(out, kPanelColumns), parts),
+                known(in) && inputs_of_row ? in / inputs_of_row : -1,
+                inputs_of_row == 0   ? -1
+                : inputs_of_row == 2 ? 2 * kPanelColumns
+                                     : kPanelColumns};
   }
   if (has_experts_in_front()) result.insert(result.begin(), experts_in_front());
   return result;
@@ -175,7 +182,8 @@ int64_t WeightForm::inputs(const Tensor& array) const {
   if (array.shape.size() != shape(-1, -1).size() || storage == WeightStorage::kInt4 || may_be_int4) return -1;
   return storage == WeightStorage::kInOut   ? array.shape[first]
          : storage == WeightStorage::kOutIn ? array.shape[first + 1]
-                                            : times(array.shape[2], inputs_of_row);
+         : inputs_of_row                    ? times(array.shape[2], inputs_of_row)
+                                            : -1;
 }
 
 int64_t WeightForm::outputs(const Tensor& array) const {

@@ -27,7 +27,7 @@ struct WeightForm {
   DType dtype;    // kUnknown while a static graph is being built
   WeightStorage storage;
   bool may_be_int4;       // kOutIn, but of a dtype that is not known
-  int64_t inputs_of_row;  // of prepacked ones, in a row of a panel
+  int64_t inputs_of_row;  // of prepacked ones, in a row of a panel; 0: not known yet
 
   // The order of the scales of a matrix: as if prepacked ones were stored [in, out].
   bool inputs_first() const {

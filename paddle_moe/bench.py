@@ -365,8 +365,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants",
         default=DEFAULT_VARIANTS,
         help="comma-separated, quoted, also 'paddle_moe.core list', 'paddle_moe.core permuted', "
-        "'paddle_moe.core prepacked' and, beside quantised weights, 'bfloat16 permuted', 'bfloat16 prepacked' "
-        "(default: %(default)s)",
+        "'paddle_moe.core prepacked' and, beside quantised weights, 'bfloat16 permuted' and "
+        "'bfloat16 prepacked' (default: %(default)s)",
     )
     parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")

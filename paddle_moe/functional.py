@@ -394,10 +394,11 @@ def mixture_of_experts(
 
     Products accumulate in float32, the intermediate is rounded to the dtype of ``hidden_states``, and the sum
     over k runs in float32 in the order of k: equal inputs give equal bits, whatever else is in the batch.
-    int4 weights, and int8 ones that are stored [out, in] beside activations of half precision, are multiplied
-    as integers: of 64 neighbouring activations each is rounded to 2^-15 of the largest, or 2^-29 in float32,
-    so that bfloat16 ones stay exact down to 2^-7 of it, and NaN or infinity in one makes all of them NaN. Not
-    so bfloat16 where the processor multiplies it (AVX-512 BF16): there the weights become bfloat16, exactly.
+    int4 weights, and int8 ones beside activations of half precision, are multiplied as integers where they
+    are stored [out, in]: of 64 neighbouring activations each is rounded to 2^-15 of the largest, or 2^-29 in
+    float32, so that bfloat16 ones stay exact down to 2^-7 of it, and NaN or infinity in one makes all of them
+    NaN. Not so bfloat16 where the processor multiplies it (AVX-512 BF16): there the weights become bfloat16,
+    exactly.
 
     T tokens, hidden size H, intermediate size I, K experts per token, E_l local experts.
 
@@ -412,8 +413,9 @@ def mixture_of_experts(
             int32 as :func:`paddle_moe.pack_int4` packs it, [..., 2I, 8 * ceil(H / 64)], with
             ``permuted_weights``. Never integers with a zero point. Or, on a CPU, both kinds of weights as
             :func:`paddle_moe.prepack_weights` returns them, which have four dimensions: stacked, or listed
-            with E_l = 1 in each. They take the least time of unquantised ones, and have no gradient. Their
-            shapes round outputs up to 16, so sizes that differ by less are not told apart.
+            with E_l = 1 in each, quantised ones with its scales. They take the least time, with some
+            exceptions among quantised ones, and have no gradient. Their shapes round outputs up to 16, so
+            sizes that differ by less are not told apart.
         down_weights: E_l tensors [I, H], or one stacked tensor [E_l, I, H]; dtype of ``gate_up_weights``.
         gate_up_bias: E_l tensors [2I], or 2*E_l tensors [I], or one stacked tensor [E_l, 2I]; float32 or the
             dtype of ``hidden_states``.
@@ -421,8 +423,9 @@ def mixture_of_experts(
         gate_up_scale: of quantised weights, float32, in as many tensors as ``gate_up_weights``: what the
             elements of a matrix [in, out] are multiplied by. [1]: all of it; [out]: an output channel;
             [in / 128 or 1, out]: 128 inputs of an output channel; [in / 128, out / 128]: a block, of gate or
-            of up; rounded up, with E_l in front where stacked, transposed with ``permuted_weights``. See
-            :func:`paddle_moe.quantize`. The weights and their scales then have no gradient.
+            of up; rounded up, with E_l in front where stacked (1 in each of a list of prepacked ones),
+            transposed with ``permuted_weights``. See :func:`paddle_moe.quantize`. The weights and their
+            scales then have no gradient.
         down_scale: the same of ``down_weights``.
         permuted_weights: every weight matrix is stored transposed ([2I, H] and [H, I]), as PyTorch and
             Hugging Face do. Prefer this to passing ``weight.T``, which Paddle copies on each call.

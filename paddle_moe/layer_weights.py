@@ -289,8 +289,8 @@ class ShardedWeights(nn.Layer):
 
         For serving: see paddle_moe.prepack_weights. Afterwards gate_up_weight, down_weight and those of the
         shared expert are buffers without a gradient; gradients go through them to hidden_states, router,
-        gates and biases. Results are those of weights stored [in, out], bit by bit; quantised weights, which
-        may be prepacked after quantize_(), add in another order than before. All ranks call it alike.
+        gates and biases. Results are those of weights stored [in, out], bit by bit; but those of quantised
+        weights, after quantize_(), are added in another order than before. All ranks call it alike.
         Loading, saving and converting to another dtype need unpack_() first.
 
         Returns:
@@ -345,23 +345,22 @@ class ShardedWeights(nn.Layer):
         """
         if not self.prepacked:
             raise RuntimeError("the expert weights of this layer are not prepacked")
-        for name, count in PARTS.items():
-            weight, scale = getattr(self, f"{name}_weight"), getattr(self, f"{name}_scale", None)
-            if weight is None:
-                continue
-            unpacked = unpack_weights(
-                weight, self._sizes_of(name)[1], parts=count, permuted=self.permuted_weights
-            )
+        for name, weight in self._own_expert_weights():
+            scale, (_, outputs) = getattr(self, f"{name}_scale", None), self._sizes_of(name)
+            shape = self._shard.parts()[f"{name}_weight"].shape
+            if outputs:
+                weight = unpack_weights(weight, outputs, parts=PARTS[name], permuted=self.permuted_weights)
+            elif scale is None:  # this rank has no column of the shared expert
+                weight = paddle.empty(shape, weight.dtype)
             delattr(self, f"{name}_weight")
             if scale is not None:
-                self.register_buffer(f"{name}_scale", scale.transpose([0, 2, 1]))
-                self.register_buffer(f"{name}_weight", unpacked)
+                self.register_buffer(f"{name}_scale", scale.transpose([0, 2, 1]).contiguous())
+                self.register_buffer(f"{name}_weight", weight)
                 continue
             attr = paddle.ParamAttr(initializer=nn.initializer.Constant(0.0))
-            shape = self._shard.parts()[f"{name}_weight"].shape
             parameter = self.create_parameter(shape, attr, dtype_name(weight.dtype))
             if parameter.size:
-                parameter.set_value(unpacked)
+                parameter.set_value(weight)
             for attribute, value in self._before_prepacking.pop(name).items():
                 setattr(parameter, attribute, value)
             setattr(self, f"{name}_weight", parameter)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import numpy as np
 import paddle
 
 from paddle_moe import reference
@@ -79,18 +78,19 @@ def prepack_weights(
 ) -> paddle.Tensor | tuple[paddle.Tensor, paddle.Tensor]:
     """Puts the weights of experts in the order in which the CPU kernels read them, so that no call has to.
 
-    For serving: calls take less time, most of all those of some tens of tokens, and give the same bits as
-    those of weights stored [in, out]. Prepacked weights have no gradient, and no GPU takes them.
+    For serving: calls take less time, most of all those of some tens of tokens. Unless the weights are
+    quantised, they give the same bits as those of weights stored [in, out]. Prepacked weights have no
+    gradient, and no GPU takes them.
 
     Args:
         weight: [E, in, out], or [in, out] of a single expert; float32, bfloat16 or float16, or quantised:
             int8, float8_e4m3fn or its bits as uint8, int4 as :func:`paddle_moe.quantize` gives it. The inputs
             must be even in number in bfloat16 and in 8 bits, a multiple of 8 in int4.
-        scale: of quantised weights.
+        scale: of quantised weights, float32, in one of the forms that the operator takes.
         parts: 2 for gate and up side by side, so that no panel holds columns of both; 1 for one of them, or
             for down. The operator cannot tell a wrong one from the shape, which rounds the outputs up.
         permuted: `weight` and `scale` are transposed, [..., out, in]; int4 always is.
-        inputs: of int4, whose words do not tell; None: as many as they hold, a multiple of 64.
+        inputs: of int4 alone, whose words do not tell; None: as many as they hold, a multiple of 64.
 
     Returns:
         [E, parts * ceil(out / parts / 16), in, 16], in bfloat16 and 8 bits [..., in / 2, 32], in int4 int32
@@ -100,7 +100,7 @@ def prepack_weights(
 
     Raises:
         ValueError: another dtype or rank, a wrong number of inputs, `parts` that do not divide out, a scale
-            that is missing or must not be given, int4 without permuted.
+            that is missing, must not be given or does not fit, int4 without permuted.
     """
     flag("permuted", permuted)
     at_least(1)("parts", parts)
@@ -109,9 +109,12 @@ def prepack_weights(
     if (scale is not None) != (name in QUANTISED):
         given = "must not be given" if scale is not None else "must be given"
         raise ValueError(f"scale {given}: weight has the dtype {name}")
+    if inputs is not None and name != "int32":
+        raise ValueError(f"inputs must not be given: weight has the dtype {name}, whose shape tells them")
     stack = weight if weight.ndim == 3 else weight.unsqueeze(0)
     if scale is None:
         return prepack_stack(stack, parts, permuted)
+    scale = _scale_of_panels(scale, weight, permuted)
     if name == "int32":
         if not permuted:
             raise ValueError("permuted must be True for int4, which is stored [out, in], got False")
@@ -121,10 +124,27 @@ def prepack_weights(
             raise ValueError(
                 f"inputs must be {held} or up to 63 less, as many as the words hold, got {inputs}"
             )
-    if permuted and scale.ndim == weight.ndim:
-        scale = scale.transpose([*range(weight.ndim - 2), weight.ndim - 1, weight.ndim - 2])
-    scale = scale if weight.ndim == 3 else scale.unsqueeze(0)
     return _prepack_quantised(stack, parts, permuted, inputs), scale
+
+
+@_exactly
+def _scale_of_panels(scale: paddle.Tensor, weight: paddle.Tensor, permuted: bool) -> paddle.Tensor:
+    """In the order of weights stored [in, out], with E or 1 in front.
+
+    Contiguous, because Paddle would copy it for each call.
+    """
+    if not isinstance(scale, paddle.Tensor):
+        raise ValueError(f"scale must be a paddle.Tensor, got {type_name(scale)}")
+    stacked = weight.ndim == 3
+    fits = dtype_name(scale.dtype) == "float32" and stacked <= scale.ndim <= weight.ndim
+    if not fits or stacked and scale.shape[0] != weight.shape[0]:
+        front = f"E = {weight.shape[0]} in front of " if stacked else ""
+        raise ValueError(
+            f"scale must be float32 with {front}up to 2 dimensions, "
+            f"got {dtype_name(scale.dtype)} {list(scale.shape)}"
+        )
+    scale = scale if stacked else scale.unsqueeze(0)
+    return scale.transpose([0, 2, 1]).contiguous() if permuted and scale.ndim == 3 else scale
 
 
 @_exactly
@@ -132,7 +152,7 @@ def _prepack_quantised(
     weight: paddle.Tensor, parts: int, permuted: bool, inputs: int | None
 ) -> paddle.Tensor:
     """Of [E, in, out], or [E, out, in] with `permuted`; `inputs` of int4."""
-    name, place = dtype_name(weight.dtype), weight.place
+    name = dtype_name(weight.dtype)
     if name == "float8_e4m3fn":  # Paddle moves and slices bytes
         weight = weight.view("uint8")
     outputs = weight.shape[1 if permuted else 2]
@@ -140,18 +160,15 @@ def _prepack_quantised(
     check_inputs("weight", name, inputs)
     if outputs % parts:
         raise ValueError(f"weight must have a multiple of parts = {parts} outputs, got {outputs}")
-    prepacked = []
-    for one in weight.numpy():
-        if name == "int32":
-            one = reference.unpack_int4(one, inputs)
-        one = one.T if permuted else one
-        prepacked.append(reference.prepack_weights(one[None], parts, int4=name == "int32"))
-    if not prepacked:
-        return paddle.empty(
-            [0, parts * -(-(outputs // parts) // PANEL), *_row_shape(name, inputs)], weight.dtype
-        )
-    array = np.concatenate(prepacked)
-    return paddle.to_tensor(array, place=place)
+    panels = [parts * -(-(outputs // parts) // PANEL), *_row_shape(name, inputs)]
+    prepacked = paddle.empty([weight.shape[0], *panels], weight.dtype)
+    for number, one in enumerate(weight):
+        if not one.size:
+            continue
+        array = reference.unpack_int4(one.numpy(), inputs) if name == "int32" else one.numpy()
+        array = reference.prepack_weights((array.T if permuted else array)[None], parts, name == "int32")
+        prepacked[number] = paddle.to_tensor(array[0], place=weight.place)
+    return prepacked
 
 
 def expect_dtype_of_prepacked(dtype: paddle.dtype, wanted: paddle.dtype, since: str) -> None:
@@ -210,11 +227,14 @@ def unpack_weights(
     """The reverse of :func:`prepack_weights`: [E, in, out], or [E, out, in] with `permuted`.
 
     Args:
-        weight: what prepack_weights returned. Of quantised ones the scale, as of [in, out], stays as it is.
+        weight: what prepack_weights returned. Quantised ones are given back as numbers: fp8 as its bits in
+            uint8, int4 as words again, which need `permuted`. Their scale stays in the order of [in, out];
+            with `permuted` transpose it.
         outputs: out, which the panels round up. parts: as there.
 
     Raises:
-        ValueError: `weight` is not prepacked, or has panels for another number of outputs.
+        ValueError: `weight` is not prepacked, or has panels for another number of outputs; int4 without
+            permuted.
     """
     flag("permuted", permuted)
     at_least(1)("parts", parts)
@@ -248,6 +268,14 @@ def _unpack_quantised(weight: paddle.Tensor, outputs: int, parts: int, permuted:
     int4 = dtype_name(weight.dtype) == "int32"
     if int4 and not permuted:
         raise ValueError("permuted must be True for int4, which is stored [out, in], got False")
-    numbers = reference.unpack_8_or_4_bits(weight.numpy(), outputs, parts)
-    numbers = numbers.swapaxes(1, 2) if permuted else numbers
-    return paddle.to_tensor(reference.pack_int4(numbers) if int4 else numbers, place=weight.place)
+    inputs = weight.shape[2] * _inputs_of_row(weight.dtype)
+    last = [outputs, 8 * -(-inputs // 64)] if int4 else [outputs, inputs] if permuted else [inputs, outputs]
+    unpacked = paddle.empty([weight.shape[0], *last], weight.dtype)
+    for number, one in enumerate(weight):
+        if one.size:
+            numbers = reference.unpack_8_or_4_bits(one.numpy()[None], outputs, parts)[0]
+            numbers = numbers.T if permuted else numbers
+            unpacked[number] = paddle.to_tensor(
+                reference.pack_int4(numbers) if int4 else numbers, place=weight.place
+            )
+    return unpacked

@@ -53,6 +53,8 @@ def test_what_has_no_elements_is_checked_only():
         core.mixture_of_experts(**arguments)
     with pytest.raises(ValueError, match=text):
         core.mixture_of_experts_backward(zeros(T, H), **arguments)
+    with pytest.raises(ValueError, match=f"pre_activation_rows {text}"):
+        core.pre_activation_rows(**arguments)
 
 
 @pytest.mark.parametrize("arguments", [(0, 1), (-1, 1), (1, 0)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import checks
 import numpy as np
 import paddle
@@ -16,7 +18,13 @@ from checks import (
     relative_l2,
     run_python,
 )
-from gradient_cases import assert_gradients_close, assert_same_gradients, expected_gradients, grad_out_of
+from gradient_cases import (
+    assert_gradients_close,
+    assert_same_gradients,
+    expected_gradients,
+    grad_out_of,
+    poisoned,
+)
 from layer_cases import EVERYTHING, TOP_K, Shard, dense_weights
 from quantized_cases import (
     KINDS,
@@ -79,12 +87,21 @@ def test_sizes(kind, hidden, inter):
 
 
 @per_kind
-@pytest.mark.parametrize("granularity", ["channel", "group"])
+@per_granularity
 @per_dtype
 def test_bits_of_a_token_do_not_depend_on_the_others(kind, granularity, dtype, threads):
-    """Whatever converts the weights: one tile of rows, each of a few, or once for all of many."""
+    """Whatever converts the weights: one tile of rows, each of a few, or once for all of many, whose
+    activations are more than stay in a cache."""
+    case = assert_bits_of_some(kind, granularity, dtype, 1408 if dtype == "bfloat16" else 704)
+    whole = core.mixture_of_experts(**case)
+    assert_same_bits(core.mixture_of_experts(**case, chunk_size=7), whole)
+    threads(1)
+    assert_same_bits(core.mixture_of_experts(**case), whole)
+
+
+def assert_bits_of_some(kind: str, granularity: str, dtype: str, hidden: int) -> dict:
     case = quantized_case(
-        250, 528, 200, 2, 1, dtype, kind=kind, granularity=granularity, permuted=kind == "int4"
+        192, hidden, 72, 1, 1, dtype, kind=kind, granularity=granularity, permuted=kind == "int4"
     )
     case = prepacked_quantised(case)
     whole = core.mixture_of_experts(**case)
@@ -92,9 +109,7 @@ def test_bits_of_a_token_do_not_depend_on_the_others(kind, granularity, dtype, t
     for count in (1, 2, 5, 9, 14, 30, 60):
         some = {**case, **{name: case[name][-count:] for name in per_token}}
         assert_same_bits(core.mixture_of_experts(**some), whole[-count:])
-    assert_same_bits(core.mixture_of_experts(**case, chunk_size=7), whole)
-    threads(1)
-    assert_same_bits(core.mixture_of_experts(**case), whole)
+    return case
 
 
 @pytest.mark.parametrize("isa", core.available_isas()[1:])
@@ -104,7 +119,8 @@ def test_every_instruction_set(isa):
         "import test_prepacked_quantized_weights as t\n"
         f"for kind in {KINDS}:\n"
         "    t.test_sizes(kind, 264, 136)\n"
-        "    t.assert_gradients_right('bfloat16', kind, 'group', 'stacked')\n",
+        "    t.assert_gradients_right('bfloat16', kind, 'group', 'stacked')\n"
+        "    t.assert_bits_of_some(kind, 'group', 'bfloat16', 1408)\n",
         timeout=240,
         PADDLE_MOE_ISA=isa,
     )
@@ -129,11 +145,11 @@ def test_refuses():
         ),
         (
             {**case, "hidden_states": np.zeros((9, 63), np.float32)},
-            "hidden_states must have a multiple of 2 columns with prepacked int8 weights, got 63",
+            "hidden_states must have a multiple of 2 columns .* of the dtype int8, got 63",
         ),
         (
             {**int4, "hidden_states": np.zeros((9, 60), np.float32)},
-            "hidden_states must have a multiple of 8 columns with prepacked int4 in int32 weights, got 60",
+            "hidden_states must have a multiple of 8 columns .* of the dtype int4 in int32, got 60",
         ),
         (
             {**int4, "down_weights": int4["down_weights"][:, :3]},
@@ -181,11 +197,10 @@ def assert_gradients_right(dtype: str, kind: str, granularity: str, layout: str)
         gradients = gradients_of(case, grad_out)
         wanted = {name: expected[name] for name in WANTED if name in case}
         assert_gradients_close(gradients, wanted, dtype)
-        rows = core.pre_activation_rows(**case)
-        kept = np.full((rows, 2 * SIZES["inter"]), np.nan, np.float32)
-        if dtype == "float32":
-            core.mixture_of_experts(**case, pre_activations=kept)
-            assert_same_gradients(gradients_of(case, grad_out, kept), gradients)
+        shape = (core.pre_activation_rows(**case), 2 * SIZES["inter"])
+        kept = poisoned(np.empty(shape, case["hidden_states"].dtype))
+        core.mixture_of_experts(**case, pre_activations=kept)
+        assert_same_gradients(gradients_of(case, grad_out, kept), gradients)
 
 
 @per_kind
@@ -230,7 +245,9 @@ def test_where_each_number_goes():
 def test_there_and_back(kind, permuted, granularity, parts, outputs):
     if kind == "int4" and not permuted:
         with pytest.raises(ValueError, match="permuted must be True for int4, which is stored"):
-            paddle_moe.prepack_weights(paddle.zeros([2, 8, outputs], "int32"), paddle.ones([1]), parts=parts)
+            paddle_moe.prepack_weights(
+                paddle.zeros([2, 8, outputs], "int32"), paddle.ones([2, 1]), parts=parts
+            )
         return
     weight = paddle.randn([3, outputs, 136] if permuted else [3, 136, outputs])
     options = {"parts": parts, "permuted": permuted}
@@ -266,6 +283,16 @@ def test_prepack_refuses():
             "inputs must be 64 or up to 63 less, as many as the words hold, got 65",
         ),
         (lambda: pack(numbers, scale, parts=4), "a multiple of parts = 4 outputs, got 6"),
+        (lambda: pack(numbers, 1.0, parts=1), "scale must be a paddle.Tensor, got float"),
+        (
+            lambda: pack(numbers, paddle.ones([3, 6]), parts=1),
+            r"scale must be float32 with E = 2 in front of up to 2 dimensions, got float32 \[3, 6\]",
+        ),
+        (
+            lambda: pack(numbers[0], scale.astype("float16"), parts=1),
+            r"scale must be float32 with up to 2 dimensions, got float16 \[2, 6\]",
+        ),
+        (lambda: pack(numbers, scale, parts=1, inputs=4), "inputs must not be given: .* int8, whose shape"),
     ):
         with pytest.raises(ValueError, match=text):
             call()
@@ -277,9 +304,9 @@ def test_prepack_refuses():
 SIZE = 24  # of the hidden states, a multiple of 8
 
 
-def layer_of(kind: str, granularity: str | None = None, parallel=None) -> FusedMoE:
+def layer_of(kind: str, granularity: str | None = None, parallel=None, seed: int = 3) -> FusedMoE:
     """Of sizes that int4 can be prepacked in, also over 2, 3, 4 and 7 ranks."""
-    layer = FusedMoE(SIZE, 96, 6, TOP_K, seed=3, parallel=parallel, shared_intermediate_size=672)
+    layer = FusedMoE(SIZE, 96, 6, TOP_K, seed=seed, parallel=parallel, shared_intermediate_size=672)
     return layer.quantize_(kind, granularity)
 
 
@@ -293,14 +320,23 @@ def state_of(layer: FusedMoE) -> dict[str, np.ndarray]:
 
 @per_kind
 @per_granularity
-def test_layer(kind, granularity):
+def test_layer(kind, granularity, tmp_path):
     layer, x = layer_of(kind, granularity), tokens_of_layer()
     before = state_of(layer)
     with paddle.no_grad():
         expected = layer(x).numpy()
         assert layer.prepack_() is layer and layer.prepacked and layer.quantized == kind
+        scales = [value for name, value in layer.named_buffers() if name.endswith("_scale")]
+        assert len(scales) == 4 and all(scale.is_contiguous() for scale in scales)  # else each call copies
         assert relative_l2(layer(x).numpy(), expected) < 1e-6
         assert "prepacked" in repr(layer)
+        once = layer(x).numpy()
+        assert_same_bits(copy.deepcopy(layer)(x).numpy(), once)
+        other = layer_of(kind, granularity, seed=4).prepack_()
+        paddle.save(layer.state_dict(), str(tmp_path / "state"))
+        missing, unexpected = other.set_state_dict(paddle.load(str(tmp_path / "state")))
+        assert not missing and not unexpected
+        assert_same_bits(other(x).numpy(), once)
         with autocast("O1", "bfloat16"):
             assert relative_l2(layer(x).astype("float32").numpy(), expected) < 1e-2
         assert layer.unpack_() is layer and not layer.prepacked and layer.quantized == kind

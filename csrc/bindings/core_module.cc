@@ -213,7 +213,9 @@ class Reader {
   }
 
   const Device& device() const { return device_; }
-  bool has_specs() const { return has_specs_; }
+  void expect_elements(const std::string& what) const {
+    if (has_specs_) fail(what + " cannot be computed from a Spec, which has no elements");
+  }
 
  private:
   Array read_array(const std::string& name, const py::object& object) {
@@ -333,7 +335,7 @@ class Output {
   Output(const std::string& name, const py::object& given, const py::dtype& dtype,
          const std::vector<int64_t>& shape, Reader* reader, bool any_strides = false)
       : result_(given.is_none() ? reader->empty(dtype, shape) : given), array_(reader->read(name, result_)) {
-    if (reader->has_specs()) fail(name + " cannot be computed from a Spec, which has no elements");
+    reader->expect_elements(name);
     const Tensor& view = array_.view;
     const DType expected = dtype_of(dtype);
     if (view.dtype != expected) {
@@ -530,7 +532,10 @@ class Experts {
 
   size_t workspace_size() const { return dispatch::workspace_size(reader_.device(), problem_) + kAlignment; }
 
-  int64_t pre_activation_rows() const { return dispatch::saved_rows(reader_.device(), problem_); }
+  int64_t pre_activation_rows() const {
+    reader_.expect_elements("pre_activation_rows");
+    return dispatch::saved_rows(reader_.device(), problem_);
+  }
 
   py::object run(const py::object& out, const py::object& workspace, const py::object& pre_activations) {
     std::optional<Output> saved;

@@ -41,7 +41,8 @@ inline bool is_integer(Operand operand) {
 
 // Units reduced in registers before the partial sum is added to the result. A constant of the contract, not
 // only of the cache: every result is the sum, in order, of such blocks, each summed in order, whatever the
-// tile it was computed in.
+// tile it was computed in. Of prepacked weights whose scales change along the depth a block is a group of
+// them.
 constexpr int64_t kBlockUnits = 256;
 // The same for weights that are stored column by column, where each lane of a register sums its own units.
 constexpr int64_t kDotUnits = 1024;

@@ -37,9 +37,9 @@ inline Operand operand_of(DType dtype) {
   return dtype == DType::kBFloat16 && kernels().bf16_dot ? Operand::kBf16Pairs : Operand::kFloat32;
 }
 
-// Quantised weights stored column by column, as int4 always is, become bf16 where that is multiplied; else
-// integers are multiplied as integers. int8 with fp32 activations, which would take two planes, and all
-// others become fp32.
+// Quantised weights stored column by column become bf16 where that is multiplied; else integers are
+// multiplied as integers. Prepacked ones become what the activations are. int8 with fp32 activations, which
+// would take two planes, and all others become fp32.
 inline Operand operand_of(const Problem& p) {
   if (!is_quantised(p.weight_dtype) || p.prepacked) return operand_of(p.dtype);
   const bool in_columns = std::all_of(p.experts.begin(), p.experts.end(), [](const Expert& e) {

@@ -99,8 +99,8 @@ struct Simd {
   static V as_bf16(const V (&two)[2]) { return (V)_mm512_cvtne2ps_pbh((__m512)two[1], (__m512)two[0]); }
   // Of 32 halves, the upper 16 behind each of the lower ones.
   static V interleave_halves(V halves) {
-    alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
-                                                             21, 6, 22, 7,  23, 8,  24, 9,  25, 10, 26,
+    alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                              11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return (V)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), (__m512i)halves);
   }
@@ -112,7 +112,8 @@ struct Simd {
         0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
         0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
     typedef uint16_t VH __attribute__((vector_size(64)));
-    return (V)_mm512_permutexvar_epi16((__m512i)((VH)halves >> static_cast<uint16_t>(bit)), _mm512_load_si512(kNumbers));
+    return (V)_mm512_permutexvar_epi16((__m512i)((VH)halves >> static_cast<uint16_t>(bit)),
+                                       _mm512_load_si512(kNumbers));
   }
   static V int4_as_bf16(const int32_t* run, int v) {
     typedef uint16_t VH __attribute__((vector_size(64)));

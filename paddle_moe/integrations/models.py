@@ -149,7 +149,8 @@ class Integration:
 
         Once it is loaded: there is no way back, and no file of the package holds such weights. They are
         frozen, but gradients go through them, to adapters of the attention for example. Each weight of an
-        expert, of the shared one too, then is a buffer ``...weight``, stored [out, in], beside ``...scale``.
+        expert, of the shared one too, then is a buffer ``...weight``, stored [out, in] or prepacked, beside
+        ``...scale``.
         Over several ranks scales belong to a rank's part, and all of them call it together. Attention,
         router, head and norms stay as they are.
 
@@ -157,7 +158,7 @@ class Integration:
             model: what :meth:`accelerate` returned.
             dtype, granularity: see :func:`paddle_moe.quantize`.
             prepack: put them in the order in which the CPU reads them too, as
-                :func:`paddle_moe.prepack_weights` does: prompts then take less time.
+                :func:`paddle_moe.prepack_weights` does: with AVX-512 prompts then take less time.
 
         Returns:
             ``model``.

@@ -104,15 +104,18 @@ def test_quantized_experts_that_are_prepacked(kind, stacked):
         expected, output = plain(x).numpy(), model(x).numpy()
         assert relative_l2(output, expected) < 1e-6
         assert_same_bits(copy.deepcopy(model)(x).numpy(), output)
-        model.to(dtype="bfloat16")
-        assert relative_l2(model(x.astype("bfloat16")).astype("float32").numpy(), expected) < 0.03
+        half = copy.deepcopy(model)
+        half.to(dtype="bfloat16")
+        assert relative_l2(half(x.astype("bfloat16")).astype("float32").numpy(), expected) < 0.03
     x.stop_gradient = False
     gradients = []
-    for one in (plain, model.to(dtype="float32")):
+    for one in (plain, model):
         one(x).sum().backward()
         gradients.append(x.grad.numpy())
         x.clear_grad()
-    assert relative_l2(*gradients[::-1]) < 1e-2
+    assert relative_l2(*gradients[::-1]) < 1e-5
+    scales = [value for name, value in model.named_buffers() if name.endswith("scale")]
+    assert scales and all(scale.is_contiguous() for scale in scales)
     with pytest.raises(RuntimeError, match=f"are {kind} since quantize_experts"):
         integration.prepack_experts(model)
     odd = accelerate(paddle.nn.Sequential(Block(5, 11)))
