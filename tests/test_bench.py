@@ -54,7 +54,7 @@ def test_merge_keeps_other_cases_and_replaces_the_same(tmp_path):
         assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())["results"]
     assert ["limits_of_one_thread" in r for r in results] == [False, True, True]
-    assert [(r["rounds"], r["commit"]) for r in results] == 3 * [(1, bench._commit())]
+    assert [r["rounds"] for r in results] == [1, 1, 1] and len({r["commit"] for r in results}) == 1
     assert done.stdout.count("; of one thread") == 2
     measured = [(r["num_tokens"], *r["variants"]) for r in results]
     assert measured == [(1, "numpy loop"), (2, "paddle_moe.core 1 thread"), (5, "paddle_moe.core 1 thread")]
