@@ -155,6 +155,9 @@ def _paddle_moe_core(inputs: Inputs, weights: Weights, layout: str = "stacked") 
         layout = "prepacked" if layout == "prepacked" else "permuted"
     if layout == "prepacked" and inputs.grad is not None:
         raise NotSupported("prepacked weights have no gradient")
+    of_row = {"float32": 1, "float16": 1, "int4": 8}.get(weights.dtype, 2)
+    if layout == "prepacked" and any(stack.shape[1] % of_row for stack in weights.own):
+        raise NotSupported(f"prepacked {weights.dtype} needs inputs in multiples of {of_row}")
     arrays = [[stack] for stack in weights.own]
     if layout == "list":
         arrays = [[_aligned(w) for w in stack] for stack in weights.own]

@@ -60,6 +60,14 @@ def test_merge_keeps_other_cases_and_replaces_the_same(tmp_path):
     assert measured == [(1, "numpy loop"), (2, "paddle_moe.core 1 thread"), (5, "paddle_moe.core 1 thread")]
 
 
+def test_sizes_that_cannot_be_prepacked_are_left_out():
+    sizes = ["--shapes", "4x2x36x17", "--rounds", "1", "--tokens", "2", "--dtypes", "bfloat16,int8,int4"]
+    done = run(*sizes, "--variants", "paddle_moe.core permuted,paddle_moe.core prepacked")
+    assert done.returncode == 0, done.stderr
+    for dtype, multiple in (("bfloat16", 2), ("int8", 2), ("int4", 8)):
+        assert f"prepacked {dtype} needs inputs in multiples of {multiple}" in done.stdout
+
+
 def test_a_result_names_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "package" / "bench.py"))
     (tmp_path / "package").mkdir()
