@@ -17,6 +17,7 @@ from checks import (
     per_layout,
     relative_l2,
     run_python,
+    to_float64,
 )
 from gradient_cases import (
     assert_gradients_close,
@@ -34,6 +35,7 @@ from quantized_cases import (
     per_storage,
     prepacked_quantised,
     quantized_case,
+    slack_of,
 )
 from test_prepacked_weights import STATIC_PROGRAM
 from test_quantized_gradients import WANTED, case_with_biases, gradients_of
@@ -59,15 +61,31 @@ def backend(request):
 @per_granularity
 @per_layout
 def test_against_the_reference(backend, kind, granularity, layout, permuted):
-    for dtype, num_tokens in (("float32", 9), ("bfloat16", 70), ("float16", 1), ("bfloat16", 3)):
+    for dtype, num_tokens in (("float32", 9), ("bfloat16", 70), ("float16", 1), ("bfloat16", 5)):
         case = quantized_case(
             num_tokens, **SIZES, dtype=dtype, kind=kind, granularity=granularity, layout=layout,
             permuted=permuted, measurement_mode=True,
         )  # fmt: skip
-        out, amax = backend.mixture_of_experts(**prepacked_quantised(case))
+        prepacked = prepacked_quantised(case)
+        out, amax = backend.mixture_of_experts(**prepacked)
         expected, expected_amax = expected_moe(case)
-        assert_close(out, expected)
-        assert_amax_close(amax, expected_amax)
+        slack = slack_of(prepacked)
+        assert_close(out, expected, slack)
+        assert_amax_close(amax, expected_amax, 1.0 if slack == 1.0 else 20.0)
+
+
+@per_kind
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_accuracy_in_half_precision(kind, dtype):
+    """The error is that of rounding the right result once."""
+    for num_tokens in (30, 200):
+        case = quantized_case(
+            num_tokens, **SIZES, dtype=dtype, kind=kind, granularity="group", permuted=kind == "int4"
+        )
+        expected = expected_moe(case)
+        rounded = to_float64(reference.to_storage(expected, dtype))
+        error = relative_l2(to_float64(core.mixture_of_experts(**prepacked_quantised(case))), expected)
+        assert error < 1.2 * relative_l2(rounded, expected)
 
 
 @per_kind
@@ -82,8 +100,9 @@ def test_sizes(kind, hidden, inter):
                     num_tokens, hidden, inter, 2, 1, dtype, kind=kind, granularity=granularity,
                     permuted=kind == "int4",
                 )  # fmt: skip
-                out = core.mixture_of_experts(**prepacked_quantised(case))
-                assert_close(out, expected_moe(case))
+                prepacked = prepacked_quantised(case)
+                slack = max(2.0, slack_of(prepacked))
+                assert_close(core.mixture_of_experts(**prepacked), expected_moe(case), slack)
 
 
 @per_kind

@@ -37,19 +37,19 @@ inline Operand operand_of(DType dtype) {
   return dtype == DType::kBFloat16 && kernels().bf16_dot ? Operand::kBf16Pairs : Operand::kFloat32;
 }
 
-// Quantised weights stored column by column become bf16 where that is multiplied; else integers are
-// multiplied as integers. Prepacked ones become what the activations are. int8 with fp32 activations, which
-// would take two planes, and all others become fp32.
+// Quantised weights stored column by column or prepacked become bf16 where that is multiplied; else integers
+// are multiplied as integers. Integers with fp32 activations would take two planes, which pays for int4
+// stored column by column only. All others become fp32.
 inline Operand operand_of(const Problem& p) {
-  if (!is_quantised(p.weight_dtype) || p.prepacked) return operand_of(p.dtype);
+  if (!is_quantised(p.weight_dtype)) return operand_of(p.dtype);
   const bool in_columns = std::all_of(p.experts.begin(), p.experts.end(), [](const Expert& e) {
     return storage_of(e.gate, e.up) == Storage::kColumns && storage_of(e.down) == Storage::kColumns;
   });
-  if (in_columns && operand_of(p.dtype) == Operand::kBf16Pairs) return Operand::kBf16Pairs;
-  if (p.weight_dtype == DType::kInt4)
-    return p.dtype == DType::kFloat32 ? Operand::kTwoInt16 : Operand::kInt16;
-  const bool integer = p.weight_dtype == DType::kInt8 && p.dtype != DType::kFloat32 && in_columns;
-  return integer ? Operand::kInt16 : Operand::kFloat32;
+  const bool int4 = p.weight_dtype == DType::kInt4;
+  if (!p.prepacked && !in_columns) return Operand::kFloat32;
+  if (operand_of(p.dtype) == Operand::kBf16Pairs) return Operand::kBf16Pairs;
+  if (p.dtype == DType::kFloat32) return int4 && !p.prepacked ? Operand::kTwoInt16 : Operand::kFloat32;
+  return int4 || p.weight_dtype == DType::kInt8 ? Operand::kInt16 : Operand::kFloat32;
 }
 
 // The local expert of slot i, or -1.

@@ -45,6 +45,12 @@ struct Simd {
   static VI widen_int8(const int8_t* p) {
     return (VI)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  // Of two rows of int8, one after the other, vector v of the pairs in their columns.
+  static VI pair_int8(const int8_t* rows, int v) {
+    const auto* p = reinterpret_cast<const __m128i*>(rows);
+    const __m128i a = _mm_loadu_si128(p), b = _mm_loadu_si128(p + 1);
+    return (VI)_mm256_cvtepi8_epi16(v == 0 ? _mm_unpacklo_epi8(a, b) : _mm_unpackhi_epi8(a, b));
+  }
   static VI widen_int4(const int32_t* run, int v) {
     const __m256i halves = (__m256i)load(run);
     return (VI)_mm256_srai_epi16(_mm256_slli_epi16(halves, 12 - 4 * v), 12);

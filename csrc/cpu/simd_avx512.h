@@ -61,6 +61,15 @@ struct Simd {
   static VI widen_int8(const int8_t* p) {
     return (VI)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  // Of 32 halves, each of the upper 16 behind that of the lower ones.
+  static V interleave_halves(V halves) {
+    alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (V)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), (__m512i)halves);
+  }
+  // Of two rows of int8, one after the other, the pairs in their columns.
+  static VI pair_int8(const int8_t* rows, int) { return (VI)interleave_halves((V)widen_int8(rows)); }
   static VI widen_int4(const int32_t* run, int v) {
     typedef int16_t VH __attribute__((vector_size(64)));
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(run));
@@ -73,7 +82,11 @@ struct Simd {
 #ifdef PADDLE_MOE_AVX512_BF16
     return (VI)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
 #else
-    return (VI)_mm512_madd_epi16((__m512i)a, (__m512i)b) + c;
+    c += (VI)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#ifdef PADDLE_MOE_32_REGISTERS
+    asm("" : "+v"(c));  // GCC would add later, and run out of registers for what is to be added
+#endif
+    return c;
 #endif
   }
   static void store_low_halves(uint16_t* p, VI v) {
@@ -97,13 +110,6 @@ struct Simd {
   }
   // What bf16 holds exactly.
   static V as_bf16(const V (&two)[2]) { return (V)_mm512_cvtne2ps_pbh((__m512)two[1], (__m512)two[0]); }
-  // Of 32 halves, the upper 16 behind each of the lower ones.
-  static V interleave_halves(V halves) {
-    alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return (V)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), (__m512i)halves);
-  }
   // The int4 number at a bit of each half.
   static V int4_halves_as_bf16(V halves, int bit) {
     // By the low five bits of each half, of which the fifth is another number's.

@@ -49,6 +49,12 @@ struct Simd {
     for (int i = 0; i < 2 * kLanes; ++i) halves[i] = p[i];
     return (VI)halves;
   }
+  // Of two rows of kPanelColumns int8, one after the other, vector v of the pairs in their columns.
+  static VI pair_int8(const int8_t* rows, int v) {
+    VH halves;
+    for (int i = 0; i < 2 * kLanes; ++i) halves[i] = rows[i % 2 * kPanelColumns + v * kLanes + i / 2];
+    return (VI)halves;
+  }
   static VI widen_int4(const int32_t* run, int v) {
     const VH halves = (VH)load(run + v % 2 * kLanes);
     return (VI)(halves << (12 - v / 2 * 4) >> 12);
