@@ -1,7 +1,7 @@
 """Builds the core without Paddle, tests it on the GPU of this machine, and times it beside its peers.
 
 Everything that was found out goes into one JSON file: the card, the driver, the commit, and per part its
-outcome. Exit status 1 if any part failed.
+outcome; the logs of all parts into an archive beside it. Exit status 1 if any part failed.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import traceback
@@ -21,9 +23,13 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Seconds that each part may take; together with the start of Python they fit into eight minutes.
-LIMITS = {"build": 110, "test": 110, "sanitize": 70, "bench": 180}
-OPERATOR_TESTS = ["cuda", "test_mixture_of_experts.py", "test_guarantees.py"]
-OPERATOR_TESTS += ["test_route.py", "test_fused_gate_moe.py"]
+LIMITS = {"build": 110, "test": 110, "bench": 180, "sanitize": 70}
+# Each in a process of its own: after an illegal address all that follows in a process fails too.
+TESTS = {
+    "route": ["test_route.py", "test_fused_gate_moe.py"],
+    "operators": ["test_mixture_of_experts.py", "test_guarantees.py"],
+    "cuda": ["cuda"],
+}
 
 
 class Failed(Exception):
@@ -61,13 +67,14 @@ class Check:
         """
         print("+", " ".join(map(str, command)), flush=True)
         seconds = max(deadline - time.monotonic(), 1)
+        python_path = os.pathsep.join(filter(None, [str(self.package), os.environ.get("PYTHONPATH")]))
         self.build_directory.mkdir(parents=True, exist_ok=True)
         (self.build_directory / log).write_text("")
         try:
             process = subprocess.Popen(
                 command,
                 cwd=REPOSITORY / "tests",  # Python would find the clone's own package in the clone
-                env={**os.environ, "PYTHONPATH": str(self.package), "PYTHONUNBUFFERED": "1", **environment},
+                env={**os.environ, "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -97,6 +104,8 @@ class Check:
         configure = ["cmake", "-S", str(REPOSITORY), "-B", str(self.build_directory)]
         configure += ["-DPADDLE_MOE_CUDA=ON", f"-DPADDLE_MOE_CUDA_ARCHS={architectures}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
         if nvcc := find_tool("nvcc"):
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
         shutil.rmtree(self.package, ignore_errors=True)
@@ -106,9 +115,15 @@ class Check:
             "build": ["cmake", "--build", str(self.build_directory), "--target", "_core", "--parallel", jobs],
             "install": ["cmake", "--install", str(self.build_directory), "--prefix", str(self.package)],
         }.items():
-            if self.run(command, deadline, f"{name}.log") != 0:
+            # The ptxas of this machine may spill where that of the tests does not: this is to be known, but
+            # what is compiled can be run.
+            if self.run(command, deadline, f"{name}.log", PADDLE_MOE_STRICT_NVCC="0") != 0:
                 raise Failed(f"{name} failed; its output is above")
-        return {"architectures": architectures, "nvcc": output_of(nvcc or "nvcc", "--version")[-60:]}
+        warnings = re.findall(
+            r"^warning: (.*)", (self.build_directory / "build.log").read_text(), re.MULTILINE
+        )
+        version = output_of(nvcc or "nvcc", "--version")[-60:]
+        return {"architectures": architectures, "nvcc": version, "warnings": warnings}
 
     def pytest(self, name: str, deadline: float, paths: list[str], prefix=(), **environment: str) -> dict:
         needs_gpu()
@@ -119,7 +134,7 @@ class Check:
         # A test that waits for a GPU that hangs can only be ended with its process; the last line of the log
         # names it then. A run that is merely long stops between two tests, and reports.
         seconds = int(deadline - time.monotonic())
-        command += ["--timeout=60", "--timeout-method=thread", f"--session-timeout={max(seconds - 10, 1)}"]
+        command += ["--timeout=20", "--timeout-method=thread", f"--session-timeout={max(seconds - 5, 1)}"]
         found: dict = {}
         try:
             status: int | str = self.run(command, deadline, log.name, **environment)
@@ -132,28 +147,38 @@ class Check:
         return found
 
     def test(self, deadline: float) -> dict:
-        return self.pytest("test", deadline, OPERATOR_TESTS)
+        found, wrong = {}, []
+        for i, (name, paths) in enumerate(TESTS.items()):
+            end = time.monotonic() + (deadline - time.monotonic()) / (len(TESTS) - i)
+            try:
+                found[name] = self.pytest(name, end, paths)
+            except Failed as error:
+                wrong.append(f"{name}: {error}")
+                found[name] = error.found
+        if wrong:
+            raise Failed("; ".join(wrong), **found)
+        return found
 
     def sanitize(self, deadline: float) -> dict:
         tool = find_tool("compute-sanitizer")
         if tool is None:
             return {"skipped": "compute-sanitizer was not found"}
         results: dict[str, dict] = {}
-        wrong = []
-        for left, name in ((2, "memcheck"), (1, "racecheck")):
+        # racecheck may take what mbarriers and tensor copies order for a hazard: its outcome is kept, and is
+        # for a person to read.
+        for share, name in ((0.7, "memcheck"), (1.0, "racecheck")):
             prefix = (tool, "--tool", name, "--error-exitcode", "9", "--launch-timeout", "120")
             prefix += ("--kernel-regex", "kns=paddle_moe")
-            end = time.monotonic() + (deadline - time.monotonic()) / left
+            end = time.monotonic() + share * (deadline - time.monotonic())
             try:
                 # Without PyTorch's cache every array is an allocation of its own, whose ends are seen.
                 results[name] = self.pytest(
                     name, end, ["cuda/test_sanitized.py"], prefix, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
                 )
             except Failed as error:
-                wrong.append(f"{name}: {error}")
-                results[name] = error.found
-        if wrong:
-            raise Failed("; ".join(wrong), **results)
+                results[name] = {"reason": str(error), **error.found}
+        if "reason" in results["memcheck"]:
+            raise Failed(f"memcheck: {results['memcheck']['reason']}", **results)
         return results
 
     def bench(self, deadline: float) -> dict:
@@ -174,6 +199,14 @@ class Check:
         if status != 0:
             raise Failed(f"the benchmark ended with {status}", **found)
         return found
+
+
+def archive_logs(build_directory: Path, archive: Path) -> None:
+    """What the parts printed and reported, for a machine that is gone afterwards."""
+    with tarfile.open(archive, "w:gz") as file:
+        for path in sorted(build_directory.glob("*")):
+            if path.suffix in (".log", ".xml", ".json"):
+                file.add(path, path.name)
 
 
 def compute_capability() -> str:
@@ -258,11 +291,12 @@ def main() -> int:
             traceback.print_exc()
         result["parts"][part] = {**outcome, "seconds": round(time.monotonic() - start, 1)}
         options.out.write_text(json.dumps(result, indent=1) + "\n")  # kept if a later part hangs
+        archive_logs(check.build_directory, options.out.with_suffix(".logs.tar.gz"))
         if part == "build" and not outcome["ok"]:
             break  # the others would test an older one
     for part, outcome in result["parts"].items():
         print(f"{part:9}{'ok' if outcome['ok'] else 'FAILED':7}{outcome['seconds']:7.1f} s")
-    print(f"all figures: {options.out}")
+    print(f"all figures: {options.out}; all output: {options.out.with_suffix('.logs.tar.gz')}")
     return 0 if all(outcome["ok"] for outcome in result["parts"].values()) else 1
 
 

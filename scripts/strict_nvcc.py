@@ -3,13 +3,18 @@
 
     strict_nvcc.py NVCC ARGUMENT...
 
-setup.py and CMake compile with it. It fails on registers that spill to memory (but for MAY_SPILL), on
-serialised wgmma instructions (C7510 and others), on an ignored setmaxnreg (C7508), and when nvcc itself
-fails. Then it leaves no output file behind, so that no later step can take an old one for the new one.
+setup.py and CMake compile with it. It fails on registers that spill to memory (but for MAY_SPILL), on what
+ptxas calls a potential performance loss (wgmma instructions that wait for each other, an ignored setmaxnreg),
+and when nvcc itself fails. Then it leaves no output file behind, so that no later step can take an old one
+for the new one.
+
+PADDLE_MOE_STRICT_NVCC=0 in the environment makes warnings of what is not an error of nvcc: another ptxas
+than that of CUDA 13.0 may spill where that does not.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -18,23 +23,12 @@ from pathlib import Path
 # Kernels, by a part of their name, that are not worth the registers they would need.
 MAY_SPILL: tuple[str, ...] = ()
 
-REFUSED = {
-    "C7508": "setmaxnreg was ignored",
-    "C7510": "wgmma instructions were serialised",
-    "C7515": "wgmma instructions were serialised",
-    "C7517": "a wait was put between wgmma instructions",
-    "C7518": "wgmma instructions were serialised",
-}
+PERFORMANCE_LOSS = re.compile(r"\(C\d+\) Potential Performance Loss|wgmma.*serialized", re.IGNORECASE)
 
 
 def complaints(log: str) -> list[str]:
     """What is wrong according to the output of ptxas -v."""
-    found = [
-        f"{what}: {line.strip()}"
-        for line in log.splitlines()
-        for code, what in REFUSED.items()
-        if code in line
-    ]
+    found = [line.strip() for line in log.splitlines() if PERFORMANCE_LOSS.search(line)]
     kernel = architecture = "?"
     for line in log.splitlines():
         if entry := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
@@ -58,10 +52,11 @@ def main(command: list[str]) -> int:
     for line in done.stdout.splitlines():
         if worth_reading(line):
             print(line, file=sys.stderr)
-    if done.returncode == 0 and not wrong:
-        return 0
+    lenient = os.environ.get("PADDLE_MOE_STRICT_NVCC") == "0"
     for text in wrong:
-        print(f"error: {text}", file=sys.stderr)
+        print(f"{'warning' if lenient else 'error'}: {text}", file=sys.stderr)
+    if done.returncode == 0 and (lenient or not wrong):
+        return 0
     if "-o" in command:
         Path(command[command.index("-o") + 1]).unlink(missing_ok=True)
     return done.returncode or 1

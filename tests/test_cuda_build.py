@@ -43,22 +43,32 @@ def test_a_good_kernel_is_compiled(tmp_path):
     assert target.read_bytes().startswith(b"\x7fELF")
 
 
+GREEDY = """
+    __global__ void __launch_bounds__(1024) greedy(float* a) {
+      float x[200];
+    #pragma unroll
+      for (int i = 0; i < 200; ++i) x[i] = a[i * 1024 + threadIdx.x];
+      __syncthreads();
+    #pragma unroll
+      for (int i = 0; i < 200; ++i) a[i * 1024 + threadIdx.x] = x[i] * x[(i * 7 + 3) % 200];
+    }
+"""
+
+
 @needs_nvcc
 def test_spilled_registers_fail_the_build(tmp_path):
-    kernel = """
-        __global__ void __launch_bounds__(1024) greedy(float* a) {
-          float x[200];
-        #pragma unroll
-          for (int i = 0; i < 200; ++i) x[i] = a[i * 1024 + threadIdx.x];
-          __syncthreads();
-        #pragma unroll
-          for (int i = 0; i < 200; ++i) a[i * 1024 + threadIdx.x] = x[i] * x[(i * 7 + 3) % 200];
-        }
-    """
-    done, target = compile_strictly(tmp_path, kernel, "-gencode=arch=compute_80,code=sm_80")
+    done, target = compile_strictly(tmp_path, GREEDY, "-gencode=arch=compute_80,code=sm_80")
     assert done.returncode != 0
     assert re.search(r"error: registers were spilled by \S*greedy\S* for sm_80", done.stderr), done.stderr
     assert not target.exists(), "the old object could be linked instead"
+
+
+@needs_nvcc
+def test_spilled_registers_may_be_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setenv("PADDLE_MOE_STRICT_NVCC", "0")
+    done, target = compile_strictly(tmp_path, GREEDY, "-gencode=arch=compute_80,code=sm_80")
+    assert done.returncode == 0 and target.read_bytes().startswith(b"\x7fELF")
+    assert "warning: registers were spilled by" in done.stderr
 
 
 @needs_nvcc
@@ -83,8 +93,8 @@ def test_the_refused_messages_of_ptxas_are_recognised():
     )
     fine += "stores, 0 bytes spill loads\nptxas info    : Used 168 registers"
     assert complaints(fine) == []
-    divergent = serialised.replace("C7510", "C7518")
-    assert len(complaints(f"{fine}\n{serialised}\n{ignored}\n{divergent}")) == 3
+    other = serialised.replace("C7510", "C7520")
+    assert complaints(f"{fine}\n{serialised}\n{ignored}\n{other}") == [serialised, ignored, other]
 
 
 def machine_code(file: Path, architecture: str) -> str:
@@ -113,6 +123,25 @@ def test_the_operators_hold_the_instructions_they_are_fast_by():
         assert ("HGMMA" in code) == (architecture == "sm_90a"), "the code of another architecture was read"
         missing = [name for name in instructions if not re.search(rf"\b{name}\b", code)]
         assert not missing, f"{file.name} has no {', '.join(missing)} for {architecture}"
+    assert_wgmma_overlaps(codes[-1])
+
+
+def assert_wgmma_overlaps(code: str) -> None:
+    """Groups of four wgmma, of which the next begins before the last has ended; all end once, after the loop.
+
+    gsb0: the end of a group. DEPBAR.LE gsb0, n: a wait until at most n are unfinished.
+    """
+    count = 0
+    for function in code.split("Function : ")[1:]:
+        wgmmas = len(re.findall(r"\bHGMMA\b", function))
+        if wgmmas == 0:
+            continue
+        count += 1
+        groups = len(re.findall(r"\bHGMMA\b.*gsb0", function))
+        waits = {n: len(re.findall(rf"WARPGROUP\.DEPBAR\.LE gsb0, 0x{n}\b", function)) for n in (0, 1)}
+        found = f"{function.split()[0]}: {wgmmas} wgmma in {groups} groups, waits {waits}"
+        assert wgmmas == 4 * groups and waits == {0: 1, 1: groups}, found
+    assert count == 18, "16 grouped GEMMs and 2 weight gradients"
 
 
 def cmake(*arguments: str) -> None:

@@ -171,7 +171,8 @@ template <class C, class T>
 __device__ void write_intermediate(const GroupedGemm& gemm, const Tile& tile, int32_t first_column, int warp,
                                    unsigned char* staging, float (&sum)[C::kSums]) {
   constexpr int kHalf = kBlockColumns / 2;  // sums of a thread in one block of columns
-  const int lane = threadIdx.x % kWarpSize;
+  int lane = threadIdx.x % kWarpSize;
+  pin(lane);  // else what the loop of wgmma has found out about it stays in registers that the sums need
   const int64_t first_row = tile.first_row + warp * 16;
   const int rows = tile.num_rows - warp * 16;
   const Expert& expert = gemm.experts[tile.expert];

@@ -92,6 +92,9 @@ __device__ void multiply(const Stages& stages, int consumer, int32_t steps, Ring
                          float (&sum)[Config::kSums]) {
   const bool signals = threadIdx.x % kWarpSize == 0;
   int previous = 0;
+  // One copy of the loop: where the sums come out of several, ptxas moves them in between, and waits for each
+  // wgmma (C7520).
+#pragma unroll 1
   for (int32_t step = 0; step < steps; ++step) {
     mbarrier_wait(&stages.full[ring->stage], ring->phase);
     // cp.async writes as ordinary stores do; the barrier has made what it wrote visible to this thread, the

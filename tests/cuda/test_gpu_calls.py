@@ -213,6 +213,7 @@ def test_work_follows_the_current_stream():
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
+        core.mixture_of_experts(**tensors)  # the first of a stream allocates, which waits for the GPU
         torch.cuda._sleep(200_000_000)  # cycles: about a tenth of a second
         late.copy_(tensors["hidden_states"], non_blocking=True)
         out = core.mixture_of_experts(**{**tensors, "hidden_states": late})
