@@ -60,6 +60,8 @@ __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "core":  # which needs no import of its own, nor Paddle
+        return import_module("paddle_moe.core")
     if name not in _HOME:
         raise AttributeError(f"module 'paddle_moe' has no attribute '{name}'")
     value = getattr(import_module(f"paddle_moe.{_HOME[name]}"), name)

@@ -308,7 +308,7 @@ def _report(earlier: dict | None, results: list[dict]) -> dict:
     report = {
         "paddle_moe": __version__,
         "processor": _processor(),
-        "threads": core.num_threads(),
+        "threads": core.get_num_threads(),
         "isa": core.isa_name(),
         "python": platform.python_version(),
         "environment": {
@@ -438,12 +438,12 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"paddle_moe bench: {error}", file=sys.stderr)
         return 2
     # Read when Paddle is imported, which would otherwise run the loop of the peer on one thread.
-    os.environ.setdefault("OMP_NUM_THREADS", str(core.num_threads()))
+    os.environ.setdefault("OMP_NUM_THREADS", str(core.get_num_threads()))
     if "paddle_moe" in names:
         import paddle_moe
 
         paddle_moe.set_num_threads(arguments.threads)
-    limits = Limits(core.num_threads())
+    limits = Limits(core.get_num_threads())
     results = []
     for shape in shapes:
         for dtype in arguments.dtypes.split(","):

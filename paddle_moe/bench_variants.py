@@ -209,7 +209,7 @@ def _paddle_moe_one_thread(inputs: Inputs, weights: Weights) -> Callable[[], np.
     on_all = _paddle_moe_core(inputs, weights)
 
     def call() -> np.ndarray:
-        threads = core.num_threads()
+        threads = core.get_num_threads()
         core.set_num_threads(1)
         result = on_all()
         core.set_num_threads(threads)
@@ -311,7 +311,7 @@ def _torch_tensors(inputs: Inputs, weights: Weights) -> list:
     """hidden, table, router weights, gate_up, down."""
     import torch
 
-    torch.set_num_threads(core.num_threads())
+    torch.set_num_threads(core.get_num_threads())
     hidden, *stacks = (torch.from_numpy(a) for a in (inputs.hidden, *weights.fp32))
     dtype = {np.uint16: torch.bfloat16, np.float16: torch.float16}.get(inputs.own.dtype.type, torch.float32)
     table, router = (torch.from_numpy(a) for a in (inputs.table.astype(np.int64), inputs.weights))
@@ -388,7 +388,7 @@ def _torch_swapped(weights: Weights) -> list:
 def _fused_torch_op(operator: Callable, inputs: Inputs, stacks: list, *options: str) -> Callable:
     import torch
 
-    torch.set_num_threads(core.num_threads())
+    torch.set_num_threads(core.get_num_threads())
     hidden = torch.from_numpy(inputs.hidden).to(stacks[0].dtype)
     table, router = torch.from_numpy(inputs.table.astype(np.int32)), torch.from_numpy(inputs.weights)
     out = torch.empty_like(hidden)
@@ -517,7 +517,7 @@ def _ggml(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
         result = _ggml_call("ggml_add", context, result, other)
     graph = _ggml_call("ggml_new_graph", context)
     _ggml_call("ggml_build_forward_expand", graph, result)
-    backend = _ggml_backend(core.num_threads())
+    backend = _ggml_backend(core.get_num_threads())
     data = (ctypes.c_float * (t * h)).from_address(_ggml_call("ggml_get_data", result))
 
     def call() -> np.ndarray:

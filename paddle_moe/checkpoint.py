@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 import paddle
@@ -291,11 +291,12 @@ def save_checkpoint(
     except (TypeError, ValueError) as error:
         raise ValueError(f"state and the learning rate scheduler must be fit for JSON: {error}") from error
     own = [name for name, one in holdings.items() if one.transposed]
-    everyone = exchange(parallel, own, "starting to save", path)
-    if others := [rank for rank, names in enumerate(everyone) if names != everyone[0]]:
+    rank = 0 if parallel is None else parallel.rank
+    (first, names_of_first), *others = exchange(parallel, [rank, own], "starting to save", path)
+    if different := [rank for rank, names in others if names != names_of_first]:
         raise ValueError(
             "model: permuted_weights must be the same on all ranks, and is another on the ranks"
-            f" {others} than on rank 0"
+            f" {different} than on rank {first}"
         )
     transposed = [name for held in kept.values() for name, one in held.items() if one.transposed]
     if transposed:
@@ -552,7 +553,7 @@ def load_checkpoint(
                 stacklevel=2,
             )
         else:
-            _set_random_state(random_state)
+            random_state()
     return index.get("state")
 
 
@@ -648,22 +649,33 @@ def _random_state() -> dict[str, Any]:
     return {"paddle": paddle_states, "numpy": [name, keys.tolist(), *rest], "python": [version, words, gauss]}
 
 
-def _set_random_state(state: Mapping[str, Any]) -> None:
+def _setter_of_random_state(state: Mapping[str, Any]) -> Callable[[], None]:
+    """Sets it when called. Whatever is wrong with it is raised here."""
     generators = []
     for *numbers, engine in state["paddle"]:
         generators.append(GeneratorState.__new__(GeneratorState))
         generators[-1].__setstate__((*numbers, list(engine.encode())))
-    paddle.set_rng_state(generators)
+    if len(generators) != len(paddle.get_rng_state()):
+        raise ValueError(f"{len(generators)} generators of Paddle for {len(paddle.get_rng_state())}")
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, np.uint32), *rest))
+    numpy_state = (name, np.array(keys, np.uint32), *rest)
+    np.random.RandomState().set_state(numpy_state)
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
+    python_state = (version, tuple(words), gauss)
+    random.Random().setstate(python_state)
+
+    def apply() -> None:
+        paddle.set_rng_state(generators)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+    return apply
 
 
 def _read_random_state(
     path: Path, index: Mapping[str, Any], parallel: ParallelContext | None
-) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """That of this rank; None if another number of ranks saved."""
+) -> tuple[Callable[[], None] | None, list[Problem]]:
+    """What sets that of this rank; None if another number of ranks saved."""
     rank = 0 if parallel is None else parallel.rank
     ranks = exchange(parallel, rank, "loading", path)
     names = index["state_files"]
@@ -671,8 +683,8 @@ def _read_random_state(
         return None, []
     name = names[ranks.index(rank)]
     try:
-        return json.loads((path / name).read_text()), []
-    except (OSError, ValueError) as error:
+        return _setter_of_random_state(json.loads((path / name).read_text())), []
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         return None, [
             Problem(name, "*", "random number generators in JSON", f"{type(error).__name__}: {error}")
         ]

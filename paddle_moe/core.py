@@ -24,7 +24,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paddle_moe._compiled import _core
-from paddle_moe._options import EXPERTS_OPTIONS, ROUTE_OPTIONS, WEIGHTS, checked, flag, thread_count
+from paddle_moe._options import (
+    EXPERTS_OPTIONS,
+    ROUTE_OPTIONS,
+    WEIGHTS,
+    checked,
+    flag,
+    thread_count,
+    type_name,
+)
 
 __all__ = [
     "Gradients",
@@ -34,10 +42,10 @@ __all__ = [
     "gate",
     "gate_backward",
     "gate_workspace_size",
+    "get_num_threads",
     "isa_name",
     "mixture_of_experts",
     "mixture_of_experts_backward",
-    "num_threads",
     "pre_activation_rows",
     "route",
     "route_backward",
@@ -111,8 +119,10 @@ def mixture_of_experts(
 
 
 def workspace_size(*args, **kwargs) -> int:
-    """Bytes of ``workspace`` that :func:`mixture_of_experts` needs for these arguments (all but ``out`` and
-    ``workspace``)."""
+    """Bytes of ``workspace`` that :func:`mixture_of_experts` needs for these arguments.
+
+    All but ``out``, ``workspace`` and ``pre_activations``.
+    """
     return _experts(*args, **kwargs).workspace_size()
 
 
@@ -244,13 +254,21 @@ def gate(
     return _core.Gate(hidden_states, gate_weight).run(out, workspace)
 
 
+def _pair(out: Any, names: tuple[str, str]) -> Sequence[Array | None]:
+    if out is None:
+        return None, None
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise ValueError(f"out must be a pair ({', '.join(names)}), got {type_name(out)}")
+    return out
+
+
 def gate_backward(
     grad_logits: Array,
     hidden_states: Array,
     gate_weight: Array,
     *,
     wanted: Sequence[str] = ("hidden_states", "gate_weight"),
-    out: tuple[Array | None, Array | None] = (None, None),
+    out: tuple[Array | None, Array | None] | None = None,
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The gradients of ``hidden_states`` and ``gate_weight`` from that of the logits, float32 [T, E].
 
@@ -260,6 +278,7 @@ def gate_backward(
     """
     names = "hidden_states", "gate_weight"
     _check_wanted(wanted, names)
+    out = _pair(out, names)
     gate_call = _core.Gate(hidden_states, gate_weight)
     return gate_call.backward(grad_logits, *out, *(name in wanted for name in names))
 
@@ -289,10 +308,7 @@ def route(
     Args:
         out: (int32 [T, K], float32 [T, K]), both contiguous.
     """
-    if out is None:
-        out = (None, None)
-    elif not isinstance(out, (tuple, list)) or len(out) != 2:
-        raise ValueError(f"out must be a pair (routing_table, router_weights), got {type(out).__name__}")
+    out = _pair(out, ("routing_table", "router_weights"))
     options = checked(ROUTE_OPTIONS, locals())
     return _core.Route(logits, correction_bias, *options).run(*out)
 
@@ -384,7 +400,7 @@ def set_num_threads(n: int) -> None:
     _core.set_num_threads(thread_count("n", n))
 
 
-def num_threads() -> int:
+def get_num_threads() -> int:
     """How many threads the functions of this module use."""
     return _core.num_threads()
 

@@ -344,7 +344,12 @@ def probe_core() -> None:
     error = _relative_error(core.fused_gate_moe(*arrays, top_k), expected)
     isas = core.available_isas()
     _answer(
-        {"error": error, "isa": core.isa_name(), "available_isas": isas, "num_threads": core.num_threads()}
+        {
+            "error": error,
+            "isa": core.isa_name(),
+            "available_isas": isas,
+            "num_threads": core.get_num_threads(),
+        }
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import paddle
 from paddle import nn
+from paddle.utils import unique_name
 
 from paddle_moe._options import dtype_name
 from paddle_moe.params import EXPERT_WEIGHTS, LayerShard, Part, drawn_values
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
 
 DTYPES = ("float32", "bfloat16", "float16")
-# What says how a parameter is trained.
-TRAINING_ATTRIBUTES = ("stop_gradient", "optimize_attr", "regularizer", "need_clip")
+# What optimizers know a parameter by, and how it is trained.
+TRAINING_ATTRIBUTES = ("name", "stop_gradient", "optimize_attr", "regularizer", "need_clip")
 # Matrices side by side in each of the EXPERT_WEIGHTS, without the ending of their names.
 PARTS = {"gate_up": 2, "down": 1, "shared_gate_up": 2, "shared_down": 1}
 
@@ -190,17 +191,21 @@ class ShardedWeights(nn.Layer):
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         twin._mark_parameters()  # Paddle copies no attributes of parameters
+        for before in twin._before_prepacking.values():  # a name belongs to one parameter
+            before["name"] += unique_name.generate("_deepcopy")
         return twin
 
     def _apply(self, func, device, dtype, blocking, include_sublayers=True):
         """Conversions, also that of paddle.amp.decorate, leave the dtype of buffers and of float32 gates."""
         if dtype is not None and dtype_name(dtype) not in DTYPES:
-            raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {dtype_name(dtype)}")
+            raise ValueError(
+                f"dtype must be {', '.join(DTYPES)} for {self.full_name()}, got {dtype_name(dtype)}"
+            )
         kept = [buffer for buffer in self._buffers.values() if buffer is not None]
         own = None if self.quantized else dtype_name(self.down_weight.dtype)
         if self.prepacked and own and dtype is not None and dtype_name(dtype) != own:
             raise RuntimeError(
-                f"the expert weights of this layer are prepacked in {own}; "
+                f"the expert weights of {self.full_name()} are prepacked in {own}; "
                 f"call unpack_() before it becomes {dtype_name(dtype)}"
             )
         if self._gate_dtype == "float32":
@@ -291,7 +296,8 @@ class ShardedWeights(nn.Layer):
         shared expert are buffers without a gradient; gradients go through them to hidden_states, router,
         gates and biases. Results are those of weights stored [in, out], bit by bit; but those of quantised
         weights, after quantize_(), are added in another order than before. All ranks call it alike.
-        Loading, saving and converting to another dtype need unpack_() first.
+        Checkpoints and converting to another dtype need unpack_() first; state_dict() holds the panels, and
+        set_state_dict() of another layer's leaves them out with no more than Paddle's warning.
 
         Returns:
             The layer.
@@ -311,20 +317,24 @@ class ShardedWeights(nn.Layer):
         for rank in self._shard.grid():  # so that all refuse alike
             for name, (start, stop) in (("down", rank.columns), ("shared_down", rank.shared_columns)):
                 check_inputs(f"{name}_weight of a rank", dtype, stop - start)
-        for name in [name for name, _ in self._own_expert_weights()]:
-            weight, scale = getattr(self, f"{name}_weight"), getattr(self, f"{name}_scale", None)
-            if scale is None:
-                self._before_prepacking[name] = {one: getattr(weight, one) for one in TRAINING_ATTRIBUTES}
-            delattr(self, f"{name}_weight")  # freed once it is prepacked
-            weight = prepack_weights(
+        prepacked = {}  # all of them before any is replaced, because this may run out of memory
+        for name, weight in self._own_expert_weights():
+            scale = getattr(self, f"{name}_scale", None)
+            result = prepack_weights(
                 weight,
                 scale,
                 parts=PARTS[name],
                 permuted=self.permuted_weights,
                 inputs=self._sizes_of(name)[0] if self.quantized == "int4" else None,
             )
-            if scale is not None:
-                weight, scale = weight
+            prepacked[name] = (result, None) if scale is None else result
+        self._parameter_order = list(self._parameters)
+        for name, (weight, scale) in prepacked.items():
+            if scale is None:
+                before = getattr(self, f"{name}_weight")
+                self._before_prepacking[name] = {one: getattr(before, one) for one in TRAINING_ATTRIBUTES}
+                delattr(self, f"{name}_weight")
+            else:
                 self.register_buffer(f"{name}_scale", scale)
             self.register_buffer(f"{name}_weight", weight)
         self.prepacked = True
@@ -335,7 +345,8 @@ class ShardedWeights(nn.Layer):
     def unpack_(self) -> ShardedWeights:
         """Undoes prepack_(). Parameters are new ones, so make optimizers afterwards.
 
-        Those that did not train still do not. Quantised weights stay quantised.
+        They have the names and the order of those before, so a saved state of an optimizer fits. Those that
+        did not train still do not. Quantised weights stay quantised.
 
         Returns:
             The layer.
@@ -345,6 +356,7 @@ class ShardedWeights(nn.Layer):
         """
         if not self.prepacked:
             raise RuntimeError("the expert weights of this layer are not prepacked")
+        unpacked = {}  # all of them first, as in prepack_()
         for name, weight in self._own_expert_weights():
             scale, (_, outputs) = getattr(self, f"{name}_scale", None), self._sizes_of(name)
             shape = self._shard.parts()[f"{name}_weight"].shape
@@ -352,18 +364,27 @@ class ShardedWeights(nn.Layer):
                 weight = unpack_weights(weight, outputs, parts=PARTS[name], permuted=self.permuted_weights)
             elif scale is None:  # this rank has no column of the shared expert
                 weight = paddle.empty(shape, weight.dtype)
-            delattr(self, f"{name}_weight")
             if scale is not None:
-                self.register_buffer(f"{name}_scale", scale.transpose([0, 2, 1]).contiguous())
-                self.register_buffer(f"{name}_weight", weight)
+                unpacked[name] = weight, scale.transpose([0, 2, 1]).contiguous()
                 continue
             attr = paddle.ParamAttr(initializer=nn.initializer.Constant(0.0))
             parameter = self.create_parameter(shape, attr, dtype_name(weight.dtype))
             if parameter.size:
                 parameter.set_value(weight)
-            for attribute, value in self._before_prepacking.pop(name).items():
+            for attribute, value in self._before_prepacking[name].items():
                 setattr(parameter, attribute, value)
-            setattr(self, f"{name}_weight", parameter)
+            unpacked[name] = parameter, None
+        for name, (weight, scale) in unpacked.items():
+            if scale is None:
+                delattr(self, f"{name}_weight")
+                setattr(self, f"{name}_weight", weight)
+            else:
+                self.register_buffer(f"{name}_scale", scale)
+                self.register_buffer(f"{name}_weight", weight)
+        parameters = dict(self._parameters)
+        self._parameters.clear()
+        self._parameters.update({name: parameters[name] for name in self._parameter_order})
+        self._before_prepacking = {}
         self.prepacked = False
         self._mark_parameters()
         return self

@@ -74,6 +74,12 @@ class _OwnExperts:
         return output
 
 
+def _expect_tensors(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, functional.TENSOR_TYPES):
+            raise ValueError(f"{name} must be a paddle.Tensor, got {type_name(tensor)}")
+
+
 class FusedMoE(ShardedWeights):
     """Mixture of experts, split over ranks by expert (EP) and column (TP).
 
@@ -88,8 +94,9 @@ class FusedMoE(ShardedWeights):
     sliced over the whole EP x TP grid, so every rank does an equal part of it and the sum counts it once.
 
     Training: every rank gets the whole gradient of hidden_states, of the router and of the shared gate, and
-    that of its own shard of the experts. Jitter, capacity, the auxiliary losses and the counts behind
-    update_correction_bias are parts of training mode only; eval() turns them off. See docs/training.md.
+    that of its own shard of the experts. Jitter, capacity and the counts behind update_correction_bias are
+    parts of training mode only; eval() turns them off. Auxiliary losses are then computed where a call asks
+    for them. See docs/training.md.
 
     Parameters of this rank, E_l experts and I_l columns of each (shapes of the shard, see
     params.shard_experts):
@@ -130,7 +137,7 @@ class FusedMoE(ShardedWeights):
         bias_update_speed: of update_correction_bias, 0: correction_bias is left alone.
         recompute, chunk_size: see mixture_of_experts.
         permuted_weights: the weights of experts are stored [out, in], which a CPU multiplies as fast or
-            faster with few tokens and slower with many (docs/cpu_kernels.md). from_dense takes the same, and
+            faster with few tokens and slower with many (docs/cpu_weights.md). from_dense takes the same, and
             a checkpoint loads into either; a state_dict() only into a layer that stores them alike.
         dtype: of the expert weights and the hidden states, a name or a paddle.dtype; None:
             paddle.get_default_dtype().
@@ -260,9 +267,8 @@ class FusedMoE(ShardedWeights):
             shard, parallel, dtype, gate_dtype, gate_bias, gate_up_bias, down_bias, shared_gate, seed
         )
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
-        self.num_experts, self.top_k = num_experts, top_k
-        self.activation, self.dispatch = activation, dispatch
-        self.reduce, self.fp32_reduce = reduce, fp32_reduce
+        self.activation, self.fp32_reduce = activation, fp32_reduce
+        self._num_experts, self._top_k, self._dispatch, self._reduce = num_experts, top_k, dispatch, reduce
         self.shared_intermediate_size = shared_intermediate_size
         self.recompute, self.chunk_size = recompute, chunk_size
         self.router, self.logger = router, logger
@@ -278,6 +284,23 @@ class FusedMoE(ShardedWeights):
         # Tokens per expert since the last update_correction_bias.
         counts = paddle.zeros([num_experts], "int64") if bias_update_speed else None
         self.register_buffer("expert_counts", counts, persistable=False)
+
+    # What router, shards and groups were made for, and cannot be changed afterwards.
+    @property
+    def num_experts(self) -> int:
+        return self._num_experts
+
+    @property
+    def top_k(self) -> int:
+        return self._top_k
+
+    @property
+    def dispatch(self) -> str:
+        return self._dispatch
+
+    @property
+    def reduce(self) -> str:
+        return self._reduce
 
     @classmethod
     def from_dense(
@@ -308,7 +331,18 @@ class FusedMoE(ShardedWeights):
         Raises:
             ValueError: a shape does not fit the others.
         """
-        for name, tensor in (("gate_weight", gate_weight), ("gate_up", gate_up), ("down", down)):
+        required = {"gate_weight": gate_weight, "gate_up": gate_up, "down": down}
+        optional = {
+            "gate_bias": gate_bias,
+            "gate_up_bias": gate_up_bias,
+            "down_bias": down_bias,
+            "correction_bias": correction_bias,
+            "shared_gate_up": shared_gate_up,
+            "shared_down": shared_down,
+            "shared_gate": shared_gate,
+        }
+        given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+        for name, tensor in {**required, **given}.items():
             if not hasattr(tensor, "shape"):
                 raise ValueError(f"{name} must be a Paddle tensor or a NumPy array, got {type_name(tensor)}")
         if len(gate_up.shape) != 3:
@@ -321,6 +355,10 @@ class FusedMoE(ShardedWeights):
         if (shared_gate_up is None) != (shared_down is None):
             missing = "shared_gate_up" if shared_gate_up is None else "shared_down"
             raise ValueError(f"shared_gate_up and shared_down belong together, got None for {missing}")
+        if shared_gate is not None and shared_down is None:
+            raise ValueError(
+                "shared_gate is for a shared expert, got None for shared_gate_up and shared_down"
+            )
         shared_size = 0 if shared_down is None else shared_down.shape[0]
         expected_shapes = {
             "gate_weight": (gate_weight, [hidden_size, num_experts]),
@@ -391,6 +429,9 @@ class FusedMoE(ShardedWeights):
         Arguments are [T, H], [T, K], [T, K]. The gradients of hidden_states, router_weights and the shared
         gate are sums over the same ranks, so all of them run the backward together.
         """
+        _expect_tensors(
+            hidden_states=hidden_states, routing_table=routing_table, router_weights=router_weights
+        )
         return self._partial_output(hidden_states, routing_table, router_weights).output
 
     def _partial_output(
@@ -540,8 +581,18 @@ class FusedMoE(ShardedWeights):
         if (routing_table is None) != (router_weights is None):
             missing = "routing_table" if routing_table is None else "router_weights"
             raise ValueError(f"routing_table and router_weights belong together, got None for {missing}")
-        if not isinstance(hidden_states, functional.TENSOR_TYPES):
-            raise ValueError(f"hidden_states must be a paddle.Tensor, got {type_name(hidden_states)}")
+        replay = (
+            {}
+            if routing_table is None
+            else {"routing_table": routing_table, "router_weights": router_weights}
+        )
+        _expect_tensors(hidden_states=hidden_states, **replay)
+        for name, value in (
+            ("return_routing", return_routing),
+            ("return_aux_loss", return_aux_loss),
+            ("return_amax", return_amax),
+        ):
+            flag(name, value)
         if not hidden_states.shape or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden_states must have the shape [..., H] with H = {self.hidden_size}, "
@@ -549,7 +600,7 @@ class FusedMoE(ShardedWeights):
             )
         if self.quantized is None and functional._autocast_dtype() is None:
             functional.expect_dtype("hidden_states", hidden_states, self.down_weight.dtype, "of the layer")
-        replayed = routing_table is not None
+        replayed = bool(replay)
         if replayed and not (routing_table.shape and router_weights.shape):
             raise ValueError(
                 "routing_table and router_weights must have the shape [..., K], "
@@ -562,7 +613,8 @@ class FusedMoE(ShardedWeights):
                 "this layer has auxiliary losses (balance_loss_weight, z_loss_weight), which would be lost: "
                 "pass return_aux_loss=True and add what it returns to the loss, or call eval()"
             )
-        if return_aux_loss and self.router.balance_loss == "sequence" and len(hidden_states.shape) < 3:
+        by_sequence = self.router.balance_loss == "sequence" and self.router.balance_loss_weight
+        if return_aux_loss and by_sequence and len(hidden_states.shape) < 3:
             raise ValueError(
                 "hidden_states must have the shape [..., S, H] for balance_loss='sequence', "
                 f"got {list(hidden_states.shape)}"

@@ -115,6 +115,16 @@ class RankLogger(logging.Logger):
     dp_rank: int
     _files: _RankFiles | None
 
+    # Another process has no such files open: a layer that is pickled has none there.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def __copy__(self) -> RankLogger:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RankLogger:
+        return self
+
     @property
     def place(self) -> dict[str, int]:
         """ep_rank and tp_rank, after the first replica dp_rank before them."""

@@ -26,6 +26,8 @@ _HIDDEN_STATES, _GATE, _ROUTING, _EXPERT = range(4)  # what a random stream is f
 
 
 def _check_size(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
@@ -430,6 +432,7 @@ def generate_moe_params(
         _check_size(name, value)
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must be between 1 and num_experts = {num_experts}, got {top_k}")
+    dtype = str(dtype).rpartition(".")[2]  # paddle.float32 is welcome too
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}")
     if seed < 0:

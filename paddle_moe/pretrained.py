@@ -312,7 +312,7 @@ def save_moe_weights(
         for key, one in _stored(layer, layout):
             if f"{name}.{key}" in others:
                 raise ValueError(f"others must not have {name}.{key}, which layers[{name!r}] writes")
-            if _is_written_here(layer, one.expert):
+            if _is_written_here(layer, one.expert, parallel):
                 dtype = (getattr(layer, one.dense) if one.dense != "down_bias" else layer.down_weight).dtype
                 targets[f"{name}.{key}"] = Target(paddle.empty(one.part.shape, dtype), one.part)
                 homes[f"{name}.{key}"] = [f"{name}.{one.dense}"]
@@ -386,10 +386,10 @@ def _gather(
     execute([plan], path, parallel)
 
 
-def _is_written_here(layer: FusedMoE, expert: int | None) -> bool:
-    """One expert: by a rank that holds a part of it, in turn. What has all experts: by the first rank."""
-    if layer.parallel is not None and layer.parallel.dp_rank > 0:
+def _is_written_here(layer: FusedMoE, expert: int | None, parallel: ParallelContext | None) -> bool:
+    """One expert: by a rank that holds a part of it, in turn. What all ranks have: by the first."""
+    if parallel is not None and parallel.dp_rank > 0:
         return False
-    if expert is None:
-        return layer.ep_rank == layer.tp_rank == 0
+    if expert is None or layer.parallel is None:
+        return parallel is None or parallel.ep_rank == parallel.tp_rank == 0
     return layer.experts_min <= expert <= layer.experts_max and expert % layer.tp_size == layer.tp_rank

@@ -100,10 +100,12 @@ def quantize(
         raise ValueError(f"weight must be a paddle.Tensor, got {type_name(weight)}")
     _check_dtype("weight", weight)
     at_least(1)("parts", parts)
+    axis = weight.ndim - (2 if permuted else 1)
+    if weight.shape[axis] % parts:
+        raise ValueError(f"weight must have a multiple of parts = {parts} outputs, got {weight.shape[axis]}")
     with paddle.no_grad():
         if parts == 1 or granularity != "block":
             return _quantize(weight, dtype, granularity, permuted)
-        axis = weight.ndim - (2 if permuted else 1)
         pieces = [_quantize(piece, dtype, granularity, permuted) for piece in weight.chunk(parts, axis)]
         numbers, scales = zip(*pieces)
         if dtype == "float8_e4m3fn":  # Paddle cannot join it

@@ -66,7 +66,7 @@ def raise_anywhere(parallel: ParallelContext | None, failure: Exception | None, 
     """
     if parallel is not None:
         text = None if failure is None else f"{type(failure).__name__}: {failure}"
-        for rank, other in enumerate(parallel.exchange(text, what)):
+        for rank, other in parallel.exchange([parallel.rank, text], what):  # of from_groups not from 0 on
             if failure is None and other is not None:
                 raise RuntimeError(f"rank {rank} refuses {what}: {other}")
     if failure is not None:

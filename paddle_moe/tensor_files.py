@@ -603,7 +603,7 @@ def execute(
     rank = 0 if parallel is None else parallel.rank
     reasons = {rank: failure}
     if parallel is not None and parallel.is_watched:  # else the first ones would not wait for the last
-        reasons = dict(enumerate(exchange(parallel, failure, "reading", path)))
+        reasons = dict(exchange(parallel, [rank, failure], "reading", path))
     if failures := [f"rank {rank}: {reason}" for rank, reason in reasons.items() if reason]:
         raise RuntimeError(f"{path} was loaded in part; {'; '.join(failures)}") from cause
     return report

@@ -436,7 +436,7 @@ def test_read_only_output_is_named():
 
 def test_bad_output_pair_is_named():
     with pytest.raises(
-        ValueError, match=exactly("out must be a pair (routing_table, router_weights), got ndarray")
+        ValueError, match=exactly("out must be a pair (routing_table, router_weights), got numpy.ndarray")
     ):
         core.route(zeros(T, E), K, out=zeros(T, K))
     with pytest.raises(ValueError, match=exactly("out[0] must have the dtype int32, got float32")):

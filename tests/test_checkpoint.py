@@ -109,6 +109,21 @@ def test_training_goes_on_as_if_never_interrupted(tmp_path):
     assert [step(model, optimizer) for _ in range(3)] == expected
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"paddle": [], "numpy": [], "python": []}'])
+def test_a_file_of_random_numbers_that_holds_something_else(content, tmp_path):
+    model = Model(seed=1)
+    optimizer = paddle.optimizer.AdamW(parameters=model.parameters())
+    save_checkpoint(tmp_path, model, optimizer)
+    (file,) = tmp_path.glob("state-*.json")
+    file.write_text(content)
+    other = Model(seed=2)
+    before = [parameter.numpy() for parameter in other.parameters()]
+    with pytest.raises(CheckpointError, match="random number generators in JSON"):
+        load_checkpoint(tmp_path, other, paddle.optimizer.AdamW(parameters=other.parameters()))
+    for parameter, value in zip(other.parameters(), before):
+        np.testing.assert_array_equal(parameter.numpy(), value)
+
+
 def test_several_optimizers(tmp_path):
     def make(seed):
         model = Model(seed=seed)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import pickle
 import re
 
 import numpy as np
 import paddle
 import pytest
-from checks import assert_close, relative_l2
+from checks import assert_close, relative_l2, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import (
@@ -200,16 +202,46 @@ def test_wrong_arguments_are_named(tmp_path):
         "gate_up must be a Paddle tensor or a NumPy array, got list": lambda: FusedMoE.from_dense(
             **{**dense_weights(), "gate_up": [1.0]}, top_k=TOP_K
         ),
-        "dtype must be float32, bfloat16, float16, got float64": lambda: layer.to(dtype="float64"),
-        "dtype must be float32, bfloat16, float16, got int8": lambda: layer.to(dtype="int8"),
+        f"dtype must be float32, bfloat16, float16 for {layer.full_name()}, got float64": lambda: layer.to(
+            dtype="float64"
+        ),
+        f"dtype must be float32, bfloat16, float16 for {layer.full_name()}, got int8": lambda: layer.to(
+            dtype="int8"
+        ),
+        "routing_table must be a paddle.Tensor, got list": lambda: layer(x, [[0, 1]] * 3, [[0.5, 0.5]] * 3),
+        "router_weights must be a paddle.Tensor, got NoneType": lambda: layer.partial_output(
+            x, paddle.zeros([3, 2], "int32"), None
+        ),
+        "return_routing must be True or False, got 'no'": lambda: layer(x, return_routing="no"),
+        "gate_bias must be a Paddle tensor or a NumPy array, got list": lambda: FusedMoE.from_dense(
+            **dense_weights(), top_k=TOP_K, gate_bias=[0.0] * EXPERTS
+        ),
     }
     for text, call in calls.items():
         with pytest.raises(ValueError, match=re.escape(text) + "$"):
             call()
     layer(x)  # is what it was
+    for name in ("num_experts", "top_k", "dispatch", "reduce"):
+        with pytest.raises(AttributeError):
+            setattr(layer, name, getattr(layer, name))
     assert FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, dtype=np.float32).down_weight.dtype == paddle.float32
     half = FusedMoE.from_dense(**dense_weights("bfloat16"), top_k=TOP_K, dtype=None)
     assert half.down_weight.dtype == paddle.bfloat16
+
+
+def test_a_pickled_layer_has_no_logger(tmp_path):
+    """The process that unpickles it has no such files open."""
+    layer = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, logger=get_rank_logger(0, 0, log_dir=tmp_path))
+    (tmp_path / "layer").write_bytes(pickle.dumps(layer))
+    x = paddle.to_tensor(tokens())
+    np.save(tmp_path / "x.npy", x.numpy())
+    code = "import pickle, sys, numpy as np, paddle\n"
+    code += "layer = pickle.load(open(sys.argv[1] + '/layer', 'rb'))\n"
+    code += "out = layer(paddle.to_tensor(np.load(sys.argv[1] + '/x.npy')))\n"
+    code += "assert layer.logger is None; np.save(sys.argv[1] + '/out.npy', out.numpy())"
+    run_python("-c", code, str(tmp_path), timeout=60)
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), layer(x).numpy())
+    assert copy.deepcopy(layer).logger is copy.copy(layer).logger is layer.logger
 
 
 def test_events(tmp_path):
@@ -447,7 +479,7 @@ def test_constructor_errors(changed, message):
         (dict(down=np.zeros((EXPERTS, HIDDEN, INTER))), r"down must have the shape \[5, 10, 12\]"),
         (dict(down_bias=np.zeros(HIDDEN)), r"down_bias must have the shape \[5, 12\], got \[12\]"),
         (dict(shared_down=np.zeros((SHARED, HIDDEN))), "got None for shared_gate_up"),
-        (dict(shared_gate=np.zeros((HIDDEN, 1))), "shared_gate=True needs a shared expert"),
+        (dict(shared_gate=np.zeros((HIDDEN, 1))), "shared_gate is for a shared expert, got None for"),
         (
             dict(gate_up=np.zeros((EXPERTS, HIDDEN, 2 * INTER))),
             "without dtype=, the dtype of gate_up must be .* got 'float64'",

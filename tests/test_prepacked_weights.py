@@ -27,10 +27,11 @@ from gradient_cases import (
     poisoned,
 )
 from layer_cases import EVERYTHING, HIDDEN, TOP_K, Shard, dense_weights, tokens
+from paddle.utils import unique_name
 from training_cases import autocast, gradients_of_layer
 
 import paddle_moe
-from paddle_moe import FusedMoE, core, reference
+from paddle_moe import FusedMoE, core, layer_weights, reference
 
 WANTED = ("hidden_states", "router_weights", "gate_up_bias", "down_bias")
 
@@ -455,6 +456,59 @@ def test_an_unpacked_layer_trains_as_before():
         layer.prepack_().unpack_()
         assert layer.gate_up_weight.stop_gradient and not layer.down_weight.stop_gradient
         assert layer.down_weight.optimize_attr["learning_rate"] == 0.5
+
+
+def test_an_unpacked_layer_fits_the_saved_state_of_an_optimizer():
+    layer = FusedMoE(HIDDEN, 48, 6, TOP_K, gate_up_bias=True)
+
+    def trained_for_a_step(state: dict | None = None) -> dict:
+        with unique_name.guard():  # as in a new process: else the accumulators of a second optimizer count on
+            optimizer = paddle.optimizer.AdamW(parameters=layer.parameters())
+            if state is not None:
+                optimizer.set_state_dict(state)
+            layer(paddle.to_tensor(tokens())).sum().backward()
+            optimizer.step()
+        return optimizer.state_dict()
+
+    names = [(name, parameter.name) for name, parameter in layer.named_parameters()]
+    state = trained_for_a_step()
+    twin = copy.deepcopy(layer.prepack_())
+    layer.unpack_()
+    assert [(name, parameter.name) for name, parameter in layer.named_parameters()] == names
+    assert set(trained_for_a_step(state)) == set(state)
+    of_both = [parameter.name for one in (layer, twin.unpack_()) for parameter in one.parameters()]
+    assert len(of_both) == len(set(of_both))
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_layer_is_left_as_it_was_where_memory_ends(quantised, monkeypatch):
+    layer, x = FusedMoE(HIDDEN, 48, 6, TOP_K, dtype="bfloat16"), paddle.to_tensor(tokens()).astype("bfloat16")
+    if quantised:
+        layer.quantize_()
+
+    def check(name: str, call) -> None:
+        state = {key: bits(value) for key, value in layer.state_dict().items()}
+        expected, right, calls = bits(layer(x)), getattr(layer_weights, name), []
+
+        def fail_second(*arguments, **options):
+            calls.append(0)
+            if len(calls) == 2:
+                raise MemoryError("no room")
+            return right(*arguments, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(layer_weights, name, fail_second)
+            with pytest.raises(MemoryError):
+                call()
+        assert list(state) == list(layer.state_dict())
+        for key, value in layer.state_dict().items():
+            assert_same_bits(bits(value), state[key])
+        assert_same_bits(bits(layer(x)), expected)
+        call()
+
+    with paddle.no_grad():
+        check("prepack_weights", layer.prepack_)
+        check("unpack_weights", layer.unpack_)
 
 
 @pytest.mark.parametrize("without_experts", [False, True])

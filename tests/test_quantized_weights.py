@@ -170,6 +170,12 @@ def test_accuracy_in_half_precision(core, kind, dtype):
     assert error < 1.2 * relative_l2(rounded, expected)
 
 
+@pytest.mark.parametrize("granularity", ["channel", "block"])
+def test_outputs_that_are_no_gate_and_up(granularity):
+    with pytest.raises(ValueError, match="weight must have a multiple of parts = 2 outputs, got 9"):
+        paddle_moe.quantize(paddle.randn([8, 9]), "int8", granularity, parts=2)
+
+
 def test_every_int4_number(core):
     """Each at every place of its words; the intermediate is 1."""
     numbers = (np.arange(16)[:, None] + np.arange(130)) % 16 - 8  # [H, I]

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import paddle
+from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from checkpoint_cases import LAYOUT, ThreeExperts, assert_loaded, fill_moments, make_optimizer
@@ -26,6 +27,7 @@ from paddle_moe import (
     tensor_files,
 )
 from paddle_moe.distributed import ParallelContext
+from paddle_moe.sharded import raise_anywhere
 from paddle_moe.tensor_files import CheckpointError
 
 ep_size, tp_size, dp_size = map(int, sys.argv[1:4])
@@ -129,4 +131,20 @@ layer = Model("bfloat16", parallel=own).first
 report = load_moe_weights(target / "published", {"model.layers.0.mlp": layer}, LAYOUT)
 for name, tensor in expected.state_dict().items():
     assert layer.state_dict()[name].numpy().tobytes() == tensor.numpy().tobytes(), name
+
+# What all ranks hold whole is written once.
+save_moe_weights(target / "alone", {"mlp": ThreeExperts(seed=3).first}, LAYOUT, parallel=own)
+keys = [key for file in (target / "alone").glob("*.safetensors") for key in safe_open(file, "np").keys()]
+assert len(keys) == len(set(keys)) > 0, keys
+
+# The grid of this replica alone, which need not begin at rank 0: errors name ranks of the job.
+grid = ParallelContext.from_groups(own.ep_group, own.tp_group)
+refuses = (own.ep_rank, own.tp_rank) == (ep_size - 1, tp_size - 1)
+try:
+    raise_anywhere(grid, ValueError("no") if refuses else None, "this")
+except ValueError:
+    assert refuses
+except RuntimeError as error:
+    last = (own.dp_rank + 1) * ep_size * tp_size - 1
+    assert not refuses and str(error) == f"rank {last} refuses this: ValueError: no", error
 assert report.bytes_read == sum(tensor.size * tensor.element_size() for tensor in layer.state_dict().values())
