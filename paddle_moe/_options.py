@@ -60,8 +60,8 @@ def positive(name: str, value: Any) -> float:
 
 
 def dtype_name(dtype: Any) -> Any:
-    """'float32' for 'float32', paddle.float32 and numpy.float32."""
-    return dtype.__name__ if isinstance(dtype, type) else str(dtype).rpartition(".")[2]
+    """'float32' for 'float32', paddle.float32, numpy.float32 and DataType.FLOAT32, as optimizers have it."""
+    return dtype.__name__ if isinstance(dtype, type) else str(dtype).rpartition(".")[2].lower()
 
 
 def type_name(value: Any) -> str:

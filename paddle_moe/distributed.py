@@ -41,7 +41,7 @@ from paddle.base import core
 from paddle.distributed import collective
 from paddle.distributed.communication.group import Group, _add_new_group
 
-from paddle_moe._options import at_least, checked, integer, positive
+from paddle_moe._options import at_least, checked, dtype_name, integer, positive
 from paddle_moe.deep_ep import import_buffer
 from paddle_moe.watchdog import Watchdog
 
@@ -246,7 +246,7 @@ class ParallelContext:
         Raises:
             ValueError: another dtype, op or group.
         """
-        dtype = str(tensor.dtype).rpartition(".")[2]
+        dtype = dtype_name(tensor.dtype)
         if dtype not in _REDUCIBLE_DTYPES:
             raise ValueError(
                 f"tensor: expected one of the dtypes {', '.join(_REDUCIBLE_DTYPES)}, got {dtype}"

@@ -500,6 +500,9 @@ class FusedMoE(ShardedWeights):
         measure: bool,
     ) -> tuple[paddle.Tensor, paddle.Tensor | None]:
         weights = self.gate_up_weight, self.down_weight, self.gate_up_bias, self.down_bias
+        if self.quantized is not None:  # hidden_states may be of any dtype then
+            biases = (one if one is None else one.astype(hidden_states.dtype) for one in weights[2:])
+            weights = *weights[:2], *biases
         if self.experts_max < self.experts_min:
             # With more ranks than experts a rank may have nothing to add, but the others wait for its zeros.
             amax = paddle.zeros([0], "float32") if measure else None

@@ -25,7 +25,7 @@ import numpy as np
 import paddle
 from safetensors import SafetensorError, safe_open
 
-from paddle_moe._options import one_of
+from paddle_moe._options import dtype_name, one_of
 from paddle_moe.console import progress_bar
 from paddle_moe.params import Part
 
@@ -52,13 +52,9 @@ _CASTS = ("lossless", "any", "none")
 _SHOWN_PROBLEMS = 40
 
 
-def dtype_name(tensor: paddle.Tensor) -> str:
-    return str(tensor.dtype).rpartition(".")[2].lower()  # the state of optimizers has DataType.FLOAT32
-
-
 def refuse_dtypes(argument: str, tensors: Mapping[str, paddle.Tensor | None]) -> None:
     """Raises a ValueError that names the tensors that could not be loaded again."""
-    found = {name: dtype_name(tensor) for name, tensor in tensors.items() if tensor is not None}
+    found = {name: dtype_name(tensor.dtype) for name, tensor in tensors.items() if tensor is not None}
     odd = [f"{name} is {dtype}" for name, dtype in found.items() if dtype not in _DTYPE_NAMES.values()]
     if odd:
         raise ValueError(
@@ -620,7 +616,7 @@ def _check_source(
     if target is None:
         return None
     found = stored.decoded if is_encoded else _DTYPE_NAMES.get(stored.dtype, stored.dtype)
-    wanted = dtype_name(target.tensor)
+    wanted = dtype_name(target.tensor.dtype)
     allowed = found == wanted or (found in _FLOATS and wanted in _FLOATS and cast == "any")
     allowed |= cast == "lossless" and (found, wanted) in (
         ("float16", "float32"),
@@ -659,7 +655,7 @@ def _check_cover(path: str, name: str, part: Part, sources: list[Source]) -> Ite
 
 
 def _fill(files: TensorFiles, target: Target, plan: list[tuple[Source, dict]]) -> int:
-    dtype, bytes_read = dtype_name(target.tensor), 0
+    dtype, bytes_read = dtype_name(target.tensor.dtype), 0
     if not plan:
         return 0
     array = None

@@ -593,6 +593,11 @@ def test_layer(kind, dtype):
         assert_same_bits(layer(x).astype("float32").numpy(), exact)  # the other is left alone
         again = copy.deepcopy(twin)(x)
         assert bool((again == output).all())
+        # Tokens of another dtype than the biases of the layer.
+        other = "bfloat16" if dtype == "float32" else "float32"
+        converted = twin(x.astype(other))
+        assert converted.dtype == getattr(paddle, other)
+        assert relative_l2(converted.astype("float32").numpy(), output.astype("float32").numpy()) < 0.01
     stored_as = {"int8": paddle.int8, "int4": paddle.int32}.get(kind, paddle.uint8)
     stored = {name for name, value in twin.state_dict().items() if value.dtype == stored_as}
     names = ("gate_up_weight", "down_weight", "shared_gate_up_weight", "shared_down_weight")
