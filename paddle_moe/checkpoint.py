@@ -655,13 +655,15 @@ def _setter_of_random_state(state: Mapping[str, Any]) -> Callable[[], None]:
     for *numbers, engine in state["paddle"]:
         generators.append(GeneratorState.__new__(GeneratorState))
         generators[-1].__setstate__((*numbers, list(engine.encode())))
+        if bytes(generators[-1].__getstate__()[-1]).decode() != engine:
+            raise ValueError("the engine of a generator of Paddle is not what it writes")
     if len(generators) != len(paddle.get_rng_state()):
         raise ValueError(f"{len(generators)} generators of Paddle for {len(paddle.get_rng_state())}")
     name, keys, *rest = state["numpy"]
     numpy_state = (name, np.array(keys, np.uint32), *rest)
     np.random.RandomState().set_state(numpy_state)
     version, words, gauss = state["python"]
-    python_state = (version, tuple(words), gauss)
+    python_state = (version, tuple(words), None if gauss is None else float(gauss))
     random.Random().setstate(python_state)
 
     def apply() -> None:
@@ -684,7 +686,7 @@ def _read_random_state(
     name = names[ranks.index(rank)]
     try:
         return _setter_of_random_state(json.loads((path / name).read_text())), []
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whatever the file holds, no rank may end here without the others
         return None, [
             Problem(name, "*", "random number generators in JSON", f"{type(error).__name__}: {error}")
         ]

@@ -195,6 +195,14 @@ class ShardedWeights(nn.Layer):
             before["name"] += unique_name.generate("_deepcopy")
         return twin
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)  # for pickle, which gives parameters new names
+        state["_before_prepacking"] = {
+            name: {key: value for key, value in before.items() if key != "name"}
+            for name, before in self._before_prepacking.items()
+        }
+        return state
+
     def _apply(self, func, device, dtype, blocking, include_sublayers=True):
         """Conversions, also that of paddle.amp.decorate, leave the dtype of buffers and of float32 gates."""
         if dtype is not None and dtype_name(dtype) not in DTYPES:
@@ -296,7 +304,8 @@ class ShardedWeights(nn.Layer):
         For serving: see paddle_moe.prepack_weights. Afterwards gate_up_weight, down_weight and those of the
         shared expert are buffers without a gradient; gradients go through them to hidden_states, router,
         gates and biases. Results are those of weights stored [in, out], bit by bit; but those of quantised
-        weights, after quantize_(), are added in another order than before. All ranks call it alike.
+        weights, after quantize_(), are added in another order than before. All ranks call it alike. While it
+        runs, memory holds the weights of the layer twice.
         Checkpoints and converting to another dtype need unpack_() first; state_dict() holds the panels, and
         set_state_dict() of another layer's leaves them out with no more than Paddle's warning.
 
@@ -383,8 +392,9 @@ class ShardedWeights(nn.Layer):
                 self.register_buffer(f"{name}_scale", scale)
                 self.register_buffer(f"{name}_weight", weight)
         parameters = dict(self._parameters)
+        order = [name for name in self._parameter_order if name in parameters]  # then what came since
         self._parameters.clear()
-        self._parameters.update({name: parameters[name] for name in self._parameter_order})
+        self._parameters.update({name: parameters[name] for name in [*order, *parameters]})
         self._before_prepacking = {}
         self.prepacked = False
         self._mark_parameters()

@@ -28,6 +28,7 @@ from paddle_moe.tensor_files import (
     TensorFiles,
     exchange,
     execute,
+    is_first,
     refuse_dtypes,
 )
 
@@ -317,7 +318,7 @@ def save_moe_weights(
                 targets[f"{name}.{key}"] = Target(paddle.empty(one.part.shape, dtype), one.part)
                 homes[f"{name}.{key}"] = [f"{name}.{one.dense}"]
     tensors = {}
-    if parallel is None or parallel.rank == 0:
+    if is_first(parallel):
         for key, (tensor, is_transposed) in others.items():
             tensors[key] = tensor.transpose(range(tensor.ndim)[::-1]) if is_transposed else tensor
     wholes = {name: whole for name, (_, _, whole) in holdings.items()}
@@ -356,7 +357,7 @@ def write_stored(
         tensors = {**{key: target.tensor for key, target in targets.items()}, **(others or {})}
         write_files(path, {"model": tensors}, {"metadata": {}}, parallel, tagged=False, file_format="pt")
     finally:
-        if parallel is None or parallel.rank == 0:
+        if is_first(parallel):
             shutil.rmtree(parts_path, ignore_errors=True)
 
 
@@ -388,8 +389,8 @@ def _gather(
 
 def _is_written_here(layer: FusedMoE, expert: int | None, parallel: ParallelContext | None) -> bool:
     """One expert: by a rank that holds a part of it, in turn. What all ranks have: by the first."""
+    if expert is None or layer.parallel is None:
+        return is_first(parallel)
     if parallel is not None and parallel.dp_rank > 0:
         return False
-    if expert is None or layer.parallel is None:
-        return parallel is None or parallel.ep_rank == parallel.tp_rank == 0
     return layer.experts_min <= expert <= layer.experts_max and expert % layer.tp_size == layer.tp_rank

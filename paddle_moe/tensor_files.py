@@ -157,6 +157,11 @@ def exchange(parallel: ParallelContext | None, value: Any, what: str, path: Any)
     return [value] if parallel is None else parallel.exchange(value, what, str(path))
 
 
+def is_first(parallel: ParallelContext | None) -> bool:
+    """The rank that does what one has to do. That of a context of from_groups need not be rank 0."""
+    return parallel is None or parallel.dp_rank == parallel.ep_rank == parallel.tp_rank == 0
+
+
 def at_files(parallel: ParallelContext | None) -> contextlib.AbstractContextManager[None]:
     """Around what one rank may take much longer for than another: see ParallelContext.files."""
     return contextlib.nullcontext() if parallel is None else parallel.files()
@@ -583,7 +588,7 @@ def execute(
     raise_together(path, [*problems, *(one for plan in plans for one in plan.problems)], parallel)
     report = LoadReport()
     total = sum(plan.num_bytes(name) for plan in plans for name in plan.targets)
-    if parallel is not None and parallel.rank > 0:
+    if not is_first(parallel):
         progress = None
     failure, cause = None, None
     try:

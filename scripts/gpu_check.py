@@ -104,8 +104,8 @@ class Check:
         configure = ["cmake", "-S", str(REPOSITORY), "-B", str(self.build_directory)]
         configure += ["-DPADDLE_MOE_CUDA=ON", f"-DPADDLE_MOE_CUDA_ARCHS={architectures}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-        if shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
+        if shutil.which("ninja") and not (self.build_directory / "CMakeCache.txt").exists():
+            configure += ["-G", "Ninja"]  # a directory keeps the generator of its first run
         if nvcc := find_tool("nvcc"):
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
         shutil.rmtree(self.package, ignore_errors=True)
@@ -204,9 +204,12 @@ class Check:
 def archive_logs(build_directory: Path, archive: Path) -> None:
     """What the parts printed and reported, for a machine that is gone afterwards."""
     with tarfile.open(archive, "w:gz") as file:
-        for path in sorted(build_directory.glob("*")):
-            if path.suffix in (".log", ".xml", ".json"):
-                file.add(path, path.name)
+        for path in _reports(build_directory):
+            file.add(path, path.name)
+
+
+def _reports(build_directory: Path) -> list[Path]:
+    return [path for path in sorted(build_directory.glob("*")) if path.suffix in (".log", ".xml", ".json")]
 
 
 def compute_capability() -> str:
@@ -278,6 +281,8 @@ def main() -> int:
     }
     options.out = options.out.resolve()
     check = Check(options)
+    for path in _reports(check.build_directory):  # of an earlier run
+        path.unlink()
     for part in parts:
         print(f"== {part}", flush=True)
         start = time.monotonic()

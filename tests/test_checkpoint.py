@@ -109,13 +109,24 @@ def test_training_goes_on_as_if_never_interrupted(tmp_path):
     assert [step(model, optimizer) for _ in range(3)] == expected
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"paddle": [], "numpy": [], "python": []}'])
-def test_a_file_of_random_numbers_that_holds_something_else(content, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: {},
+        lambda state: [],
+        lambda state: {**state, "paddle": []},
+        lambda state: {**state, "paddle": [[*state["paddle"][0][:-1], "no engine"]]},
+        lambda state: {**state, "numpy": [state["numpy"][0], [2**40] * 624, *state["numpy"][2:]]},
+        lambda state: {**state, "python": [3, [-1] * 625, None]},
+        lambda state: {**state, "python": [*state["python"][:2], "a"]},
+    ],
+)
+def test_a_file_of_random_numbers_that_holds_something_else(change, tmp_path):
     model = Model(seed=1)
     optimizer = paddle.optimizer.AdamW(parameters=model.parameters())
     save_checkpoint(tmp_path, model, optimizer)
     (file,) = tmp_path.glob("state-*.json")
-    file.write_text(content)
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
     other = Model(seed=2)
     before = [parameter.numpy() for parameter in other.parameters()]
     with pytest.raises(CheckpointError, match="random number generators in JSON"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import checks
 import numpy as np
@@ -476,6 +477,15 @@ def test_an_unpacked_layer_fits_the_saved_state_of_an_optimizer():
     layer.unpack_()
     assert [(name, parameter.name) for name, parameter in layer.named_parameters()] == names
     assert set(trained_for_a_step(state)) == set(state)
+    layer.prepack_()
+    layer.adapter = layer.create_parameter([HIDDEN, 4])
+    del layer.gate_up_bias
+    pickled = pickle.loads(pickle.dumps(layer))
+    assert [name for name, _ in layer.unpack_().named_parameters()] == [
+        *(name for name, _ in names if name != "gate_up_bias"),
+        "adapter",
+    ]
+    assert not {one.name for one in pickled.unpack_().parameters()} & {one.name for one in layer.parameters()}
     of_both = [parameter.name for one in (layer, twin.unpack_()) for parameter in one.parameters()]
     assert len(of_both) == len(set(of_both))
 

@@ -12,8 +12,8 @@ namespace cpu {
 
 // How a GEMM reads its operands: in units of four bytes along the reduced dimension, each an fp32 value or a
 // pair of neighbouring bf16 values (only where the processor multiplies such pairs; VDPBF16PS takes subnormal
-// bf16 values, below 1.2e-38, for zero). For integer weights stored column by column also pairs of int16
-// values, which integers are multiplied with exactly: see Int16Row.
+// bf16 values, below 1.2e-38, for zero). For integer weights stored column by column or prepacked also pairs
+// of int16 values, which integers are multiplied with exactly: see Int16Row.
 enum class Operand { kFloat32, kBf16Pairs, kInt16, kTwoInt16 };
 
 constexpr int64_t kUnitBytes = 4;
