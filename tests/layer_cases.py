@@ -24,6 +24,7 @@ class Shard(NamedTuple):
     tp_rank: int
     tp_size: int
     dp_group: None = None
+    dp_rank: int = 0
 
     @property
     def rank(self) -> int:
