@@ -394,11 +394,11 @@ def mixture_of_experts(
 
     Products accumulate in float32, the intermediate is rounded to the dtype of ``hidden_states``, and the sum
     over k runs in float32 in the order of k: equal inputs give equal bits, whatever else is in the batch.
-    int4 weights, and int8 ones beside activations of half precision, are multiplied as integers where they
-    are stored [out, in]: of 64 neighbouring activations each is rounded to 2^-15 of the largest, or 2^-29 in
-    float32, so that bfloat16 ones stay exact down to 2^-7 of it, and NaN or infinity in one makes all of them
-    NaN. Not so bfloat16 where the processor multiplies it (AVX-512 BF16): there the weights become bfloat16,
-    exactly.
+    int8 and int4 weights that are stored [out, in] or prepacked are multiplied as integers beside activations
+    of half precision, int4 ones stored [out, in] beside float32 too: of 64 neighbouring activations each is
+    rounded to 2^-15 of the largest, or 2^-29 in float32, so that bfloat16 ones stay exact down to 2^-7 of it,
+    and NaN or infinity in one makes all of them NaN. Not so bfloat16 where the processor multiplies it
+    (AVX-512 BF16): there the weights become bfloat16, exactly.
 
     T tokens, hidden size H, intermediate size I, K experts per token, E_l local experts.
 

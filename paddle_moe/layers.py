@@ -80,6 +80,12 @@ def _expect_tensors(**tensors: Any) -> None:
             raise ValueError(f"{name} must be a paddle.Tensor, got {type_name(tensor)}")
 
 
+def _expect_arrays(**arrays: Any) -> None:
+    for name, array in arrays.items():
+        if not hasattr(array, "shape"):
+            raise ValueError(f"{name} must be a Paddle tensor or a NumPy array, got {type_name(array)}")
+
+
 class FusedMoE(ShardedWeights):
     """Mixture of experts, split over ranks by expert (EP) and column (TP).
 
@@ -331,20 +337,7 @@ class FusedMoE(ShardedWeights):
         Raises:
             ValueError: a shape does not fit the others.
         """
-        required = {"gate_weight": gate_weight, "gate_up": gate_up, "down": down}
-        optional = {
-            "gate_bias": gate_bias,
-            "gate_up_bias": gate_up_bias,
-            "down_bias": down_bias,
-            "correction_bias": correction_bias,
-            "shared_gate_up": shared_gate_up,
-            "shared_down": shared_down,
-            "shared_gate": shared_gate,
-        }
-        given = {name: tensor for name, tensor in optional.items() if tensor is not None}
-        for name, tensor in {**required, **given}.items():
-            if not hasattr(tensor, "shape"):
-                raise ValueError(f"{name} must be a Paddle tensor or a NumPy array, got {type_name(tensor)}")
+        _expect_arrays(gate_weight=gate_weight, gate_up=gate_up, down=down)
         if len(gate_up.shape) != 3:
             raise ValueError(f"gate_up must have the shape [E, H, 2I], got {list(gate_up.shape)}")
         num_experts, hidden_size, columns = gate_up.shape
@@ -359,6 +352,8 @@ class FusedMoE(ShardedWeights):
             raise ValueError(
                 "shared_gate is for a shared expert, got None for shared_gate_up and shared_down"
             )
+        if shared_down is not None:
+            _expect_arrays(shared_down=shared_down)
         shared_size = 0 if shared_down is None else shared_down.shape[0]
         expected_shapes = {
             "gate_weight": (gate_weight, [hidden_size, num_experts]),
@@ -372,7 +367,10 @@ class FusedMoE(ShardedWeights):
             "shared_gate": (shared_gate, [hidden_size, 1]),
         }
         for name, (tensor, expected) in expected_shapes.items():
-            if tensor is not None and list(tensor.shape) != expected:
+            if tensor is None:
+                continue
+            _expect_arrays(**{name: tensor})
+            if list(tensor.shape) != expected:
                 raise ValueError(f"{name} must have the shape {expected}, got {list(tensor.shape)}")
 
         if options.get("dtype") is None:
@@ -705,11 +703,6 @@ class FusedMoE(ShardedWeights):
         others = [paddle.zeros([count], "float32") for count in (before, after)]
         everywhere = paddle.concat([others[0], amax, others[1]])
         return self.parallel.all_reduce(everywhere, "grid", "max")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedMoE:
-        """With weights of its own; the groups and the logger are shared."""
-        memo[id(self.logger)] = self.logger
-        return super().__deepcopy__(memo)
 
     def update_correction_bias(self) -> None:
         """Moves correction_bias by bias_update_speed towards balance, see policies.balanced_correction_bias.

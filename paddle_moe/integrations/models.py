@@ -158,7 +158,8 @@ class Integration:
             model: what :meth:`accelerate` returned.
             dtype, granularity: see :func:`paddle_moe.quantize`.
             prepack: put them in the order in which the CPU reads them too, as
-                :func:`paddle_moe.prepack_weights` does: with AVX-512 prompts then take less time.
+                :func:`paddle_moe.prepack_weights` does: prompts then take less time, but for
+                fp8 without AVX-512 BF16.
 
         Returns:
             ``model``.
