@@ -148,9 +148,7 @@ ActivationSpec parse_activation(const std::string& text) {
   if (std::getline(parts, name, '(') && name == "swigluoai" &&
       parts >> spec.alpha >> comma >> spec.limit >> closing && comma == ',' && closing == ')' &&
       parts.peek() == std::istringstream::traits_type::eof()) {
-    if (!std::isfinite(spec.alpha) || !(spec.limit > 0)) {
-      fail("activation must have a finite alpha and a positive limit, got '", text, "'");
-    }
+    if (!(spec.limit > 0)) fail("activation must have a positive limit, got '", text, "'");
     spec.kind = Activation::kSwigluOai;
     return spec;
   }

@@ -328,6 +328,9 @@ bool BiasForm::separate(const std::vector<Tensor>& arrays) const {
 void BiasForm::check(const std::vector<Tensor>& arrays, DType dtype) const {
   if (arrays.empty()) return;
   const bool one = stacked(arrays), two = separate(arrays);
+  if (num_experts < 0 && !one) {
+    fail(argument, " must be one stacked tensor where the number of experts is not known, got a list");
+  }
   if (!one && !two && static_cast<int64_t>(arrays.size()) != num_experts) {
     fail(argument, " must hold one tensor per expert (", num_experts, ") or one stacked tensor, got ",
          arrays.size(), " tensors");

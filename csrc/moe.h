@@ -15,6 +15,7 @@ struct CUstream_st;  // of the CUDA runtime
 namespace paddle_moe {
 
 enum class DType {
+  // The operators compute with these.
   kUnknown,
   kFloat32,
   kBFloat16,
@@ -23,12 +24,13 @@ enum class DType {
   kInt64,
   kInt8,
   kFloat8E4M3,
-  kInt4,   // kInt4InWord numbers in an int32
-  kUInt8,  // these the operators compute with
+  kInt4,  // kInt4InWord numbers in an int32
+  kUInt8,
+  // These are for error messages only.
   kFloat64,
   kInt16,
   kBool,
-  kOther,  // these are for error messages only
+  kOther,
 };
 
 const char* dtype_name(DType dtype);                 // of every one but kOther
@@ -51,6 +53,8 @@ std::string dtype_text(const Tensor& tensor);  // for error messages
 // From a dimension on. One of size 1 has no meaningful stride, and in an array without elements none has, so
 // any is accepted there.
 bool is_contiguous(const Tensor& tensor, size_t first_dim = 0);
+// As a broadcast array does; also said of some unusual strides under which none is shared.
+bool may_hold_an_element_twice(const Tensor& tensor);
 
 // ---------------------------------------------------------------- mixture_of_experts
 

@@ -1,5 +1,7 @@
 // Dtypes, and how the elements of a Tensor lie.
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "moe.h"
@@ -76,6 +78,21 @@ bool is_contiguous(const Tensor& tensor, size_t first_dim) {
     expected *= tensor.shape[i];
   }
   return true;
+}
+
+bool may_hold_an_element_twice(const Tensor& view) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // from one index to the next, how many more
+  for (size_t i = 0; i < view.shape.size(); ++i) {
+    if (view.shape[i] == 0) return false;
+    if (view.shape[i] > 1) dims.emplace_back(std::max(stride(view, i), -stride(view, i)), view.shape[i] - 1);
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 0;
+  for (const auto& [step, more] : dims) {
+    if (step <= extent) return true;
+    extent += step * more;
+  }
+  return false;
 }
 
 }  // namespace paddle_moe

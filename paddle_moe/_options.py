@@ -70,6 +70,13 @@ def type_name(value: Any) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
+def expect_parallel(value: Any) -> Any:
+    """A ParallelContext, whose module is not imported for this."""
+    if not hasattr(value, "ep_rank"):
+        raise ValueError(f"parallel must be what init_distributed returned, got {value!r}")
+    return value
+
+
 def text(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value

@@ -25,6 +25,7 @@ import paddle
 import paddle.distributed as dist
 from paddle.autograd import PyLayer
 
+from paddle_moe._options import dtype_name
 from paddle_moe.collectives import no_contribution
 from paddle_moe.deep_ep import DeepEPExchange
 
@@ -65,8 +66,8 @@ def all_to_all_experts(
         (out [T, H] in the dtype of hidden_states, the result of `meanwhile`).
 
     Raises:
-        ValueError: expert_ranges does not have one entry per EP rank, or `experts` returns another shape or
-            dtype.
+        ValueError: expert_ranges does not have one entry per EP rank, a shape or dtype does not fit, K is
+            another on another EP rank, or `experts` returns another shape or dtype.
         NotImplementedError: a static program is being built.
         RuntimeError: the transport failed.
     """
@@ -80,8 +81,8 @@ def all_to_all_experts(
             "all-to-all expert parallelism needs dynamic mode, because the sizes of its messages depend on "
             "the data; leave this layer out of paddle.jit.to_static, or use dispatch='replicated'"
         )
+    ids = _checked_ids(hidden_states, routing_table, router_weights, expert_ranges[-1][1])
     router_weights = router_weights.astype("float32")
-    ids = routing_table.astype("int32")
     with paddle.no_grad():
         kind = _Exchange if parallel.deep_ep is None else DeepEPExchange
         exchange = kind(ids, expert_ranges, parallel)
@@ -101,6 +102,30 @@ def all_to_all_experts(
     anchor = paddle.zeros([1], "float32")
     anchor.stop_gradient = False
     return _Combine.apply(partial, anchor, exchange), other
+
+
+def _checked_ids(
+    hidden_states: Tensor, routing_table: Tensor, router_weights: Tensor, num_experts: int
+) -> Tensor:
+    """The ids as int32, before anything is sent."""
+    shape = list(routing_table.shape)
+    if len(shape) != 2 or shape[0] != hidden_states.shape[0] or list(router_weights.shape) != shape:
+        raise ValueError(
+            "routing_table and router_weights must both have the shape [T, K] with T = "
+            f"{hidden_states.shape[0]} tokens, got {shape} and {list(router_weights.shape)}"
+        )
+    for name, tensor, dtypes in (
+        ("routing_table", routing_table, (paddle.int32, paddle.int64)),
+        ("router_weights", router_weights, (paddle.float32, hidden_states.dtype)),
+    ):
+        if tensor.dtype not in dtypes:
+            expected = " or ".join(dict.fromkeys(map(dtype_name, dtypes)))
+            raise ValueError(f"{name} must have the dtype {expected}, got {dtype_name(tensor.dtype)}")
+    if routing_table.dtype == paddle.int32:
+        return routing_table
+    # Ids that no expert has must not become others on the way to 32 bits.
+    known = (routing_table >= 0) & (routing_table < num_experts)
+    return paddle.where(known, routing_table, paddle.full_like(routing_table, -1)).astype("int32")
 
 
 @dataclass
@@ -163,11 +188,17 @@ class _Exchange:
         places = needed.astype("int64").flatten().cumsum().reshape(needed.shape) - 1
         # A token that does not go to a rank reads the row of zeros after the last.
         self._places = paddle.where(needed, places, paddle.full_like(places, outgoing))
-        table = paddle.zeros([parallel.ep_size, parallel.ep_size], "int64")
-        table[parallel.ep_rank] = counts
-        table = parallel.all_reduce(table, "ep").tolist()
-        self._sent = table[parallel.ep_rank]
-        self._received = [row[parallel.ep_rank] for row in table]
+        # Of each rank how many rows it sends to which, and its K.
+        table = paddle.zeros([parallel.ep_size, parallel.ep_size + 1], "int64")
+        table[parallel.ep_rank] = paddle.concat([counts, paddle.full([1], routing_table.shape[1], "int64")])
+        *table, top_k = zip(*parallel.all_reduce(table, "ep").tolist())
+        if len(set(top_k)) > 1:
+            raise ValueError(
+                "routing_table must have the same K on all EP ranks, got "
+                + ", ".join(f"{k} on rank {rank}" for k, rank in zip(top_k, self._group.ranks))
+            )
+        self._sent = [of_rank[parallel.ep_rank] for of_rank in table]
+        self._received = list(table[parallel.ep_rank])
 
     def start(
         self, hidden_states: Tensor, ids: Tensor, weights: Tensor

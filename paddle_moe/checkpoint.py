@@ -40,6 +40,7 @@ from paddle.distributed.fleet.meta_parallel.meta_parallel_base import MetaParall
 from paddle.optimizer.lr import LRScheduler
 from safetensors import safe_open
 
+from paddle_moe._options import type_name
 from paddle_moe.compat.safetensors_paddle import save_file
 from paddle_moe.integrations.blocks import MoEBlock
 from paddle_moe.layers import FusedMoE
@@ -82,6 +83,8 @@ _KEY = re.compile(r"(?P<name>.*?)(\[(?P<ranges>\w+=\d+:\d+(,\w+=\d+:\d+)*)\])?",
 
 def _unwrapped(model: nn.Layer) -> nn.Layer:
     """The model without paddle.DataParallel or fleet's wrappers, in which its parts have other names."""
+    if not isinstance(model, nn.Layer):
+        raise ValueError(f"model must be a paddle.nn.Layer, got {type_name(model)}")
     while isinstance(model, (paddle.DataParallel, MetaParallelBase)):
         model = model._layers
     return model
@@ -261,7 +264,8 @@ def save_checkpoint(
         path: the directory, made when missing.
         model: any layer; its FusedMoE layers and the blocks of an accelerated model may be split over ranks,
             everything else is the same on all. paddle.DataParallel and fleet's wrappers are looked through.
-        optimizer: its moments, master weights and learning rate scheduler are saved. Or a list of several.
+        optimizer: its moments, master weights and learning rate, or its scheduler, are saved. Or a list of
+            several.
         state: what else the job needs to go on, for example the step and the position in the data; anything
             that JSON can hold. `load_checkpoint` returns it, on every rank that of rank 0.
         parallel: the ranks; None: those of the FusedMoE layers of the model.
@@ -284,6 +288,7 @@ def save_checkpoint(
         schedules = _schedules(optimizers)
         if any(schedules):
             index["lr_scheduler"] = _one_or_all([one and one.state_dict() for one in schedules])
+        index["learning_rate"] = _one_or_all([float(one.get_lr()) for one in optimizers])
     for kind, held in kept.items():
         refuse_dtypes(kind, {name: tensor for name, (tensor, _, _) in held.items()})
     try:
@@ -507,8 +512,9 @@ def load_checkpoint(
     The grid may differ from that of the save. Each rank reads its slices only, and every value arrives bit by
     bit: names, shapes and dtypes must be those of the model.
 
-    With an optimizer the job goes on where it was: the learning rate scheduler is set, and so are the random
-    number generators of Paddle, NumPy and Python, if as many ranks load as have saved (else a warning).
+    With an optimizer the job goes on where it was: its learning rate, or the scheduler, is set, and so are
+    the random number generators of Paddle, NumPy and Python, if as many ranks load as have saved (else a
+    warning).
 
     Args:
         path: the directory. model, optimizer, parallel: as in save_checkpoint.
@@ -539,6 +545,7 @@ def load_checkpoint(
     problems = _check_index(path, index, optimizers) if index or not files.problems else []
     random_state = None
     if optimizers:
+        raise_together(path, problems, parallel)  # the state of another optimizer has other names throughout
         # A rank that does not see the index must not go on alone.
         raise_together(path, [*problems, *(one for plan in plans for one in plan.problems)], parallel)
         random_state, problems = _read_random_state(path, index, parallel)
@@ -547,6 +554,10 @@ def load_checkpoint(
         for schedule, stored in zip(_schedules(optimizers), _stored_schedules(index, len(optimizers))):
             if schedule is not None:
                 schedule.set_state_dict(stored)
+        rates = index.get("learning_rate")  # None in files of earlier versions
+        for one, rate in zip(optimizers, rates if isinstance(rates, list) else [rates] * len(optimizers)):
+            if rate is not None and not isinstance(one._learning_rate, LRScheduler):
+                one.set_lr(rate)
         if random_state is None:
             warnings.warn(
                 f"{path} was saved by {len(index['state_files'])} ranks: random generators were left alone",

@@ -41,7 +41,7 @@ from paddle.base import core
 from paddle.distributed import collective
 from paddle.distributed.communication.group import Group, _add_new_group
 
-from paddle_moe._options import at_least, checked, dtype_name, integer, positive
+from paddle_moe._options import at_least, checked, dtype_name, integer, one_of, positive
 from paddle_moe.deep_ep import import_buffer
 from paddle_moe.watchdog import Watchdog
 
@@ -225,8 +225,8 @@ class ParallelContext:
         return sorted(self._grid.ravel().tolist())
 
     def size(self, group: str) -> int:
-        """Ranks in the "ep", "tp", "grid" or "dp" group."""
-        return self.ep_size * self.tp_size if group == "grid" else self._groups()[group].nranks
+        """Ranks in the "ep", "tp", "grid" or "dp" group; a ValueError for another."""
+        return self.ep_size * self.tp_size if group == "grid" else self._groups()[self._slot(group)].nranks
 
     def all_reduce(
         self, tensor: paddle.Tensor, group: str | Group, op: str = "sum", *, fp32: bool = False
@@ -249,10 +249,9 @@ class ParallelContext:
         dtype = dtype_name(tensor.dtype)
         if dtype not in _REDUCIBLE_DTYPES:
             raise ValueError(
-                f"tensor: expected one of the dtypes {', '.join(_REDUCIBLE_DTYPES)}, got {dtype}"
+                f"tensor must have one of the dtypes {', '.join(_REDUCIBLE_DTYPES)}, got {dtype}"
             )
-        if op not in _OPS:
-            raise ValueError(f"op: expected 'sum' or 'max', got {op!r}")
+        one_of(*_OPS)("op", op)
         slot = self._slot(group)
         if slot == "grid" and self.grid_group is None:
             self.all_reduce(tensor, "ep", op, fp32=fp32)
@@ -363,9 +362,7 @@ class ParallelContext:
         for slot, own in self._groups().items():
             if group is own or group == slot:
                 return slot
-        raise ValueError(
-            f"group: expected 'ep', 'tp', 'grid', 'dp' or a group of this context, got {group!r}"
-        )
+        raise ValueError(f"group must be 'ep', 'tp', 'grid', 'dp' or a group of this context, got {group!r}")
 
     def waiting(self, slot: str, what: str) -> contextlib.AbstractContextManager[None]:
         """Around a collective of the "ep", "tp", "grid" or "dp" group, `what` in words: when one of its ranks
@@ -418,7 +415,7 @@ class ParallelContext:
 
 def _position(group: Group, rank: int) -> int:
     if rank not in group.ranks:
-        raise ValueError(f"group: expected one that contains rank {rank}, got the ranks {list(group.ranks)}")
+        raise ValueError(f"group must contain rank {rank}, got the ranks {list(group.ranks)}")
     return list(group.ranks).index(rank)
 
 

@@ -221,6 +221,12 @@ def _cast(tensor: Any, dtype: paddle.dtype) -> Any:
 TENSOR_TYPES = (Tensor, paddle.static.Variable, paddle.pir.Value)
 
 
+def expect_tensors(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, TENSOR_TYPES):
+            raise ValueError(f"{name} must be a paddle.Tensor, got {type_name(tensor)}")
+
+
 @unified
 def reshape_like(output: Tensor, tensor: Tensor) -> Tensor:
     """`output` in the shape of `tensor`, of which several sizes may be unknown while a program is built."""

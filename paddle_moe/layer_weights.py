@@ -16,7 +16,7 @@ from paddle.utils import unique_name
 
 from paddle_moe._options import dtype_name
 from paddle_moe.params import EXPERT_WEIGHTS, LayerShard, Part, drawn_values
-from paddle_moe.prepacking import check_inputs, expect_cpu, prepack_weights, unpack_weights
+from paddle_moe.prepacking import check_inputs, convert_panels, expect_cpu, prepack_weights, unpack_weights
 from paddle_moe.quantization import (
     check_options,
     check_shards,
@@ -36,12 +36,22 @@ TRAINING_ATTRIBUTES = ("name", "stop_gradient", "optimize_attr", "regularizer", 
 PARTS = {"gate_up": 2, "down": 1, "shared_gate_up": 2, "shared_down": 1}
 
 
-def keep_dtypes(func: Callable, kept: Any) -> Callable:
-    """The conversion that nn.Layer._apply is given, but for these tensors without another dtype."""
-    places = {tensor.data_ptr() for tensor in kept}
+def keep_dtypes(func: Callable, kept: Any, panels: Any = ()) -> Callable:
+    """The conversion that nn.Layer._apply is given, but without another dtype for the tensors `kept`.
+
+    `panels` are prepacked weights, which another dtype has otherwise. `kept` may hold gradients, of which
+    Paddle passes another object each time.
+    """
+    places = {tensor.data_ptr() for tensor in kept if tensor.size}
+    own = {id(tensor): tensor for tensor in kept}  # which keeps them, so that no other gets their id
+    prepacked = {id(tensor): tensor for tensor in panels}
 
     def convert(tensor, device, dtype, blocking):
-        return func(tensor, device, tensor.dtype if tensor.data_ptr() in places else dtype, blocking)
+        if id(tensor) in prepacked and dtype is not None:
+            tensor = convert_panels(tensor, dtype)
+        elif id(tensor) in own or tensor.size and tensor.data_ptr() in places:
+            dtype = tensor.dtype
+        return func(tensor, device, dtype, blocking)
 
     return convert
 
@@ -209,18 +219,20 @@ class ShardedWeights(nn.Layer):
             raise ValueError(
                 f"dtype must be {', '.join(DTYPES)} for {self.full_name()}, got {dtype_name(dtype)}"
             )
-        kept = [buffer for buffer in self._buffers.values() if buffer is not None]
-        own = None if self.quantized else dtype_name(self.down_weight.dtype)
-        if self.prepacked and own and dtype is not None and dtype_name(dtype) != own:
-            raise RuntimeError(
-                f"the expert weights of {self.full_name()} are prepacked in {own}; "
-                f"call unpack_() before it becomes {dtype_name(dtype)}"
-            )
+        buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        panels = []
+        if self.prepacked and self.quantized is None:
+            panels = [buffers.pop(f"{name}_weight") for name in PARTS if f"{name}_weight" in buffers]
+            if dtype is not None:
+                self._check_prepacking(dtype)
+        kept = list(buffers.values())
         if self._gate_dtype == "float32":
             gates = (self.gate_weight, self.gate_bias, self.shared_gate_weight)
             gates = [gate for gate in gates if gate is not None]
             kept += gates + [gate.grad for gate in gates if gate.grad is not None]
-        super()._apply(keep_dtypes(func, kept), device, dtype, blocking, include_sublayers)
+        convert = keep_dtypes(func, kept, panels)
+        super()._apply(convert, device, dtype, blocking, include_sublayers)
+        self._mark_parameters()
 
     def parts(self, *, dense: bool = False) -> dict[str, Part]:
         """Which part of the dense weights each parameter and buffer is; with dense, on a single rank.
@@ -266,9 +278,11 @@ class ShardedWeights(nn.Layer):
         Raises:
             ValueError: see paddle_moe.quantize; the layer is left as it was, and on other ranks too, where
                 it is a RuntimeError that names this one.
-            RuntimeError: the weights are quantised or prepacked already, not initialised, or on a GPU; Paddle
-                is 2.6 and the layer is one of several shards.
+            RuntimeError: the weights are quantised or prepacked already, not initialised, or on a GPU; the
+                layer was compiled by to_static(full_graph=True) before, whose program keeps its weights, as
+                does that of a model around it; Paddle is 2.6 and the layer is one of several shards.
         """
+        self._expect_no_program("quantize_")
         if self.quantized is not None:
             raise RuntimeError(f"the expert weights of this layer are {self.quantized} already")
         # Here, so that ranks without experts refuse the same.
@@ -306,7 +320,7 @@ class ShardedWeights(nn.Layer):
         gates and biases. Results are those of weights stored [in, out], bit by bit; but those of quantised
         weights, after quantize_(), are added in another order than before. All ranks call it alike. While it
         runs, memory holds the weights of the layer twice.
-        Checkpoints and converting to another dtype need unpack_() first; state_dict() holds the panels, and
+        Checkpoints need unpack_() first; state_dict() holds the panels, and
         set_state_dict() of another layer's leaves them out with no more than Paddle's warning.
 
         Returns:
@@ -315,18 +329,16 @@ class ShardedWeights(nn.Layer):
         Raises:
             ValueError: the hidden size, or what any rank has of the intermediate sizes, is odd in bfloat16,
                 int8 or fp8, or no multiple of 8 in int4.
-            RuntimeError: the weights are prepacked already, not initialised, or on a GPU; Paddle is 2.6 and
-                the layer is one of several shards.
+            RuntimeError: the weights are prepacked already, not initialised, or on a GPU; the layer was
+                compiled before, see quantize_; Paddle is 2.6 and the layer is one of several shards.
         """
+        self._expect_no_program("prepack_")
         if self.prepacked:
             raise RuntimeError("the expert weights of this layer are prepacked already")
         check_shards("prepack_", self.ep_size * self.tp_size)
         expect_cpu("down_weight", self.down_weight)
         dtype = self.quantized or self.down_weight.dtype
-        check_inputs("gate_up_weight", dtype, self._shard.hidden_size)
-        for rank in self._shard.grid():  # so that all refuse alike
-            for name, (start, stop) in (("down", rank.columns), ("shared_down", rank.shared_columns)):
-                check_inputs(f"{name}_weight of a rank", dtype, stop - start)
+        self._check_prepacking(dtype)
         prepacked = {}  # all of them before any is replaced, because this may run out of memory
         for name, weight in self._own_expert_weights():
             scale = getattr(self, f"{name}_scale", None)
@@ -351,6 +363,13 @@ class ShardedWeights(nn.Layer):
         self._mark_parameters()
         return self
 
+    def _check_prepacking(self, dtype: str | paddle.dtype) -> None:
+        """A ValueError where panels of that dtype cannot hold the inputs of any rank, so that all refuse."""
+        check_inputs("gate_up_weight", dtype, self._shard.hidden_size)
+        for rank in self._shard.grid():
+            for name, (start, stop) in (("down", rank.columns), ("shared_down", rank.shared_columns)):
+                check_inputs(f"{name}_weight of a rank", dtype, stop - start)
+
     @paddle.no_grad()
     def unpack_(self) -> ShardedWeights:
         """Undoes prepack_(). Parameters are new ones, so make optimizers afterwards.
@@ -362,8 +381,9 @@ class ShardedWeights(nn.Layer):
             The layer.
 
         Raises:
-            RuntimeError: the weights are not prepacked.
+            RuntimeError: the weights are not prepacked; the layer was compiled before, see quantize_.
         """
+        self._expect_no_program("unpack_")
         if not self.prepacked:
             raise RuntimeError("the expert weights of this layer are not prepacked")
         unpacked = {}  # all of them first, as in prepack_()
@@ -399,6 +419,17 @@ class ShardedWeights(nn.Layer):
         self.prepacked = False
         self._mark_parameters()
         return self
+
+    def _expect_no_program(self, function: str) -> None:
+        """A RuntimeError where a program was made of the layer, which would keep the tensors that it has now.
+
+        One that was made of a layer around this one cannot be seen from here.
+        """
+        if type(vars(self).get("forward")).__name__ == "ASTStaticFunction":
+            raise RuntimeError(
+                f"{function}() must be called before paddle.jit.to_static(full_graph=True), whose program "
+                "keeps the weights that it was made with; make another layer"
+            )
 
     def _sizes_of(self, name: str) -> tuple[int, int]:
         """The inputs and outputs of a matrix of PARTS."""

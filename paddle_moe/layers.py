@@ -74,12 +74,6 @@ class _OwnExperts:
         return output
 
 
-def _expect_tensors(**tensors: Any) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, functional.TENSOR_TYPES):
-            raise ValueError(f"{name} must be a paddle.Tensor, got {type_name(tensor)}")
-
-
 def _expect_arrays(**arrays: Any) -> None:
     for name, array in arrays.items():
         if not hasattr(array, "shape"):
@@ -337,6 +331,8 @@ class FusedMoE(ShardedWeights):
         Raises:
             ValueError: a shape does not fit the others.
         """
+        if "seed" in options:
+            raise ValueError("seed must not be given: the weights are those passed")
         _expect_arrays(gate_weight=gate_weight, gate_up=gate_up, down=down)
         if len(gate_up.shape) != 3:
             raise ValueError(f"gate_up must have the shape [E, H, 2I], got {list(gate_up.shape)}")
@@ -427,7 +423,7 @@ class FusedMoE(ShardedWeights):
         Arguments are [T, H], [T, K], [T, K]. The gradients of hidden_states, router_weights and the shared
         gate are sums over the same ranks, so all of them run the backward together.
         """
-        _expect_tensors(
+        functional.expect_tensors(
             hidden_states=hidden_states, routing_table=routing_table, router_weights=router_weights
         )
         return self._partial_output(hidden_states, routing_table, router_weights).output
@@ -587,7 +583,7 @@ class FusedMoE(ShardedWeights):
             if routing_table is None
             else {"routing_table": routing_table, "router_weights": router_weights}
         )
-        _expect_tensors(hidden_states=hidden_states, **replay)
+        functional.expect_tensors(hidden_states=hidden_states, **replay)
         for name, value in (
             ("return_routing", return_routing),
             ("return_aux_loss", return_aux_loss),

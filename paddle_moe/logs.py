@@ -49,6 +49,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paddle_moe._options import at_least
+
 DEFAULT_PREFIX = "test_logs"
 LAUNCH_DIRECTORY = "launch"  # log_dir value that stands for the --log_dir of paddle.distributed.launch
 
@@ -86,11 +88,10 @@ def get_rank_logger(
         RuntimeError: log_dir="launch" in a process that paddle.distributed.launch did not start.
     """
     for name, value in (("ep_rank", ep_rank), ("tp_rank", tp_rank), ("dp_rank", dp_rank)):
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
-            raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
+        at_least(0)(name, value)
     if not prefix or os.path.basename(prefix) != prefix:
         raise ValueError(
-            f"prefix: expected a file name without directories, got {prefix!r}; use log_dir for those"
+            f"prefix must be a file name without directories, got {prefix!r}; use log_dir for those"
         )
 
     ep_rank, tp_rank, dp_rank = int(ep_rank), int(tp_rank), int(dp_rank)
@@ -276,7 +277,7 @@ def _resolve_log_dir(log_dir: str | os.PathLike | None) -> Path:
         log_dir = os.environ.get("PADDLE_LOG_DIR")
         if not log_dir:
             raise RuntimeError(
-                'log_dir="launch": expected the environment variable PADDLE_LOG_DIR, which '
+                'log_dir="launch" needs the environment variable PADDLE_LOG_DIR, which '
                 "paddle.distributed.launch sets for its processes, but it is not set; start the job with the "
                 "launcher or pass a directory"
             )
@@ -361,7 +362,7 @@ def load_events(directory: str | os.PathLike) -> list[RankEvents]:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"directory: expected an existing directory with rank logs, got {str(directory)!r}")
+        raise ValueError(f"directory must be one with rank logs, got {str(directory)!r}, which is none")
     ranks = {}
     for path in sorted(directory.iterdir()):
         match = _FILE_NAME.fullmatch(path.name)
@@ -371,7 +372,7 @@ def load_events(directory: str | os.PathLike) -> list[RankEvents]:
     if not ranks:
         hint = next(iter(sorted(directory.glob("*/*_ep_rank_*_tp_rank_*.jsonl"))), None)
         raise ValueError(
-            f"directory: expected PREFIX_ep_rank_E_tp_rank_T.jsonl files in {str(directory)!r}, got none"
+            f"directory must have files PREFIX_ep_rank_E_tp_rank_T.jsonl, got {str(directory)!r} without any"
             + (f"; did you mean {str(hint.parent)!r}?" if hint else "")
         )
 
@@ -545,12 +546,16 @@ def _summarize_rank(rank: RankEvents) -> RankSummary:
     )
 
 
+# Larger ids are no expert's; a picture has a column for each id up to the largest.
+_MAX_EXPERTS = 2**20
+
+
 def _calls(rank: RankEvents) -> list[dict[str, Any]]:
     """The "moe_call" events that have the fields a merge needs; other programs may write the same name."""
     return [
         event
         for event in rank.named("moe_call")
-        if _integer(event.get("experts_min")) is not None
+        if _integer(event.get("experts_min")) in range(_MAX_EXPERTS)
         and isinstance(event.get("tokens_per_expert"), list)
         and all(_integer(tokens) is not None for tokens in event["tokens_per_expert"])
     ]

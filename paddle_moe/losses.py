@@ -16,7 +16,7 @@ from paddle.nn import functional as F
 
 from paddle_moe._options import at_least, one_of
 from paddle_moe.collectives import sum_over
-from paddle_moe.functional import without_autocast
+from paddle_moe.functional import expect_tensors, without_autocast
 from paddle_moe.policies import count_ids
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def load_balancing_loss(
         raise ValueError(
             "sequence_length balances within a sequence and parallel over all replicas; pass at most one"
         )
+    expect_tensors(logits=logits, routing_table=routing_table)
     fit = len(logits.shape) == len(routing_table.shape) == 2 and logits.shape[0] == routing_table.shape[0]
     if not fit or routing_table.shape[1] == 0:
         raise ValueError(
@@ -146,5 +147,6 @@ def router_z_loss(logits: paddle.Tensor) -> paddle.Tensor:
     Returns:
         Scalar float32; 0 without tokens.
     """
+    expect_tensors(logits=logits)
     squares = paddle.logsumexp(logits.astype("float32"), axis=-1) ** 2
     return squares.sum() / paddle.ones_like(squares).sum().clip(min=1)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from paddle_moe._options import at_least, dtype_name, integer, one_of
+
 if TYPE_CHECKING:
     import paddle
 
@@ -23,13 +25,6 @@ _HIDDEN_STATES, _GATE, _ROUTING, _EXPERT = range(4)  # what a random stream is f
 
 
 # ---------------------------------------------------------------- shards
-
-
-def _check_size(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def shard_range(total: int, rank: int, size: int) -> tuple[int, int]:
@@ -41,9 +36,8 @@ def shard_range(total: int, rank: int, size: int) -> tuple[int, int]:
     Raises:
         ValueError: total is negative, size is less than 1, or rank is not in [0, size).
     """
-    if total < 0:
-        raise ValueError(f"total must be at least 0, got {total}")
-    _check_size("size", size)
+    at_least(0)("total", total)
+    at_least(1)("size", size)
     if not 0 <= rank < size:
         raise ValueError(f"rank must be between 0 and size - 1 = {size - 1}, got {rank}")
     quotient, remainder = divmod(total, size)
@@ -114,24 +108,30 @@ def shard_experts(
         permuted_weights: the last two dimensions of every weight are swapped.
 
     Raises:
-        ValueError: a list has the wrong length, the arrays differ in I, or the ranks do not fit.
+        ValueError: a list has the wrong length, the arrays differ in H or I, or the ranks do not fit.
     """
     num_experts = len(down_weights)
     experts = slice(*shard_range(num_experts, ep_rank, ep_size))
     inputs_axis, outputs_axis = (-1, -2) if permuted_weights else (-2, -1)
 
     columns = down_weights[0].shape[inputs_axis] if num_experts else 0
+    hidden = down_weights[0].shape[outputs_axis] if num_experts else 0
 
     def held(name: str, arrays: Any) -> Any:
         if len(arrays) != num_experts:
             raise ValueError(f"{name} must hold {num_experts} experts like down_weights, got {len(arrays)}")
         return arrays
 
-    def cut(name: str, weights: Any, axis: int, halves: int) -> Any:
+    def cut(name: str, weights: Any, axis: int, halves: int, hidden_axis: int | None = None) -> Any:
         def own(weight: Any) -> Any:
             if num_experts and weight.shape[axis] != halves * columns:
                 raise ValueError(
                     f"{name} must have the size {halves * columns} in dimension {axis}, as I = {columns} in "
+                    f"down_weights, got the shape {list(weight.shape)}"
+                )
+            if num_experts and hidden_axis and weight.shape[hidden_axis] != hidden:
+                raise ValueError(
+                    f"{name} must have the size {hidden} in dimension {hidden_axis}, as H = {hidden} in "
                     f"down_weights, got the shape {list(weight.shape)}"
                 )
             return slice_intermediate(weight, tp_rank, tp_size, axis=axis, halves=halves)
@@ -146,8 +146,8 @@ def shard_experts(
 
     own_down_bias = None if down_bias is None else held("down_bias", down_bias)[experts]
     return ExpertShard(
-        gate_up_weights=cut("gate_up_weights", gate_up_weights, outputs_axis, 2),
-        down_weights=cut("down_weights", down_weights, inputs_axis, 1),
+        gate_up_weights=cut("gate_up_weights", gate_up_weights, outputs_axis, 2, inputs_axis),
+        down_weights=cut("down_weights", down_weights, inputs_axis, 1, outputs_axis),
         gate_up_bias=None if gate_up_bias is None else cut("gate_up_bias", gate_up_bias, -1, 2),
         down_bias=own_down_bias if tp_rank == 0 else None,
         experts_min=experts.start,
@@ -426,17 +426,13 @@ def generate_moe_params(
     """
     import paddle
 
-    if num_tokens < 0:
-        raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
+    at_least(0)("num_tokens", num_tokens)
     for name, value in (("hidden_dim", hidden_dim), ("ffn_dim", ffn_dim), ("num_experts", num_experts)):
-        _check_size(name, value)
-    if not 1 <= top_k <= num_experts:
+        at_least(1)(name, value)
+    if not 1 <= integer("top_k", top_k) <= num_experts:
         raise ValueError(f"top_k must be between 1 and num_experts = {num_experts}, got {top_k}")
-    dtype = str(dtype).rpartition(".")[2]  # paddle.float32 is welcome too
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
+    dtype = one_of("float32", "bfloat16", "float16")("dtype", dtype_name(dtype))
+    at_least(0)("seed", seed)
 
     def tensor(values: np.ndarray) -> paddle.Tensor:
         return paddle.to_tensor(np.ascontiguousarray(values.T if permuted_weights else values)).astype(dtype)
@@ -487,7 +483,7 @@ def generate_moe_params_static(
         ValueError: as generate_moe_params, or a rank is not in [0, size), or tp_size > ffn_dim.
     """
     for name, rank, size in (("ep", ep_rank, ep_size), ("tp", tp_rank, tp_size)):
-        _check_size(f"{name}_size", size)
+        at_least(1)(f"{name}_size", size)
         if not 0 <= rank < size:
             raise ValueError(f"{name}_rank must be between 0 and {name}_size - 1 = {size - 1}, got {rank}")
     dense = generate_moe_params(

@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING
 
 import paddle
 
-from paddle_moe._options import at_least, dtype_name, positive, real
+from paddle_moe._options import at_least, dtype_name, one_of, positive, real
 from paddle_moe.collectives import sum_over
-from paddle_moe.functional import without_autocast
+from paddle_moe.functional import expect_tensors, without_autocast
 
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
 
 __all__ = ["balanced_correction_bias", "jitter", "limit_capacity", "tokens_per_expert"]
 
-DROP_POLICIES = ("probability", "position")
-
 
 def count_ids(ids: paddle.Tensor, num_experts: int, per_row: bool = False) -> paddle.Tensor:
     """How often each expert occurs in ids, no others: [E], or per row of ids [R, E]. int64."""
     at_least(1)("num_experts", num_experts)
+    expect_tensors(routing_table=ids)
     if dtype_name(ids.dtype) not in ("int32", "int64"):
         raise ValueError(f"routing_table must have the dtype int32 or int64, got {dtype_name(ids.dtype)}")
     rows = ids if per_row else ids.reshape([1, -1])
@@ -64,17 +63,17 @@ def jitter(
 
     Args:
         hidden_states: [T, H].
-        epsilon: between 0 and 1.
+        epsilon: at least 0 and below 1.
         parallel, group: the group of ``parallel`` whose ranks hold the same tokens, "grid" or "tp".
 
     Returns:
         [T, H] in the dtype of ``hidden_states``.
 
     Raises:
-        ValueError: epsilon is out of its range.
+        ValueError: epsilon is out of its range, or an unknown group.
     """
-    if not 0 <= real("epsilon", epsilon) < 1:
-        raise ValueError(f"epsilon must be at least 0 and below 1, got {epsilon}")
+    check_jitter("epsilon", epsilon)
+    one_of("grid", "tp")("group", group)
     shape = hidden_states.shape if paddle.in_dynamic_mode() else paddle.shape(hidden_states)
     noise = paddle.uniform(shape, "float32", min=1 - epsilon, max=1 + epsilon)
     if parallel is not None:
@@ -115,6 +114,7 @@ def limit_capacity(
         ValueError: an argument has a wrong shape or dtype or is out of its range.
     """
     check_capacity(capacity_factor, policy)
+    expect_tensors(routing_table=routing_table, router_weights=router_weights)
     table, weights = list(routing_table.shape), list(router_weights.shape)
     if len(table) != 2 or table != weights and -1 not in table + weights:  # -1: not known in a program
         raise ValueError(
@@ -146,8 +146,12 @@ def limit_capacity(
 
 def check_capacity(capacity_factor: float, policy: str, policy_name: str = "policy") -> None:
     positive("capacity_factor", capacity_factor)
-    if policy not in DROP_POLICIES:
-        raise ValueError(f"{policy_name} must be one of {', '.join(DROP_POLICIES)}, got {policy!r}")
+    one_of("probability", "position")(policy_name, policy)
+
+
+def check_jitter(name: str, epsilon: float) -> None:
+    if not 0 <= real(name, epsilon) < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {epsilon}")
 
 
 @without_autocast

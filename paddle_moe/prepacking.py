@@ -171,6 +171,19 @@ def _prepack_quantised(
     return prepacked
 
 
+@_exactly
+def convert_panels(weight: paddle.Tensor, dtype: str | paddle.dtype) -> paddle.Tensor:
+    """Prepacked weights of a floating-point dtype as those of another, whose rows may hold more inputs."""
+    before, after = _inputs_of_row(weight.dtype), _inputs_of_row(dtype)
+    weight = weight.astype(dtype_name(dtype))
+    if before == after:
+        return weight
+    experts, panels, rows, _ = weight.shape
+    inputs = weight.reshape([experts, panels, rows, PANEL, before]).transpose([0, 1, 2, 4, 3])
+    inputs = inputs.reshape([experts, panels, rows * before // after, after, PANEL])
+    return inputs.transpose([0, 1, 2, 4, 3]).reshape([experts, panels, rows * before // after, -1])
+
+
 def expect_dtype_of_prepacked(dtype: paddle.dtype, wanted: paddle.dtype, since: str) -> None:
     """A ValueError where prepacked weights would have to become another dtype, whose panels are others."""
     if dtype_name(dtype) != dtype_name(wanted):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import paddle
 
+from paddle_moe._options import type_name
 from paddle_moe.checkpoint import FORMAT, VERSION, parallel_of, pieces_to_write, stored_parts, write_files
 from paddle_moe.layers import FusedMoE
 from paddle_moe.params import Part
@@ -229,8 +230,8 @@ def load_moe_weights(
         LoadReport: the keys loaded, the keys of the files that nothing asked for, the bytes read.
 
     Raises:
-        ValueError: an unknown layout or cast.
-        RuntimeError: a layer is quantised.
+        ValueError: an unknown layout or cast, or an entry of `layers` that is no FusedMoE.
+        RuntimeError: a layer is quantised or prepacked.
         CheckpointError: a ValueError, on every rank, that lists file, key, what was expected and what found,
             for all that is missing, doubled, truncated, of another shape or dtype, and for every key below a
             name in `layers` that the layout lacks. Nothing was assigned.
@@ -262,6 +263,8 @@ def _parallel_of_layers(
     layers: Mapping[str, FusedMoE], parallel: ParallelContext | None
 ) -> ParallelContext | None:
     for name, layer in layers.items():
+        if not isinstance(layer, FusedMoE):
+            raise ValueError(f"layers[{name!r}] must be a FusedMoE, got {type_name(layer)}")
         if layer.quantized is not None:
             raise RuntimeError(
                 f"the experts of layers[{name!r}] are {layer.quantized} since quantize_(), which no published"
@@ -294,8 +297,8 @@ def save_moe_weights(
     Raises:
         ValueError: an unknown layout, path has an index file already, a key of `others` is one that a layer
             writes, or a tensor of a dtype that cannot be loaded again.
-        RuntimeError: a layer is quantised; a rank could not write, or a file is there already that it would
-            replace, on every rank.
+        RuntimeError: a layer is quantised or prepacked; a rank could not write, or a file is there already
+            that it would replace, on every rank.
     """
     layout, parallel = _layout(layout, transposed), _parallel_of_layers(layers, parallel)
     others = others or {}

@@ -68,7 +68,7 @@ def quantize(
     granularity: str | None = None,
     *,
     permuted: bool = False,
-    parts: int = 1,
+    parts: int | None = None,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """Rounds weights to 8 or 4 bits, without a zero point.
 
@@ -82,7 +82,7 @@ def quantize(
             neighbours in a column; "block", 128 x 128 (as in DeepSeek-V3). None: "group" for int4, else
             "channel".
         permuted: `weight` and both results are transposed, [..., out, in]; int4 needs it.
-        parts: 2 for gate and up side by side: no block then holds columns of both.
+        parts: 2 for gate and up side by side, else 1: no block then holds columns of both. "block" needs it.
 
     Returns:
         The quantised weight, in the shape of `weight` (int4 as :func:`paddle_moe.pack_int4` gives it), and
@@ -90,7 +90,8 @@ def quantize(
         :func:`paddle_moe.mixture_of_experts`.
 
     Raises:
-        ValueError: `weight` is not finite, has another dtype or less than two dimensions; an unknown option.
+        ValueError: `weight` is not finite, has another dtype or less than two dimensions; an unknown option;
+            "block" without `parts`.
     """
     dtype, granularity = check_options(dtype, granularity)
     flag("permuted", permuted)
@@ -99,6 +100,12 @@ def quantize(
     if not isinstance(weight, paddle.Tensor):
         raise ValueError(f"weight must be a paddle.Tensor, got {type_name(weight)}")
     _check_dtype("weight", weight)
+    if parts is None:
+        if granularity == "block":
+            raise ValueError(
+                "parts must be 2 for gate and up side by side, else 1, with granularity 'block', got None"
+            )
+        parts = 1
     at_least(1)("parts", parts)
     axis = weight.ndim - (2 if permuted else 1)
     if weight.shape[axis] % parts:

@@ -11,7 +11,14 @@ from paddle import _C_ops
 from paddle_moe import _core, functional
 from paddle_moe._options import ROUTE_OPTIONS, checked, integer, one_of, real
 from paddle_moe.losses import load_balancing_loss, router_z_loss
-from paddle_moe.policies import balanced_correction_bias, check_capacity, count_ids, jitter, limit_capacity
+from paddle_moe.policies import (
+    balanced_correction_bias,
+    check_capacity,
+    check_jitter,
+    count_ids,
+    jitter,
+    limit_capacity,
+)
 
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
@@ -65,8 +72,7 @@ class Router:  # no dataclass: paddle.jit.to_static finds no methods in the inst
         for name in ("balance_loss_weight", "z_loss_weight", "bias_update_speed"):
             if not 0 <= real(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
-        if not 0 <= real("jitter_epsilon", self.jitter_epsilon) < 1:
-            raise ValueError(f"jitter_epsilon must be at least 0 and below 1, got {self.jitter_epsilon}")
+        check_jitter("jitter_epsilon", self.jitter_epsilon)
         if self.capacity_factor is not None:
             check_capacity(self.capacity_factor, self.drop_policy, "drop_policy")
 
@@ -108,14 +114,14 @@ class Router:  # no dataclass: paddle.jit.to_static finds no methods in the inst
     ) -> paddle.Tensor:
         """The weighted sum of the auxiliary losses, scalar fp32.
 
-        The tokens have the shape [*leading, H], the last of `leading` being a sequence; routing_table is that
+        The tokens have the shape [*leading, H], for balance_loss="sequence" [..., S, H]. routing_table:
         before any drop.
         """
         loss = paddle.zeros([], "float32")
-        # Without tokens there is nothing to balance, whatever the length.
-        empty = isinstance(leading[-1], int) and leading[-1] == 0
-        by_sequence = self.balance_loss == "sequence" and not empty
         if self.balance_loss_weight:
+            by_sequence = self.balance_loss == "sequence"
+            if by_sequence and isinstance(leading[-1], int) and leading[-1] == 0:
+                by_sequence = False  # without tokens there is nothing to balance, whatever the length
             balance = load_balancing_loss(
                 logits,
                 routing_table,

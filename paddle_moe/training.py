@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import paddle
 from paddle.nn.clip import ClipGradBase
 
-from paddle_moe._options import positive
+from paddle_moe._options import expect_parallel, positive
 from paddle_moe.collectives import sum_over
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def average_gradients(
             FusedMoE(dispatch="alltoall").
 
     Raises:
-        ValueError: a gradient is sparse.
+        ValueError: a gradient is sparse, or an unknown group.
     """
     num_replicas = math.prod(parallel.size(group) for group in replicas)
     if num_replicas == 1:
@@ -138,13 +138,13 @@ class ClipGradByGlobalNorm(ClipGradBase):
         parallel: result of init_distributed.
 
     Raises:
-        ValueError: clip_norm is not positive; at the step, a parameter is sharded by something other than
-            FusedMoE, whose ranks are unknown here.
+        ValueError: clip_norm is not positive, or parallel no context; at the step, a parameter is sharded by
+            something other than FusedMoE, whose ranks are unknown here.
     """
 
     def __init__(self, clip_norm: float, parallel: ParallelContext):
         super().__init__()
-        self.clip_norm, self.parallel = positive("clip_norm", clip_norm), parallel
+        self.clip_norm, self.parallel = positive("clip_norm", clip_norm), expect_parallel(parallel)
 
     def __str__(self) -> str:
         return f"ClipGradByGlobalNorm(clip_norm={self.clip_norm}) over the EP x TP grid"
@@ -173,7 +173,7 @@ def clip_gradients(
         ValueError: as ClipGradByGlobalNorm.
     """
     params_grads = [(parameter, parameter.grad) for parameter in parameters]
-    clipped, norm = _clipped(params_grads, positive("clip_norm", clip_norm), parallel)
+    clipped, norm = _clipped(params_grads, positive("clip_norm", clip_norm), expect_parallel(parallel))
     for parameter, gradient in clipped:
         if gradient is not None:
             parameter.grad = gradient

@@ -216,6 +216,13 @@ def test_gradients_of_weights_with_any_strides():
         base = getattr(gradients, name).base
         assert np.count_nonzero(~np.isnan(base)) == getattr(expected, name).size  # nothing beside the view
 
+    once = np.empty_like(case["down_weights"][:1])
+    twice = np.lib.stride_tricks.as_strided(once, case["down_weights"].shape, (0, *once.strides[1:]))
+    with pytest.raises(
+        ValueError, match=r"gradient of down_weights must have an element for each index, .*\[0, "
+    ):
+        core.mixture_of_experts_backward(grad_out, **case, out=views._replace(down_weights=twice))
+
     wide = np.full((40, 50), np.nan, np.float32)
     wide[:, 9:41] = grad_out
     assert_same_gradients(forward_and_backward(case, wide[:, 9:41]), expected)
@@ -234,6 +241,19 @@ def test_gradients_of_gate_and_up_stored_in_different_orders(num_tokens):
 
 
 # ---------------------------------------------------------------- bits
+
+
+@pytest.mark.parametrize("activation", [one for one in ACTIVATIONS if one != "relu2"])
+def test_gradients_of_the_largest_gates_are_finite(activation):
+    """relu2 has squares of them in its result."""
+    case = random_case(40, 32, 24, 3, 2, layout="stacked", activation=activation)
+    case["hidden_states"][:] = 0
+    case["hidden_states"][::2, 0], case["hidden_states"][1::2, 0] = 1e16, -1e16
+    case["gate_up_weights"][:, 0, :24] = 3e3  # gates
+    case["gate_up_weights"][:, 0, 24:] = 1e-16  # ups
+    assert np.isfinite(core.mixture_of_experts(**case)).all()
+    for gradient in forward_and_backward(case, grad_out_of(case)):
+        assert gradient is None or np.isfinite(gradient).all()
 
 
 @per_dtype
@@ -511,6 +531,13 @@ def test_the_size_of_the_workspace_is_found_without_making_gradients():
         tracemalloc.stop()
     assert peak < 2**16, "NumPy tells tracemalloc of its arrays; the weights have 6 MiB"
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    # What reads no pre-activations computes none again.
+    kept = np.empty((core.pre_activation_rows(**case), 2 * case["down_weights"][0].shape[0]), np.float32)
+    for wanted, alike in (((), True), (("down_bias",), True), (("router_weights",), False)):
+        size = core.backward_workspace_size(grad_out, **case, wanted=wanted)
+        with_kept = core.backward_workspace_size(grad_out, **case, wanted=wanted, pre_activations=kept)
+        assert (size == with_kept) == alike
+
     workspace = np.empty(sizes[0] - 1, np.uint8)
     with pytest.raises(ValueError, match=f"with at least {sizes[0]} bytes"):
         core.mixture_of_experts_backward(grad_out, **case, workspace=workspace)

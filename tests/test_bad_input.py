@@ -262,7 +262,7 @@ MISUSES = [
     ("mixture_of_experts", {"activation": ""}, ACTIVATIONS + "''"),
     ("mixture_of_experts", {"activation": "swigluoai(1.7)"}, ACTIVATIONS + "'swigluoai(1.7)'"),
     ("mixture_of_experts", {"activation": "swigluoai(1.7, 0)"},
-     "activation must have a finite alpha and a positive limit, got 'swigluoai(1.7, 0)'"),
+     "activation must have a positive limit, got 'swigluoai(1.7, 0)'"),
     ("route", {"scoring": "relu"}, "scoring must be one of softmax, sigmoid, softmax_topk, got 'relu'"),
     ("route", {"group_score": "mean"}, "group_score must be one of max, top2_sum, got 'mean'"),
     # Python types of options

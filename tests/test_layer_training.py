@@ -110,7 +110,10 @@ def test_aux_loss_is_never_lost():
         (dict(z_loss_weight=float("nan")), "z_loss_weight must be finite and at least 0, got nan"),
         (dict(jitter_epsilon=1.0), "jitter_epsilon must be at least 0 and below 1, got 1.0"),
         (dict(capacity_factor=0.0), "capacity_factor must be positive, got 0.0"),
-        (dict(capacity_factor=1.0, drop_policy="last"), "drop_policy must be one of probability, position"),
+        (
+            dict(capacity_factor=1.0, drop_policy="last"),
+            "drop_policy must be 'probability' or 'position', got 'last'",
+        ),
         (dict(bias_update_speed=0.1), "bias_update_speed needs a bias to update"),
     ],
 )

@@ -270,7 +270,7 @@ def test_capacity_errors():
     ids, weights = paddle.zeros([3, 1], "int32"), paddle.ones([3, 1])
     with pytest.raises(ValueError, match="capacity_factor must be positive, got 0"):
         limit_capacity(ids, weights, 1, 0)
-    with pytest.raises(ValueError, match="policy must be one of probability, position, got 'random'"):
+    with pytest.raises(ValueError, match="policy must be 'probability' or 'position', got 'random'"):
         limit_capacity(ids, weights, 1, 1.0, "random")
     with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
         limit_capacity(ids, weights, 0, 1.0)

@@ -592,15 +592,36 @@ def test_layer_says_what_it_cannot_do(tmp_path):
         layer.prepack_()
     with pytest.raises(RuntimeError, match=r"are prepacked; call unpack_\(\) first"):
         layer.quantize_()
-    with pytest.raises(
-        RuntimeError, match=r"prepacked in float32; call unpack_\(\) before it becomes bfloat16"
-    ):
-        layer.to(dtype="bfloat16")
     with pytest.raises(RuntimeError, match=r"are prepacked, which no file holds; call unpack_\(\) first"):
         paddle_moe.save_checkpoint(tmp_path / "checkpoint", layer)
     for function in (paddle_moe.save_moe_weights, paddle_moe.load_moe_weights):
         with pytest.raises(RuntimeError, match="are prepacked, which no file holds"):
             function(tmp_path, {"mlp": layer}, "qwen3_moe")
+
+
+@pytest.mark.parametrize("before", checks.DTYPES)
+@pytest.mark.parametrize("after", checks.DTYPES)
+def test_a_layer_that_becomes_another_dtype(before, after):
+    """The bits of one that did so before prepack_(), and the flags of its shards."""
+    options = dict(gate_up_bias=True, down_bias=True, shared_intermediate_size=40, dtype=before, seed=3)
+    first, second = (FusedMoE(HIDDEN, 40, 5, TOP_K, parallel=Shard(1, 2, 0, 1), **options) for _ in range(2))
+    model = paddle.nn.Sequential(first.prepack_())
+    model.to(dtype=after)
+    second.to(dtype=after)
+    second.prepack_()
+    assert first.down_weight.dtype == getattr(paddle, after) and first.down_weight.shard_group == "grid"
+    state = second.state_dict()
+    assert first.state_dict().keys() == state.keys()
+    for name, value in first.state_dict().items():
+        assert_same_bits(bits(value), bits(state[name]))
+    assert_same_bits(bits(first.unpack_().gate_up_weight), bits(second.unpack_().gate_up_weight))
+
+
+def test_a_layer_whose_panels_another_dtype_has_not():
+    layer = FusedMoE(HIDDEN, 9, 6, TOP_K).prepack_()
+    with pytest.raises(ValueError, match="down_weight of a rank must have an even .* bfloat16.* got 9"):
+        layer.to(dtype="bfloat16")
+    assert layer.down_weight.dtype == layer.gate_weight.dtype == paddle.float32
 
 
 def test_a_layer_with_odd_sizes_is_left_alone():

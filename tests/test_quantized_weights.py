@@ -409,7 +409,9 @@ def test_quantize(kind, granularity, permuted, shape):
     weight[..., 0, :] = 0
     quantised, scale = (
         as_numpy(tensor)
-        for tensor in paddle_moe.quantize(paddle.to_tensor(weight), kind, granularity, permuted=permuted)
+        for tensor in paddle_moe.quantize(
+            paddle.to_tensor(weight), kind, granularity, permuted=permuted, parts=1
+        )
     )
     assert quantised.shape == shape and scale.dtype == np.float32
     largest = {"int8": 127, "float8_e4m3fn": 448}[kind]
@@ -435,7 +437,7 @@ def test_numbers_of_a_file_come_back(permuted):
         bits, scale = (np.ascontiguousarray(np.swapaxes(a, 1, 2)) for a in (bits, scale))
     weight = np.stack([dequantise(*pair, permuted) for pair in zip(bits, scale)]).astype(np.float32)
     again, scale_again = paddle_moe.quantize(
-        paddle.to_tensor(weight), "float8_e4m3fn", "block", permuted=permuted
+        paddle.to_tensor(weight), "float8_e4m3fn", "block", permuted=permuted, parts=1
     )
     np.testing.assert_array_equal(to_float64(as_numpy(again)), to_float64(bits))
     np.testing.assert_allclose(scale_again.numpy(), scale, rtol=2e-7)
@@ -447,7 +449,7 @@ def test_quantize_parts(kind):
     weight = paddle.randn([2, 130, 2 * 200])
     both, scale = paddle_moe.quantize(weight, kind, "block", parts=2)
     for half, bits, scales in zip(weight.chunk(2, 2), np.split(as_numpy(both), 2, 2), scale.chunk(2, 2)):
-        alone, scales_alone = paddle_moe.quantize(half.contiguous(), kind, "block")
+        alone, scales_alone = paddle_moe.quantize(half.contiguous(), kind, "block", parts=1)
         np.testing.assert_array_equal(bits, as_numpy(alone))
         np.testing.assert_array_equal(scales.numpy(), scales_alone.numpy())
 
@@ -459,7 +461,9 @@ def test_quantize_int4(granularity, shape):
     weight[..., 0] = 0
     words, scale = (
         tensor.numpy()
-        for tensor in paddle_moe.quantize(paddle.to_tensor(weight), "int4", granularity, permuted=True)
+        for tensor in paddle_moe.quantize(
+            paddle.to_tensor(weight), "int4", granularity, permuted=True, parts=1
+        )
     )
     assert words.shape == (*shape[:-1], 8 * -(-shape[-1] // 64)) and scale.dtype == np.float32
     for one, packed, scales in zip(*(a.reshape(-1, *a.shape[-2:]) for a in (weight, words, scale))):
@@ -545,8 +549,9 @@ def test_int4_refuses():
 def test_quantize_nothing():
     for shape in ([0, 4], [4, 0], [2, 0, 3], [0, 4, 4]):
         for granularity in GRANULARITIES:
-            assert paddle_moe.quantize(paddle.zeros(shape), "int8", granularity)[0].shape == shape
-            words = paddle_moe.quantize(paddle.zeros(shape), "int4", granularity, permuted=True)[0]
+            zeros = paddle.zeros(shape)
+            assert paddle_moe.quantize(zeros, "int8", granularity, parts=1)[0].shape == shape
+            words = paddle_moe.quantize(zeros, "int4", granularity, permuted=True, parts=1)[0]
             assert words.shape == [*shape[:-1], 8 * -(-shape[-1] // 64)]
 
 
@@ -572,6 +577,10 @@ def test_quantize_refuses():
         ValueError, match="granularity must be 'tensor', 'channel', 'group' or 'block', got 'row'"
     ):
         paddle_moe.quantize(weight, granularity="row")
+    with pytest.raises(
+        ValueError, match="parts must be 2 for gate and up .*, else 1, with .*'block', got None"
+    ):
+        paddle_moe.quantize(weight, granularity="block")
 
 
 # ---------------------------------------------------------------- FusedMoE

@@ -347,6 +347,10 @@ class Output {
     }
     if (!array_.writable) fail(name + " must be writable, got a read-only array");
     if (!given.is_none()) reader->expect_apart();
+    if (any_strides && may_hold_an_element_twice(view)) {
+      fail(name + " must have an element for each index, got the strides " +
+           py::repr(py::cast(view.strides)).cast<std::string>());
+    }
     if (!any_strides && !is_contiguous(view)) {
       fail(name + " must be contiguous, got the strides " +
            py::repr(py::cast(view.strides)).cast<std::string>());

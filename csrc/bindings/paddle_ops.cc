@@ -191,9 +191,14 @@ class KeptMemory {
     return block.data ? block : Block{allocate(bytes), bytes};
   }
 
+  // Where there is no memory to remember it, a block is freed: this runs in destructors.
   void give_scratch_back(Block block) {
     std::lock_guard<std::mutex> lock(mutex_);
-    scratch_.insert(std::upper_bound(scratch_.begin(), scratch_.end(), block), block);
+    try {
+      scratch_.insert(std::upper_bound(scratch_.begin(), scratch_.end(), block), block);
+    } catch (const std::bad_alloc&) {
+      std::free(block.data);
+    }
   }
 
   void* take(size_t bytes) {
@@ -226,8 +231,12 @@ class KeptMemory {
   void give_back(void* data, size_t bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
     used_bytes_ -= bytes;
-    free_.push_back({data, bytes});
-    free_bytes_ += bytes;
+    try {
+      free_.push_back({data, bytes});
+      free_bytes_ += bytes;
+    } catch (const std::bad_alloc&) {
+      std::free(data);
+    }
   }
 
   // Frees what nothing uses, and forgets how much was once in use.
@@ -465,8 +474,8 @@ PaddleTensors gate_backward(const paddle::Tensor& hidden_states, const paddle::T
                             const paddle::Tensor& grad_logits, const std::vector<int>& wanted) {
   const Device device = device_of("hidden_states", hidden_states);
   // Nobody looks at what is returned in place of an unwanted gradient, but Paddle refuses nothing at all.
-  auto gradient = [&](const paddle::Tensor& tensor, bool wanted) {
-    return wanted ? empty_gradient(tensor) : paddle::empty({1}, tensor.dtype(), tensor.place());
+  auto gradient = [&](const paddle::Tensor& tensor, bool is_wanted) {
+    return is_wanted ? empty_gradient(tensor) : paddle::empty({1}, tensor.dtype(), tensor.place());
   };
   paddle::Tensor hidden_states_grad = gradient(hidden_states, wanted[0]);
   paddle::Tensor gate_weight_grad = gradient(gate_weight, wanted[1]);

@@ -143,6 +143,7 @@ size_t gate_workspace_size(const GateProblem& problem, int num_threads) {
 }
 
 void gate(const GateProblem& problem, int num_threads, void* workspace, float* logits) {
+  const PlainFloats plain;
   const GateLayout layout(problem, workspace, num_threads);
   if (layout.num_tasks == 0) return;
   kernels();  // so that it throws here where the choice of them fails
@@ -161,6 +162,7 @@ size_t gate_backward_workspace_size(const GateBackwardProblem& problem, int num_
 }
 
 void gate_backward(const GateBackwardProblem& b, int num_threads, void* workspace) {
+  const PlainFloats plain;
   const GateBackwardLayout layout(b, workspace, num_threads);
   if (layout.num_tasks == 0) return;
   kernels();  // as above

@@ -89,13 +89,16 @@ class Chunk {
       if (rows > 0) {
         const Expert& expert = p_.experts[e];
         const int64_t wanted = divide_up(threads_, active_experts_);
+        const Storage of_down = storage_of(p_, expert.down, expert.down);
+        // The last tasks are short, because who finds none waits for the others; but not pieces of rows.
+        const bool last = begin_[e + 1] == num_rows_ && of_down != Storage::kRows;
         // The first GEMM computes the same columns of gate and up together, the second GEMM two neighbouring
         // blocks of columns.
         cut_into_blocks(e, begin_[e], begin_[e + 1], p_.intermediate_size, 1,
                         storage_of(p_, expert.gate, expert.up), wanted,
                         [this](const GemmBlock& block) { first_.push_back(block); });
         cut_into_blocks(e, begin_[e], begin_[e + 1], p_.hidden_size, 2,
-                        storage_of(p_, expert.down, expert.down), wanted,
+                        of_down, last ? kLastBlocksPerThread * threads_ : wanted,
                         [this](const GemmBlock& block) { second_.push_back(block); });
       }
       first_left_[e].store(static_cast<int32_t>(first_.size() - before), std::memory_order_relaxed);
@@ -155,8 +158,9 @@ class Chunk {
                                 p_.experts[block.expert].down, p_.weight_dtype, block,
                                 w_.down_rows + block.first_row * w_.down_stride + block.first_column,
                                 w_.down_stride, scratch);
+    if (first) return task;
     task.panels = p_.prepacked;
-    if (!first && !p_.scales.empty()) {
+    if (!p_.scales.empty()) {
       task.scale[0] = from_column(p_.scales[block.expert].down, block.first_column);
       task.scale[1] = from_column(task.scale[0], task.columns[0]);
     }
@@ -262,6 +266,7 @@ int64_t count_rows(const Problem& problem) { return saved_begin(problem).back();
 
 void mixture_of_experts(const Problem& problem, int num_threads, void* workspace, void* out, float* amax,
                         void* pre_activations) {
+  const PlainFloats plain;
   Layout layout(problem, workspace, num_threads);
   std::vector<uint32_t> amax_bits(amax ? problem.num_experts() : 0, 0);
   Saved saved{pre_activations, {}};

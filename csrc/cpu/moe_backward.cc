@@ -58,9 +58,11 @@ struct Wanted {
     hidden = b.hidden_states != nullptr;
     router = b.router_weights != nullptr;
     gate_up_rows = hidden || gate_up || gate_up_bias;
+    intermediate = gate_up_rows || down || router;
   }
   bool hidden = false, router = false, gate_up = false, down = false, gate_up_bias = false, down_bias = false;
   bool gate_up_rows = false;  // rows of the gradients of gate and up
+  bool intermediate = false;  // what pre-activations are read for
 };
 
 struct Layout {
@@ -71,7 +73,7 @@ struct Layout {
         hidden_operand(operand_of(b.forward)),
         row_dtype(operand == Operand::kBf16Pairs ? DType::kBFloat16 : DType::kFloat32),
         rows_per_unit(operand == Operand::kBf16Pairs ? 2 : 1),
-        recompute(b.pre_activations == nullptr),
+        recompute(wanted.intermediate && b.pre_activations == nullptr),
         hidden_stride(operand_stride(b.forward.hidden_size, hidden_operand)),
         grad_stride(operand_stride(b.forward.hidden_size, operand)),
         inter_stride(operand_stride(b.forward.intermediate_size, operand)),
@@ -219,9 +221,11 @@ class Chunk {
         if (last_) add_weight_tasks(e);
         continue;
       }
-      const Expert& expert = p_.experts[e];
-      intermediate_left_[e] =
-          cut(Stage::kIntermediate, e, p_.intermediate_size, 2, transposed_storage(expert.down, expert.down));
+      if (w_.wanted.intermediate) {
+        const Expert& expert = p_.experts[e];
+        intermediate_left_[e] = cut(Stage::kIntermediate, e, p_.intermediate_size, 2,
+                                    transposed_storage(expert.down, expert.down));
+      }
       if (previous >= 0) add_later_tasks(previous);
       previous = e;
     }

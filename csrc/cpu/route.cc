@@ -158,6 +158,7 @@ class Router {
 
 template <class Function>
 void for_tokens(const RouteProblem& problem, int num_threads, const Function& function) {
+  const PlainFloats plain;
   const int64_t num_tasks = (problem.num_tokens + kTokensPerTask - 1) / kTokensPerTask;
   std::atomic<int64_t> next{0};
   parallel(static_cast<int>(std::min<int64_t>(num_threads, num_tasks)), [&](int) {

@@ -19,6 +19,8 @@ namespace cpu {
 constexpr int64_t kChunkBytes = int64_t{512} << 20;
 constexpr int64_t kRowsPerCopyTask = 32;
 constexpr int64_t kTokensPerCombineTask = 16;
+// Of the second GEMM of a forward's last expert, where columns lie in memory as runs: blocks.
+constexpr int64_t kLastBlocksPerThread = 4;
 // A thread is woken for at least this many bytes of weights; less is done before it is awake.
 constexpr int64_t kWeightBytesPerThread = 256 * 1024;
 

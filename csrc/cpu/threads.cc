@@ -85,6 +85,7 @@ class Pool {
   }
 
   void work() {
+    const PlainFloats plain;  // not what was in force where the thread was started
     uint64_t seen = 0;
     for (;;) {
       const auto sleep_at = std::chrono::steady_clock::now() + kSpinBeforeSleep;
@@ -174,6 +175,24 @@ int default_num_threads() {
 std::atomic<int> chosen_num_threads{0};
 
 }  // namespace
+
+PlainFloats::PlainFloats() {
+#if defined(__x86_64__)
+  before_ = __builtin_ia32_stmxcsr();
+  __builtin_ia32_ldmxcsr(0x1f80);  // all exceptions masked
+#elif defined(__aarch64__)
+  asm volatile("mrs %0, fpcr" : "=r"(before_));
+  asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}) : "memory");
+#endif
+}
+
+PlainFloats::~PlainFloats() {
+#if defined(__x86_64__)
+  __builtin_ia32_ldmxcsr(static_cast<uint32_t>(before_));
+#elif defined(__aarch64__)
+  asm volatile("msr fpcr, %0" : : "r"(before_) : "memory");
+#endif
+}
 
 void pause_briefly(int round) {
   if (round > 1000) {

@@ -6,6 +6,7 @@
 
 #include <pthread.h>
 
+#include <cstdint>
 #include <functional>
 #include <vector>
 
@@ -25,6 +26,20 @@ void parallel(int num_threads, const std::function<void(int)>& body);
 // returned. `kept_off` is what the call before returned for them, at first -1, and is returned where nothing
 // changed.
 int keep_off_this_cpu(const std::vector<pthread_t>& threads, int kept_off);
+
+// While it lives, this thread rounds to nearest and computes with subnormal numbers, whatever it has told its
+// processor. Libraries have it take those for zero on the threads that call them: bits would then depend on
+// which thread computes what.
+class PlainFloats {
+ public:
+  PlainFloats();
+  ~PlainFloats();
+  PlainFloats(const PlainFloats&) = delete;
+  PlainFloats& operator=(const PlainFloats&) = delete;
+
+ private:
+  uint64_t before_;
+};
 
 void pause_briefly(int round);
 

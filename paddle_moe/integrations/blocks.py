@@ -112,13 +112,10 @@ class FrozenWeight(nn.Layer):
         return twin
 
     def _apply(self, func, device, dtype, blocking, include_sublayers=True):
-        if dtype is not None and self.scale is None and dtype_name(dtype) != dtype_name(self.weight.dtype):
-            raise RuntimeError(
-                f"these experts are prepacked in {dtype_name(self.weight.dtype)} since prepack_experts(); "
-                f"convert the model to {dtype_name(dtype)} before that"
-            )
-        convert = keep_dtypes(func, self._buffers.values())
+        panels = [self.weight] if self.scale is None else []
+        convert = keep_dtypes(func, [] if panels else self._buffers.values(), panels)
         super()._apply(convert, device, dtype, blocking, include_sublayers)
+        self._mark()
         if dtype is not None:
             self.dense_dtype = getattr(paddle, dtype_name(dtype))
 

@@ -16,7 +16,7 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from paddle_moe._options import flag, one_of
+from paddle_moe._options import at_least, flag, one_of
 from paddle_moe.checkpoint import part_key
 from paddle_moe.distributed import ParallelContext, init_distributed
 from paddle_moe.integrations.blocks import MoEBlock, Slice, listed_weights
@@ -100,6 +100,7 @@ class Integration:
             RuntimeError: see init_distributed.
         """
         _DISPATCH("dispatch", dispatch)
+        _check_sizes(ep_size, tp_size)
         found = list(self._find(model))
         if not found:
             if any(isinstance(layer, MoEBlock) for layer in model.sublayers(include_self=True)):
@@ -232,6 +233,7 @@ class Integration:
         those of :meth:`accelerate`.
         """
         _DISPATCH("dispatch", dispatch)
+        _check_sizes(ep_size, tp_size)
         if self._original_init:
             raise ValueError(f"{self.package} is patched already; unpatch() it first")
         stocks, errors = {}, []
@@ -548,6 +550,11 @@ def _parallel_of(model: nn.Layer, parallel: ParallelContext | None) -> ParallelC
 
 _LAYOUTS = ("huggingface", "paddle")
 _DISPATCH = one_of("replicated", "alltoall")
+
+
+def _check_sizes(ep_size: int, tp_size: int) -> None:
+    for name, size in (("ep_size", ep_size), ("tp_size", tp_size)):
+        at_least(1)(name, size)
 
 
 def _context(ep_size: int, tp_size: int, parallel: ParallelContext | None) -> ParallelContext | None:

@@ -1,6 +1,7 @@
 // Every small shape, dtype and weight layout against the naive loop, on every instruction set of this
 // processor.
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -247,6 +248,46 @@ void results_stay_in_their_blocks() {
   }
 }
 
+#if defined(__x86_64__)
+// Bits are the same on all threads, whatever the caller's makes of subnormal numbers; also where the threads
+// of the pool are started while it takes them for zero, so this must be the first to use them.
+void subnormal_numbers() {
+  Random random(11);
+  const unsigned as_they_are = __builtin_ia32_stmxcsr(), as_zero = as_they_are | 0x8040;
+  for (DType dtype : {DType::kFloat32, DType::kFloat16}) {
+    for (bool permuted : {false, true}) {
+      // 150: the last columns are no whole vector.
+      const Layer layer(random, 64, 150, 150, 4, 2, dtype, Layout::kList, permuted);
+      for (const auto& down : layer.arguments.down_weights) {
+        auto* bytes = static_cast<unsigned char*>(const_cast<void*>(down.data));
+        for (int64_t i = 0; i < 150 * 150; ++i) {
+          const float tiny = get(bytes, dtype, i) * (dtype == DType::kFloat32 ? 0x1p-140f : 0x1p-20f);
+          if (dtype == DType::kFloat32) {
+            std::memcpy(bytes + 4 * i, &tiny, 4);
+          } else {
+            const uint16_t half = paddle_moe::cpu::float_to_f16(tiny);
+            std::memcpy(bytes + 2 * i, &half, 2);
+          }
+        }
+      }
+      __builtin_ia32_ldmxcsr(as_zero);
+      const Result other = run(layer, 3);
+      CHECK(__builtin_ia32_stmxcsr() >> 6 == as_zero >> 6, "the caller's mode became another");
+      __builtin_ia32_ldmxcsr(as_they_are);
+      const size_t bytes = 64 * 150 * paddle_moe::dtype_size(dtype);
+      int not_zero = 0;
+      for (int64_t i = 0; i < 64 * 150; ++i) not_zero += get(other.out.get(), dtype, i) != 0.0f;
+      CHECK(not_zero > 1000, "%d of the results are not zero", not_zero);
+      for (const int threads : {1, 3, 3, 3}) {
+        const Result result = run(layer, threads);
+        CHECK(std::memcmp(result.out.get(), other.out.get(), bytes) == 0, "%s permuted %d, %d threads",
+              paddle_moe::dtype_name(dtype), permuted, threads);
+      }
+    }
+  }
+}
+#endif
+
 // The loops that measure the limits of the machine do what they are counted for.
 void loops_of_the_limits() {
   using paddle_moe::cpu::kernels;
@@ -278,6 +319,9 @@ void loops_of_the_limits() {
 
 int main() {
   on_every_isa([] {
+#if defined(__x86_64__)
+    subnormal_numbers();
+#endif
     small_shapes();
     past_block_sizes();
     quantised();

@@ -151,10 +151,15 @@ def test_prepacked_experts(stacked, tmp_path):
         pytest.raises(ValueError, match="prepacked in float32 since prepack_exp"),
     ):
         model(x)
-    with pytest.raises(
-        RuntimeError, match="prepacked in float32 since prepack_experts.*bfloat16 before that"
-    ):
-        twin.to(dtype="bfloat16")
+    half = paddle.nn.Sequential(Block(5, 12, shared=8, bias=not stacked, stacked=stacked))
+    same = integration.prepack_experts(accelerate(copy.deepcopy(half)))
+    for one in (half, same):
+        one.to(dtype="bfloat16")
+    integration.prepack_experts(accelerate(half))
+    with paddle.no_grad():
+        assert_same_bits(
+            *(one(x.astype("bfloat16")).astype("float32").numpy() for one in (half, same)),
+        )
     for refused in (
         lambda: integration.prepack_experts(model),
         lambda: integration.quantize_experts(model),
