@@ -73,7 +73,7 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
     fail "python setup.py build_ext --inplace failed: run it to see why"
 }
 
-[ -n "${requirements+set}" ] || requirements=("paddlepaddle>=2.6.2,<3.4" "setuptools>=61" wheel
+[ -n "${requirements+set}" ] || requirements=("paddlepaddle>=2.6.2,<3.4" "setuptools>=77" wheel
   "pybind11>=2.11" numpy "safetensors>=0.7" matplotlib rich pytest pytest-timeout hypothesis ruff "cmake>=3.18")
 # They take the machine code apart that a build with CUDA has to contain.
 [ "${PADDLE_MOE_CUDA:-}" != 1 ] || requirements+=(nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
@@ -86,5 +86,6 @@ sources=$(cd "$repository" &&
   find csrc paddle_moe setup.py pyproject.toml scripts/strict_nvcc.py \
     -type f ! -name '*.so' ! -name '*.pyc' -print0 |
   LC_ALL=C sort -z | xargs -0 cksum | cksum)
-once sources "$sources ${PADDLE_MOE_CUDA:-} ${PADDLE_MOE_CUDA_ARCHS:-}" \
+options="${PADDLE_MOE_CUDA:-} ${PADDLE_MOE_CUDA_ARCHS:-} ${PADDLE_MOE_STRICT_NVCC:-} ${CUDA_HOME:-} ${CXX:-}"
+once sources "$sources $options" \
   "compiling and installing paddle_moe (some minutes the first time)" install_package

@@ -24,7 +24,7 @@ make_environment() {
   case $1 in *@*) paddle=${1#*@} ;; esac
   case $paddle in 2.*) packages+=" numpy<2" ;; esac
   PADDLE_MOE_VENV=${PADDLE_MOE_VENV:-$repository/.venv}-$1
-  requirements=(paddlepaddle==$paddle $packages "setuptools>=61" wheel "pybind11>=2.11" pytest pytest-timeout
+  requirements=(paddlepaddle==$paddle $packages "setuptools>=77" wheel "pybind11>=2.11" pytest pytest-timeout
     hypothesis)
   source "$repository/scripts/setup_venv.sh"
 }
@@ -37,8 +37,12 @@ done
 for install in "${installs[@]}"; do wait "$install"; done
 [ -z "${requirements_only:-}" ] || exit 0
 
+failed=()
 for environment in "$@"; do
+  # Not `( ... ) || ...`, within which errors would not end it.
+  set +e
   (
+    set -e
     make_environment "$environment"
     step "running the tests of $environment"
     cd "$repository"
@@ -48,4 +52,7 @@ for environment in "$@"; do
     esac
     "$venv/bin/pytest" "$tests"
   )
+  [ $? = 0 ] || failed+=("$environment")
+  set -e
 done
+[ ${#failed[@]} = 0 ] || { printf 'error: failed in %s\n' "${failed[*]}" >&2; exit 1; }

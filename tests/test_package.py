@@ -213,6 +213,32 @@ def test_the_source_distribution_can_be_built_from(tree, tmp_path):
     [archive] = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
+        tar.extractall(tmp_path / "unpacked")
     wanted = {str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*") if path.is_file()}
     wanted |= {str(path.relative_to(tree)) for path in (tree / "paddle_moe").rglob("*.py")}
     assert wanted | {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"} <= names
+    [unpacked] = (tmp_path / "unpacked").iterdir()
+    shutil.copytree(tree / "build", unpacked / "build")  # objects, so that little is compiled
+    wheel = build_wheel(unpacked, tmp_path)
+    with zipfile.ZipFile(wheel) as built:
+        assert {"paddle_moe/layers.py", "paddle_moe/compat/fused_moe.py"} <= set(built.namelist())
+
+
+def test_the_source_distribution_has_all_files_of_the_repository(tmp_path):
+    try:
+        tracked = run("git", "ls-files", cwd=REPOSITORY).split()
+    except (AssertionError, OSError):
+        pytest.skip("this is no clone, or there is no git")
+    # Beside the clone, whose leftovers must not come along.
+    for name in tracked:
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(REPOSITORY / name, tmp_path / "copy" / name)
+    leftover = tmp_path / "copy" / "tests" / ".hypothesis" / "found"
+    leftover.parent.mkdir()
+    leftover.touch()
+    run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=tmp_path / "copy")
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert set(tracked) - names <= {".gitignore", ".ci/run"}
+    assert not {name for name in names if ".hypothesis" in name}
