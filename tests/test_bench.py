@@ -181,6 +181,37 @@ def test_a_wrong_peer_is_not_timed_and_a_wrong_operator_fails(monkeypatch, capsy
 
 
 @pytest.mark.parametrize(
+    ("dtype", "backward", "passes", "bytes_per_weight"),
+    [("bfloat16", False, 1, 2), ("float32", True, 3, 4), ("int4", True, 2, 0.5)],
+)
+def test_the_floor_of_a_call(dtype, backward, passes, bytes_per_weight):
+    case = bench.Case(4, 2, 32, 16, 5, dtype, backward)
+    weights_of_an_expert = 3 * 32 * 16  # gate, up and down
+    assert case.flops == passes * 2 * 5 * 2 * weights_of_an_expert
+    assert case.weight_bytes(3) == passes * 3 * weights_of_an_expert * bytes_per_weight
+
+
+@pytest.mark.parametrize(("flops", "read"), [(1e3, 1e12), (1e12, 1e3)])
+def test_times_floor_is_the_time_over_the_floor(flops, read):
+    class Limits:
+        def measure(self, case, threads=None):
+            return flops, read
+
+        def flush(self):
+            pass
+
+    case = bench.Case(4, 2, 32, 16, 5, "float32")
+    weights = bench.Weights(case, np.random.default_rng(0))
+    result = bench._run_case(case, weights, ["paddle_moe.core"], 1, Limits())
+    floor = max(case.flops / flops, case.weight_bytes(result["active_experts"]) / read)
+    assert floor > 1
+    for state in ("cold", "warm"):
+        figures = result["variants"]["paddle_moe.core"][state]
+        seconds = figures["milliseconds"]["median"] / 1e3
+        assert figures["times_floor"]["median"] == pytest.approx(seconds / floor)
+
+
+@pytest.mark.parametrize(
     ("options", "error"),
     [
         (["--shapes", "4x2x32"], "--shapes must be like"),

@@ -136,7 +136,7 @@ def test_a_file_of_random_numbers_that_holds_something_else(change, tmp_path):
 
 
 def test_several_optimizers(tmp_path):
-    def make(seed):
+    def make(seed, rate):
         model = Model(seed=seed)
         named = dict(model.named_parameters())
         experts = [one for name, one in named.items() if name.endswith(("up_weight", "down_weight"))]
@@ -144,20 +144,23 @@ def test_several_optimizers(tmp_path):
         schedule = paddle.optimizer.lr.StepDecay(0.1, 2)
         return model, [
             paddle.optimizer.AdamW(schedule, parameters=dense),
-            paddle.optimizer.Momentum(0.1, parameters=experts),
+            paddle.optimizer.Momentum(rate, parameters=experts),
         ]
 
-    model, optimizers = make(3)
+    model, optimizers = make(3, rate=0.1)
     for parameter in model.parameters():
         parameter.grad = paddle.full_like(parameter, 0.25)
     for optimizer in optimizers:
         optimizer.step()
-    optimizers[0]._learning_rate.step()
+    for _ in range(3):
+        optimizers[0]._learning_rate.step()
     save_checkpoint(tmp_path, model, optimizers)
-    other, others = make(None)
+    other, others = make(None, rate=0.7)
     load_checkpoint(tmp_path, other, others)
     assert_loaded(other, None, model)
-    assert others[0]._learning_rate.last_epoch == 1
+    assert others[0]._learning_rate.last_epoch == 3
+    assert [one.get_lr() for one in others] == [one.get_lr() for one in optimizers]
+    assert [one.get_lr() for one in others] == pytest.approx([0.01, 0.1])
     for loaded, saved, kind in zip(others, optimizers, ("moment1", "velocity")):
         assert len(saved._accumulators[kind]) > 3
         for one, expected in zip(loaded._accumulators[kind].values(), saved._accumulators[kind].values()):
@@ -169,6 +172,21 @@ def test_several_optimizers(tmp_path):
         load_checkpoint(tmp_path, other, others[::-1])
     with pytest.raises(ValueError, match="each parameter must be in one of them, and .* are in more"):
         save_checkpoint(tmp_path, model, [optimizers[1], make_optimizer(model)])
+
+
+def test_a_learning_rate_without_a_schedule(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer, other = (paddle.optimizer.AdamW(rate, parameters=model.parameters()) for rate in (0.1, 0.7))
+    save_checkpoint(tmp_path, model, optimizer)
+    load_checkpoint(tmp_path, model, other)
+    assert other.get_lr() == 0.1
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    del index["learning_rate"]  # as earlier versions wrote it
+    file.write_text(json.dumps(index))
+    other.set_lr(0.7)
+    load_checkpoint(tmp_path, model, other)
+    assert other.get_lr() == 0.7
 
 
 def test_other_tools_can_read_it(tmp_path):
@@ -294,12 +312,18 @@ def test_another_job_that_saves_to_the_same_directory(tmp_path, monkeypatch):
 
 
 def test_files_are_on_the_disk_before_the_index_is(tmp_path, monkeypatch):
-    flushed, flush = [], checkpoint._flush
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: (flush(path), flushed.append(path.name)))
+    flushed, flush = [], os.fsync
+
+    def noted(descriptor):
+        flush(descriptor)
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr(os, "fsync", noted)
     save(tmp_path)
     index = next(number for number, name in enumerate(flushed) if name.endswith(".tmp"))
     written = {path.name for path in tmp_path.iterdir() if path.name != tensor_files.INDEX_NAME}
     assert len(written) == 3 and written <= set(flushed[:index])
+    assert flushed[-1] == tmp_path.name
 
 
 def test_a_save_that_fails_at_the_index_leaves_nothing(tmp_path, monkeypatch):
@@ -497,6 +521,13 @@ def test_state_that_json_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="state and the learning rate scheduler must be fit for JSON"):
         save_checkpoint(tmp_path / "new", nn.Linear(2, 2), state=paddle.ones([1]))
     assert not (tmp_path / "new").exists()
+
+
+def test_what_is_no_model(tmp_path):
+    for function in (save_checkpoint, load_checkpoint):
+        with pytest.raises(ValueError, match=r"model must be a paddle.nn.Layer, got .*OrderedDict"):
+            function(tmp_path, nn.Linear(2, 2).state_dict())
+    assert not list(tmp_path.iterdir())
 
 
 def test_parameters_that_other_layers_split(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import numpy as np
 import paddle
@@ -18,6 +19,8 @@ from training_cases import assert_close, autocast, gradients, make_layer, native
 from paddle_moe import (
     ClipGradByGlobalNorm,
     FusedMoE,
+    agree_on_overflow,
+    average_gradients,
     balanced_correction_bias,
     clip_gradients,
     gate,
@@ -27,6 +30,7 @@ from paddle_moe import (
     load_balancing_loss,
     router_z_loss,
     tokens_per_expert,
+    training,
 )
 
 
@@ -86,6 +90,12 @@ def test_aux_loss_is_the_weighted_sum(kind, scoring):
     assert layer.down_weight.grad is None
 
 
+def test_aux_loss_of_one_token_without_other_dimensions():
+    layer, x = make_layer(balance_loss_weight=0.5, z_loss_weight=0.25), trained_tokens()
+    output, loss = layer(x[0], return_aux_loss=True)
+    assert output.shape == [HIDDEN] and loss.item() == layer(x[:1], return_aux_loss=True)[1].item() > 0
+
+
 def test_aux_loss_is_never_lost():
     layer, x = make_layer(z_loss_weight=0.1), trained_tokens()
     with pytest.raises(ValueError, match="auxiliary losses .* would be lost: pass return_aux_loss=True"):
@@ -120,6 +130,19 @@ def test_aux_loss_is_never_lost():
 def test_bad_options(options, text):
     with pytest.raises(ValueError, match=text):
         FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, **options)
+
+
+@pytest.mark.parametrize(
+    ("function", "option", "default"),
+    [
+        (FusedMoE, "drop_policy", "probability"),
+        (limit_capacity, "policy", "probability"),
+        (balanced_correction_bias, "update_speed", 1e-3),
+        (jitter, "group", "grid"),
+    ],
+)
+def test_defaults(function, option, default):
+    assert inspect.signature(function).parameters[option].default == default
 
 
 # ---------------------------------------------------------------- policies
@@ -419,6 +442,36 @@ def test_clipping_keeps_float64_and_refuses_sparse_gradients():
     embedding(paddle.to_tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match=f"the gradient of {embedding.weight.name} is sparse"):
         clip_gradients(embedding.parameters(), 1.0, parallel)
+
+
+def test_what_is_no_context_and_no_group():
+    parallel, parameters = init_distributed(), make_layer().parameters()
+    for call in (ClipGradByGlobalNorm, functools.partial(clip_gradients, parameters)):
+        with pytest.raises(ValueError, match="parallel must be what init_distributed returned, got None"):
+            call(1.0, None)
+    for call in (parallel.size, lambda group: average_gradients(parameters, parallel, replicas=(group,))):
+        with pytest.raises(ValueError, match="group must be 'ep', 'tp', 'grid', 'dp' or a .* got 'xx'"):
+            call("xx")
+
+
+def test_buckets_start_anew_when_they_are_full(monkeypatch):
+    monkeypatch.setattr(training, "_BUCKET_ELEMENTS", 4)
+    sizes = (3, 2, 2, 9, 1, 1)
+    parameters = [*map(paddle.zeros, ([size] for size in sizes)), paddle.zeros([1], "bfloat16")]
+    buckets = [[one.size for one in bucket] for bucket in training._buckets(parameters)]
+    assert buckets == [[3], [2, 2], [9], [1, 1], [1]]
+
+
+def test_a_scaler_that_is_turned_off_steps_as_before():
+    layer = make_layer()
+    optimizer = paddle.optimizer.SGD(1.0, parameters=layer.parameters())
+    scaler = agree_on_overflow(paddle.amp.GradScaler(enable=False), init_distributed())
+    scaler.scale(layer(trained_tokens()).sum()).backward()
+    expected = (layer.down_weight - layer.down_weight.grad).numpy()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    np.testing.assert_array_equal(layer.down_weight.numpy(), expected)
 
 
 # ---------------------------------------------------------------- what Paddle refuses on a CPU

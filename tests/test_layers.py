@@ -29,6 +29,7 @@ from layer_cases import (
     tokens,
 )
 
+from paddle_moe import functional
 from paddle_moe.layers import FusedMoE
 from paddle_moe.logs import get_rank_logger
 from paddle_moe.reference import to_float64
@@ -94,10 +95,27 @@ def test_drawn_weights_stored_out_in_are_the_same(shard):
     ],
 )
 def test_options_reach_the_operators(options):
-    weights, x = dense_weights(correction=True), tokens()
+    weights, x = dense_weights(**EVERYTHING), tokens()
     layer = FusedMoE.from_dense(**weights, top_k=TOP_K, **options)
     expected, _ = expected_output(x, weights, **{k: v for k, v in options.items() if k != "chunk_size"})
     assert_close(layer(paddle.to_tensor(x)).numpy(), expected)
+
+
+def test_options_without_an_effect_on_results_reach_the_operators(monkeypatch):
+    seen, call = [], functional.mixture_of_experts
+
+    def noted(*arguments, **options):
+        seen.append((options["recompute"], options["chunk_size"]))
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(functional, "mixture_of_experts", noted)
+    for recompute, chunk_size in ((False, 0), (True, 3)):
+        layer = FusedMoE.from_dense(
+            **dense_weights(shared=True), top_k=TOP_K, recompute=recompute, chunk_size=chunk_size
+        )
+        layer(paddle.to_tensor(tokens()))
+        assert seen == [(recompute, chunk_size)] * 2  # of the routed experts and of the shared one
+        seen.clear()
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (3, 4), (2, 1, 3), (0,), (2, 0)])
@@ -182,6 +200,21 @@ def test_to_static(shape, tmp_path):
     np.testing.assert_array_equal(static(x).numpy(), expected)
     paddle.jit.save(static, str(tmp_path / "layer"))
     np.testing.assert_array_equal(paddle.jit.load(str(tmp_path / "layer"))(x).numpy(), expected)
+
+
+@pytest.mark.parametrize("function", ["quantize_", "prepack_", "unpack_"])
+def test_weights_that_a_program_keeps_stay_as_they_are(function):
+    layer = FusedMoE.from_dense(**dense_weights(shared=True), top_k=TOP_K)
+    if function == "unpack_":
+        layer.prepack_()
+    layer.eval()
+    paddle.jit.to_static(layer, full_graph=True)
+    before = layer.state_dict()
+    with pytest.raises(RuntimeError, match=rf"{function}\(\) must be called before paddle.jit.to_static"):
+        getattr(layer, function)()
+    assert {name: id(value) for name, value in layer.state_dict().items()} == {
+        name: id(value) for name, value in before.items()
+    }
 
 
 def test_wrong_arguments_are_named(tmp_path):
@@ -480,6 +513,7 @@ def test_constructor_errors(changed, message):
         (dict(down_bias=np.zeros(HIDDEN)), r"down_bias must have the shape \[5, 12\], got \[12\]"),
         (dict(shared_down=np.zeros((SHARED, HIDDEN))), "got None for shared_gate_up"),
         (dict(shared_gate=np.zeros((HIDDEN, 1))), "shared_gate is for a shared expert, got None for"),
+        (dict(seed=1), "seed must not be given: the weights are those passed"),
         (
             dict(gate_up=np.zeros((EXPERTS, HIDDEN, 2 * INTER))),
             "without dtype=, the dtype of gate_up must be .* got 'float64'",

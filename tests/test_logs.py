@@ -403,10 +403,11 @@ def test_a_rank_without_experts(tmp_path):
 
 
 def test_events_of_unexpected_shape_do_not_count(tmp_path):
-    odd = [call(None, 0), call([1.5], 0), call([1], None), call(["1"], 0)]
+    odd = [call(None, 0), call([1.5], 0), call([1], None), call(["1"], 0), call([1], 900_000_000)]
     write_events(tmp_path, 0, 0, start(1.0), *odd, call([1], 0, kernel_ms="nan"))
     (rank,) = summarize(tmp_path).ranks
     assert rank.calls == 1 and rank.rows == 1 and rank.kernel_ms == 0.0
+    assert summarize(tmp_path).layers[0].tokens_per_expert == {0: 1}
 
 
 def test_latest_run_wins(tmp_path):

@@ -186,6 +186,13 @@ def test_loss_errors():
         load_balancing_loss(logits, ids[:, :0])
     with pytest.raises(ValueError, match="routing_table must have the dtype int32 or int64, got float32"):
         load_balancing_loss(logits, ids.astype("float32"))
+    for call, text in (
+        (lambda: load_balancing_loss(logits.numpy(), ids), "logits must be a .*Tensor, got numpy.ndarray"),
+        (lambda: load_balancing_loss(logits, [[0]] * 4), "routing_table must be a .*Tensor, got list"),
+        (lambda: router_z_loss(None), "logits must be a paddle.Tensor, got NoneType"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call()
     whole = load_balancing_loss(logits, ids, sequence_length=np.int64(2))
     assert whole.item() == load_balancing_loss(logits, ids, sequence_length=2).item()
 
@@ -276,6 +283,11 @@ def test_capacity_errors():
         limit_capacity(ids, weights, 0, 1.0)
     with pytest.raises(ValueError, match="num_experts must be at least 1, got -3"):
         tokens_per_expert(ids, -3)
+    with pytest.raises(ValueError, match="routing_table must be a paddle.Tensor, got list"):
+        tokens_per_expert([[0, 1]], 2)
+    for name, arguments in (("routing_table", (ids.numpy(), weights)), ("router_weights", (ids, None))):
+        with pytest.raises(ValueError, match=f"{name} must be a paddle.Tensor, got"):
+            limit_capacity(*arguments, 1, 1.0)
     for table, bad in ((ids[:, 0], weights[:, 0]), (ids, weights.tile([1, 2]))):
         with pytest.raises(ValueError, match=r"must both have the shape \[T, K\], got \[3"):
             limit_capacity(table, bad, 1, 1.0)
@@ -330,6 +342,8 @@ def test_jitter(dtype):
     np.testing.assert_array_equal(jitter(ones, 0.0).astype("float32").numpy(), ones.astype("float32").numpy())
     with pytest.raises(ValueError, match="epsilon must be at least 0 and below 1, got 1"):
         jitter(ones, 1)
+    with pytest.raises(ValueError, match="group must be 'grid' or 'tp', got 'dp'"):
+        jitter(ones, 0.1, paddle_moe.init_distributed(), "dp")
 
 
 def test_jitter_gradient_is_the_noise():

@@ -164,11 +164,21 @@ def test_partial_outputs_of_all_shards_add_up(layout, permuted, num_experts, int
             [np.zeros((4, 5))] * 4,
             r"gate_up_weights .* size 3 in dimension -1, as I = 3 .* got the shape \[4, 5\]",
         ),
+        (
+            np.zeros((2, 5, 6)),
+            r"gate_up_weights .* size 4 in dimension -2, as H = 4 .* got the shape \[2, 5, 6\]",
+        ),
     ],
 )
 def test_shard_errors(gate_up, message):
     with pytest.raises(ValueError, match=message):
         shard_experts(gate_up, [np.zeros((3, 4))] * 2)
+
+
+def test_experts_of_another_hidden_size():
+    weights = np.zeros((2, 6, 4)), [np.zeros((4, 3)), np.zeros((5, 3))]
+    with pytest.raises(ValueError, match=r"down_weights .* size 4 in dimension -2, as H = 4 .* \[5, 3\]"):
+        shard_experts(*weights, permuted_weights=True)
 
 
 @pytest.mark.parametrize("bias", [np.zeros((3, 4)), [np.zeros(4)]])
@@ -318,6 +328,7 @@ def test_no_tokens():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        (dict(num_tokens=2.5), "num_tokens must be an integer, got 2.5"),
         (dict(num_tokens=-1), "num_tokens must be at least 0, got -1"),
         (dict(hidden_dim=0), "hidden_dim must be at least 1, got 0"),
         (dict(ffn_dim=-3), "ffn_dim must be at least 1, got -3"),
@@ -326,6 +337,7 @@ def test_no_tokens():
         (dict(top_k=6), "top_k must be between 1 and num_experts = 5, got 6"),
         (dict(dtype="float64"), "dtype must be 'float32', 'bfloat16' or 'float16', got 'float64'"),
         (dict(seed=-1), "seed must be at least 0, got -1"),
+        (dict(seed=None), "seed must be an integer, got None"),
         (dict(tp_size=0), "tp_size must be at least 1, got 0"),
         (dict(ep_size=0), "ep_size must be at least 1, got 0"),
         (dict(tp_rank=2, tp_size=2), "tp_rank must be between 0 and tp_size - 1 = 1, got 2"),

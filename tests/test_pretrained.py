@@ -553,6 +553,9 @@ def test_bad_arguments(tmp_path):
         save_moe_weights(tmp_path / "model", {"mlp": layer}, "gpt_oss")
     with pytest.raises(ValueError, match="cast must be 'lossless', 'any' or 'none', got 'lossles'"):
         load_moe_weights(tmp_path / "model", {"mlp": layer}, "gpt_oss", cast="lossles")
+    for function in (load_moe_weights, save_moe_weights):
+        with pytest.raises(ValueError, match=r"layers\['mlp'\] must be a FusedMoE, got .*Linear"):
+            function(tmp_path / "model", {"mlp": paddle.nn.Linear(2, 2)}, "gpt_oss")
     others = {"mlp.experts.down_proj": (paddle.zeros([1]), False)}
     with pytest.raises(ValueError, match=r"others must not have mlp.experts.down_proj, which .*\['mlp'\]"):
         save_moe_weights(tmp_path / "new", {"mlp": layer}, "gpt_oss", others=others)

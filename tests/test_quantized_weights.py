@@ -691,6 +691,15 @@ def test_ranks_without_experts_refuse_the_same():
     assert layer.gate_up_weight.dtype == paddle.uint8 and layer.gate_up_weight.shape[0] == 0
 
 
+def test_a_rank_without_experts_becomes_another_dtype():
+    """Of empty tensors too it is the biases, not the buffers."""
+    layer = FusedMoE.from_dense(**dense_weights(bias=True), top_k=TOP_K, parallel=Shard(6, 7, 0, 1))
+    layer.quantize_().to(dtype="bfloat16")
+    assert layer.gate_up_bias.dtype == layer.down_bias.dtype == paddle.bfloat16
+    assert layer.gate_up_weight.dtype == layer.down_weight.dtype == paddle.int8
+    assert layer.gate_up_scale.dtype == layer.down_scale.dtype == paddle.float32
+
+
 @per_kind
 def test_blocks_of_a_layer_hold_columns_of_gate_or_of_up(kind):
     """I = 200: blocks that go over both would be as many, and meet the wrong scales."""

@@ -17,6 +17,7 @@ class Case:
     num_experts: int = 7
     dtype: str = "float32"
     id_dtype: str = "int32"
+    weight_dtype: str = "float32"
     one_expert: bool = False  # all tokens go to the first
     nobody: bool = False  # no token goes anywhere
 
@@ -28,6 +29,8 @@ def cases(ep_size: int) -> list[Case]:
         Case("int64", uneven, id_dtype="int64"),
         Case("bfloat16", uneven, dtype="bfloat16"),
         Case("float16", uneven, dtype="float16"),
+        Case("bfloat16 weights", uneven, dtype="bfloat16", weight_dtype="bfloat16"),
+        Case("float16 weights", uneven, dtype="float16", weight_dtype="float16"),
         Case("empty rank", [0, 4, 0, 6][:ep_size]),
         Case("no tokens", [0] * ep_size),
         Case("one expert", uneven, one_expert=True),
@@ -39,7 +42,10 @@ def cases(ep_size: int) -> list[Case]:
 
 
 def tokens_of(case: Case, ep_rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Hidden states [T, H], ids [T, K] with some -1, weights [T, K] and the gradient of the output [T, H]."""
+    """Hidden states [T, H], ids [T, K], weights [T, K] and the gradient of the output [T, H].
+
+    Some ids are of no expert: -1, of 64 bits 2**32, whose lower half is that of the first expert.
+    """
     rng = np.random.default_rng(100 + ep_rank)
     count = case.tokens[ep_rank]
     ids = rng.integers(-1, case.num_experts, (count, TOP_K)).astype(case.id_dtype)
@@ -47,6 +53,8 @@ def tokens_of(case: Case, ep_rank: int) -> tuple[np.ndarray, np.ndarray, np.ndar
         ids[:] = 0
     if case.nobody:
         ids[:] = -1
+    if case.id_dtype == "int64":
+        ids[ids < 0] = 2**32
     floats = [rng.standard_normal((count, n)).astype(np.float32) for n in (HIDDEN, TOP_K, HIDDEN)]
     return floats[0], ids, floats[1], floats[2]
 

@@ -202,6 +202,14 @@ def test_quantized_experts_compute_in_their_own_dtype(stacked):
     assert relative_l2(output.numpy(), exact.numpy()) < 0.03
 
 
+def test_sizes_of_a_grid_that_are_no_integers():
+    model = Block(2, 4)
+    for sizes, message in ((("2",), "ep_size must be an integer, got '2'"), ((1, 0), "tp_size must be at")):
+        with pytest.raises(ValueError, match=message):
+            accelerate(model, *sizes)
+    assert type(model) is Block
+
+
 def test_hooks_of_a_copy_are_its_own():
     model = integration.quantize_experts(accelerate(Block(2, 4)))
     twin = copy.deepcopy(model)

@@ -10,8 +10,9 @@ import pytest
 from all_to_all_cases import cases, expert_weights, run_experts, tokens_of
 from checks import relative_l2
 from launcher import WORKERS, launch
+from layer_cases import Shard
 
-from paddle_moe.all_to_all import meeting_order
+from paddle_moe.all_to_all import all_to_all_experts, meeting_order
 from paddle_moe.params import shard_range
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3}
@@ -31,10 +32,11 @@ def in_one_process(case, ep_size):
     """Output and gradients of each rank's tokens, and the gradient of all experts."""
     parts = [tokens_of(case, rank) for rank in range(ep_size)]
     x, ids, weights, cotangent = (paddle.to_tensor(np.concatenate(arrays)) for arrays in zip(*parts))
-    x, matrices = x.astype(case.dtype), paddle.to_tensor(expert_weights(case)).astype(case.dtype)
+    x, weights = x.astype(case.dtype), weights.astype(case.weight_dtype)
+    matrices = paddle.to_tensor(expert_weights(case)).astype(case.dtype)
     for tensor in (x, weights, matrices):
         tensor.stop_gradient = False
-    out = run_experts(x, ids, weights, matrices, 0)
+    out = run_experts(x, ids, weights.astype("float32"), matrices, 0)
     (out.astype("float32") * cotangent).sum().backward()
     ends = np.cumsum(case.tokens)[:-1]
     out, dx, dweights = (
@@ -87,7 +89,37 @@ def test_a_rank_that_waits_logs_collective_time(job):
     _, _, ranks = job
     for rank, results in enumerate(ranks):
         kernel, collective = results["logged seconds"]
-        assert kernel >= 0 and (rank == 0 or collective > 0.5 > kernel), (rank, kernel, collective)
+        # A tenth of a second is that of the shared expert, which runs while rows travel.
+        assert kernel >= 0.1 and (rank == 0 or collective > 0.6 > kernel), (rank, kernel, collective)
+
+
+def test_another_number_of_choices_on_another_rank(job):
+    ep_size, tp_size, ranks = job
+    for rank, results in enumerate(ranks):
+        others = [f"{1 + ep_rank} on rank {ep_rank * tp_size + rank % tp_size}" for ep_rank in range(ep_size)]
+        expected = f"routing_table must have the same K on all EP ranks, got {', '.join(others)}"
+        assert str(results["another K"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("table", "weights", "message"),
+    [
+        (([4, 2], "float32"), ([4, 2], "float32"), "routing_table .* dtype int32 or int64, got float32"),
+        (([4, 2], "int32"), ([4, 2], "float64"), "router_weights .* dtype float32 or bfloat16, got float64"),
+        (([4, 2], "int32"), ([4, 2], "float16"), "router_weights .* dtype float32 or bfloat16, got float16"),
+        (([3, 2], "int32"), ([4, 2], "float32"), r"T = 4 tokens, got \[3, 2\] and \[4, 2\]"),
+        (([4, 2], "int32"), ([3, 2], "float32"), r"T = 4 tokens, got \[4, 2\] and \[3, 2\]"),
+        (([4, 2], "int32"), ([4, 1], "float32"), r"T = 4 tokens, got \[4, 2\] and \[4, 1\]"),
+        (([3, 2], "int32"), ([3, 2], "float32"), r"T = 4 tokens, got \[3, 2\] and \[3, 2\]"),
+        (([4], "int32"), ([4], "float32"), r"T = 4 tokens, got \[4\] and \[4\]"),
+    ],
+)
+def test_a_routing_that_does_not_fit_is_refused_before_anything_is_sent(table, weights, message):
+    """On a rank without groups to send over."""
+    routing = paddle.zeros(*table), paddle.zeros(*weights)
+    x = paddle.zeros([4, 6], "bfloat16")
+    with pytest.raises(ValueError, match=message):
+        all_to_all_experts(x, *routing, lambda rows, *_: rows, [(0, 1), (1, 2)], Shard(0, 2, 0, 1))
 
 
 @pytest.mark.parametrize("size", range(1, 18))

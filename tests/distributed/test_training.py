@@ -12,7 +12,7 @@ JOBS = {
     "ep2_tp2": (
         (2, 2, 1),
         "gradients losses faults shared_weights dropped_all_reduces recompute jitter amax mixed_precision "
-        "clipping overflow flags all_to_all_output all_to_all_training default_dtype",
+        "clipping overflow flags same_start all_to_all_output all_to_all_training default_dtype",
     ),
     "ep4": (
         (4, 1, 1),
@@ -20,14 +20,14 @@ JOBS = {
         "all_to_all_output all_to_all_stop_gradient all_to_all_steps",
     ),
     "tp4": ((1, 4, 1), "gradients branches dropped_all_reduces flags"),
-    "dp2": ((1, 1, 2), "sharded_optimizer data_parallel flags"),
+    "dp2": ((1, 1, 2), "sharded_optimizer data_parallel overflow flags"),
     "dp2_fleet_pipeline": ((1, 1, 2), "fleet_pipeline"),
     "ep2_fleet": ((2, 1, 1), "sharded_optimizer"),
     "ep2_fleet_topology": ((2, 1, 1), "fleet_topology"),
     "ep2_dp2": (
         (2, 1, 2),
-        "groups optimizer_steps accumulation data_parallel averages replica_without_tokens global_balance "
-        "pipeline all_to_all_steps all_to_all_training",
+        "groups optimizer_steps accumulation data_parallel averages same_start replica_without_tokens "
+        "global_balance pipeline all_to_all_steps all_to_all_training",
     ),
     "ep2_tp2_dp2": ((2, 2, 2), "groups optimizer_steps"),
 }

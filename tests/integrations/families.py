@@ -187,6 +187,7 @@ def assert_experts_are_quantized(integration, family: Family, model, directory: 
         lambda: integration.restore(model),
         lambda: integration.save_checkpoint(model, directory),
         lambda: integration.load_checkpoint(model, directory),
+        lambda: model.save_pretrained(directory),
     ):
         with pytest.raises(RuntimeError, match="are int8 since quantize_experts"):
             refused()
@@ -205,6 +206,7 @@ def assert_experts_are_prepacked(integration, family: Family, model, directory: 
     for refused in (
         lambda: integration.restore(model),
         lambda: integration.save_checkpoint(model, directory),
+        lambda: model.save_pretrained(directory),
     ):
         with pytest.raises(RuntimeError, match="are prepacked since prepack_experts"):
             refused()

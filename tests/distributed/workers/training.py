@@ -513,7 +513,7 @@ def groups():
 
 @check
 def averages():
-    """Gradients that only some replicas have, that none has, of two dtypes; and the same start everywhere."""
+    """Gradients that only some replicas have, that none has, of two dtypes."""
     replica = parallel.dp_rank
     values = {"float32": [1.0, 2.0], "bfloat16": [3.0], "float64": [1e-300]}
     zeros = paddle.nn.initializer.Constant(0.0)
@@ -534,11 +534,20 @@ def averages():
         )
     assert unused.grad is None and fixed.grad is None
 
-    layer, first = make_layer(parallel, seed=parallel.rank), make_layer(parallel, seed=0)
-    broadcast_parameters(layer.parameters(), parallel)
-    np.testing.assert_array_equal(layer.gate_weight.numpy(), first.gate_weight.numpy())
-    owner = make_layer(parallel, seed=parallel.rank - replica * ep_size * tp_size)
-    np.testing.assert_array_equal(layer.down_weight.numpy(), owner.down_weight.numpy())
+
+@check
+def same_start():
+    """Each rank has drawn other values: all get those of the first that holds the same part."""
+    place = parallel.ep_rank * tp_size + parallel.tp_rank
+    for dispatch in ("replicated", "alltoall"):
+        layer = make_layer(parallel, seed=parallel.rank, dispatch=dispatch)
+        broadcast_parameters(layer.parameters(), parallel)
+        owners = {"gate_weight": 0, "shared_gate_weight": 0, "down_weight": place}
+        # Of an all-to-all each EP rank has the same part of the shared expert.
+        owners["shared_down_weight"] = place if dispatch == "replicated" else parallel.tp_rank
+        for name, owner in owners.items():
+            expected = getattr(make_layer(parallel, seed=owner, dispatch=dispatch), name)
+            np.testing.assert_array_equal(getattr(layer, name).numpy(), expected.numpy(), name)
 
 
 @check

@@ -50,6 +50,13 @@ for family in models.FAMILIES:
     assert report.bytes_read == sum(value.nbytes for name, value in local.items() if not in_no_file(name))
     assert_same_tensors({name: one.numpy() for name, one in model.state_dict().items()}, local)
     integration.save_checkpoint(model, output / "saved" / family.name)
+    try:
+        model.save_pretrained(output / "refused")
+    except RuntimeError as error:
+        assert "call restore() first, or save with paddle_moe.integrations" in str(error)
+    else:
+        raise AssertionError("save_pretrained() wrote what one rank has")
+    assert not (output / "refused").exists()
 
     integration.patch(parallel=parallel)
     built = models.build(family)
