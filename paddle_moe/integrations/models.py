@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -117,12 +118,35 @@ class Integration:
             finally:
                 layer.__class__ = stock
         parallel = _context(ep_size, tp_size, parallel)
+        self._guard_saving()
         for layer, block in found:
             layer.__class__ = _accelerated(block, type(layer))
             if parallel is not None:
                 layer.shard(parallel, dispatch)
                 layer.mark()
         return model
+
+    def _guard_saving(self) -> None:
+        """Has the package's save_pretrained refuse models whose experts it would not write, or cannot read."""
+        base = getattr(sys.modules.get(f"{self.package}.transformers.model_utils"), "PretrainedModel", None)
+        if base is None or hasattr(base.save_pretrained, "is_guarded"):
+            return
+        original = base.save_pretrained
+
+        @functools.wraps(original)
+        def save_pretrained(model: nn.Layer, *args: Any, **kwargs: Any) -> Any:
+            for block in model.sublayers():
+                if isinstance(block, MoEBlock):
+                    block.expect_parameters()
+                    if block.parallel is not None:
+                        raise RuntimeError(
+                            "save_pretrained() of one rank would write its own experts alone; call restore() "
+                            f"first, or save with paddle_moe.integrations.{self.package}.save_checkpoint()"
+                        )
+            return original(model, *args, **kwargs)
+
+        save_pretrained.is_guarded = True
+        base.save_pretrained = save_pretrained
 
     def restore(self, model: nn.Layer) -> nn.Layer:
         """Undoes :meth:`accelerate`; over several ranks every rank then has the whole model again.
@@ -246,6 +270,7 @@ class Integration:
         if not stocks:
             raise RuntimeError(f"no block of {self.package} can be imported: " + "; ".join(errors))
         parallel = _context(ep_size, tp_size, parallel)
+        self._guard_saving()
         for stock, block in stocks.items():
             self._original_init[stock] = stock.__init__
             stock.__init__ = _accelerating_init(stock, block, parallel, dispatch, self._built)
