@@ -9,8 +9,9 @@ Four of them, each with a quarter of the experts' weights:
     PADDLE_DISTRI_BACKEND=gloo python -m paddle.distributed.launch --nproc_per_node 4 --log_dir log/generate \
         examples/paddlenlp_generate.py --family mixtral --ep 2 --tp 2
 
-Without --family all of them. The models are small and random, so what they say means nothing, but it is the
-same for every grid. Their tokens are bytes. For a real one replace build() as docs/integrations.md shows.
+Start them from the root of the clone. Without --family all of them. The models are small and random, so what
+they say means nothing, but it is the same for every grid. Their tokens are bytes. For a real one replace
+build() as docs/integrations.md shows.
 """
 
 from __future__ import annotations
