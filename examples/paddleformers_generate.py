@@ -10,9 +10,9 @@ Four of them, each with a quarter of the experts' weights:
         examples/paddleformers_generate.py --family qwen3_moe --ep 2 --tp 2
 
 Without paddlefleet, which PyPI lacks, importing PaddleFormers 1.2.0 ends in ModuleNotFoundError for
-'paddlefleet_ops'. Then put tests/integrations/workers/run_example.py before examples/paddleformers_generate.py
-in both commands: it puts empty stand-ins in the place of modules that PaddleFormers imports and these models
-do not use.
+'paddlefleet_ops'. Then put tests/integrations/workers/run_example.py in front of the name of this file in
+both commands: it puts empty stand-ins in the place of modules that PaddleFormers imports and these models do
+not use.
 
 Start them from the root of the clone. Without --family all of them. The models are small and random, so what
 they say means nothing, but it is the same for every grid. Their tokens are bytes. For a real one replace
