@@ -27,7 +27,7 @@ time: they are left out, and a warning of the rank says so.
 
 A rank whose disk is full goes on: it says on stderr, once, that lines are being lost.
 
-Nothing here imports Paddle.
+Nothing here imports Paddle, or what was compiled.
 """
 
 from __future__ import annotations
@@ -48,8 +48,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from paddle_moe._options import at_least
 
 DEFAULT_PREFIX = "test_logs"
 LAUNCH_DIRECTORY = "launch"  # log_dir value that stands for the --log_dir of paddle.distributed.launch
@@ -88,7 +86,8 @@ def get_rank_logger(
         RuntimeError: log_dir="launch" in a process that paddle.distributed.launch did not start.
     """
     for name, value in (("ep_rank", ep_rank), ("tp_rank", tp_rank), ("dp_rank", dp_rank)):
-        at_least(0)(name, value)
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
+            raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
     if not prefix or os.path.basename(prefix) != prefix:
         raise ValueError(
             f"prefix must be a file name without directories, got {prefix!r}; use log_dir for those"

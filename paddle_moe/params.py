@@ -145,6 +145,12 @@ def shard_experts(
         return [own(weight) for weight in kept]
 
     own_down_bias = None if down_bias is None else held("down_bias", down_bias)[experts]
+    for bias in own_down_bias if own_down_bias is not None else ():
+        if bias.shape[-1] != hidden:
+            raise ValueError(
+                f"down_bias must have the size {hidden} in dimension -1, as H = {hidden} in down_weights, got "
+                f"the shape {list(bias.shape)}"
+            )
     return ExpertShard(
         gate_up_weights=cut("gate_up_weights", gate_up_weights, outputs_axis, 2, inputs_axis),
         down_weights=cut("down_weights", down_weights, inputs_axis, 1, outputs_axis),

@@ -108,7 +108,7 @@ def test_replicas_have_files_of_their_own(get_logger, tmp_path):
     summary = summarize(tmp_path)
     assert [(rank.dp_rank, rank.ep_rank, rank.tp_rank) for rank in summary.ranks] == [(0, 0, 1), (2, 0, 1)]
     assert summary.errors == ["dp_rank 2 ep_rank 0 tp_rank 1: lost"]
-    with pytest.raises(ValueError, match="dp_rank must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="dp_rank must be an integer of at least 0, got -1"):
         get_logger(0, 0, dp_rank=-1)
 
 
@@ -157,7 +157,7 @@ def test_a_logger_that_someone_already_holds(get_logger):
 
 @pytest.mark.parametrize("arguments", [(-1, 0), (0, "1"), (True, 0), (0.0, 0)])
 def test_wrong_ranks(arguments):
-    with pytest.raises(ValueError, match=r"(ep|tp)_rank must be (an integer|at least 0), got"):
+    with pytest.raises(ValueError, match=r"(ep|tp)_rank must be an integer of at least 0, got"):
         logs.get_rank_logger(*arguments)
 
 

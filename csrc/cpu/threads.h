@@ -38,7 +38,7 @@ class PlainFloats {
   PlainFloats& operator=(const PlainFloats&) = delete;
 
  private:
-  uint64_t before_;
+  uint64_t before_ = 0;
 };
 
 void pause_briefly(int round);
