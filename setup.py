@@ -198,7 +198,7 @@ class BuildLibrary(build_clib):
                 for result in as_completed(results):
                     result.result()
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # else what waits is compiled before anybody sees the error
+                pool.shutdown(cancel_futures=True)  # else all is compiled before anybody sees it
                 raise
         objects = [obj for result in results for obj in result.result()]
         archive = Path(self.build_clib, self.compiler.library_filename(name))

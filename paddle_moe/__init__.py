@@ -54,6 +54,7 @@ _HOME = {
     "shard_experts": "params",
     "tokens_per_expert": "policies",
     "unpack_weights": "prepacking",
+    "use_huge_pages": "huge_pages",
 }
 
 __all__ = ["__version__", *_HOME]

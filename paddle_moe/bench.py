@@ -53,6 +53,7 @@ from paddle_moe.bench_variants import (
     Weights,
 )
 from paddle_moe.console import print_table
+from paddle_moe.huge_pages import why_not
 
 DEFAULT_SHAPES = "8x2x1024x2048,64x8x2048x768"
 FLUSH_BYTES = 256 << 20
@@ -310,6 +311,7 @@ def _report(earlier: dict | None, results: list[dict]) -> dict:
         "processor": _processor(),
         "threads": core.get_num_threads(),
         "isa": core.isa_name(),
+        "huge_pages": why_not() is None,
         "python": platform.python_version(),
         "environment": {
             k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "PADDLE_MOE_ISA")

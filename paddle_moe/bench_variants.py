@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from paddle_moe import core, reference
+from paddle_moe.huge_pages import collapse, use_huge_pages
 
 
 class NotSupported(Exception):
@@ -60,11 +61,15 @@ class Case:
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
-    """A copy at the start of a cache line, where tensors lie and NumPy's large arrays do not."""
+    """A copy at the start of a cache line, where tensors lie and NumPy's large arrays do not, in huge pages.
+
+    So are the weights of all variants: NumPy asks for such pages by itself, other libraries do not.
+    """
     buffer = np.empty(array.nbytes + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
+    collapse(copy.ctypes.data, copy.nbytes)
     return copy
 
 
@@ -232,6 +237,7 @@ def _paddle_moe_op(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]
     if int4:
         scales = [scale.swapaxes(1, 2) if scale.ndim == 3 else scale for scale in scales]
     arguments = [tensor(a) for a in (inputs.own, inputs.table, inputs.weights, *stacks)]
+    use_huge_pages(*arguments)
     hidden, _, router, *experts = arguments
     options = dict(zip(("gate_up_scale", "down_scale"), map(tensor, scales)), permuted_weights=int4)
     return _paddle_call(
@@ -291,6 +297,7 @@ def _paddle_loop(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
     )
     # Per-expert parameters, as model code holds them.
     gate_up, down = ([paddle.to_tensor(w, place=paddle.CPUPlace()) for w in stack] for stack in weights.fp32)
+    use_huge_pages(*gate_up, *down)
 
     def forward() -> paddle.Tensor:
         out = paddle.zeros_like(hidden)
@@ -315,7 +322,10 @@ def _torch_tensors(inputs: Inputs, weights: Weights) -> list:
     hidden, *stacks = (torch.from_numpy(a) for a in (inputs.hidden, *weights.fp32))
     dtype = {np.uint16: torch.bfloat16, np.float16: torch.float16}.get(inputs.own.dtype.type, torch.float32)
     table, router = (torch.from_numpy(a) for a in (inputs.table.astype(np.int64), inputs.weights))
-    return [hidden.to(dtype), table, router, *(w.to(dtype) for w in stacks)]
+    stacks = [stack.to(dtype) for stack in stacks]
+    for stack in stacks:
+        collapse(stack.data_ptr(), stack.nbytes)
+    return [hidden.to(dtype), table, router, *stacks]
 
 
 def _torch_loop(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
@@ -389,6 +399,8 @@ def _fused_torch_op(operator: Callable, inputs: Inputs, stacks: list, *options: 
     import torch
 
     torch.set_num_threads(core.get_num_threads())
+    for stack in stacks:
+        collapse(stack.data_ptr(), stack.nbytes)
     hidden = torch.from_numpy(inputs.hidden).to(stacks[0].dtype)
     table, router = torch.from_numpy(inputs.table.astype(np.int32)), torch.from_numpy(inputs.weights)
     out = torch.empty_like(hidden)
@@ -500,8 +512,10 @@ def _ggml(inputs: Inputs, weights: Weights) -> Callable[[], np.ndarray]:
         sizes = [1] * (3 - array.ndim) + list(array.shape)
         sizes[-1] *= 32 if array.dtype in (_Q8_0, _Q4_0) else 1
         made = _ggml_call("ggml_new_tensor_3d", context, kind, *sizes[::-1])
-        to = (ctypes.c_char * array.nbytes).from_address(_ggml_call("ggml_get_data", made))
+        address = _ggml_call("ggml_get_data", made)
+        to = (ctypes.c_char * array.nbytes).from_address(address)
         np.frombuffer(to, array.dtype).reshape(array.shape)[...] = array
+        collapse(address, array.nbytes)
         return made
 
     table = _ggml_call("ggml_view_2d", context, tensor(inputs.table.astype(np.int32)), k, t, 4 * k, 0)

@@ -77,6 +77,7 @@ def _checks():
     yield core
     yield _check_isa(core_facts)
     yield _check_threads(core_facts)
+    yield _check_huge_pages()
     yield _check_compiler(needed=operator.status == "failure")
     yield _check_cuda(facts)
     usable = operator.status == "ok"
@@ -178,6 +179,16 @@ def _check_threads(facts: dict[str, Any] | None) -> Check:
             "Threads", "warning", detail, "see PADDLE_MOE_NUM_THREADS, OMP_NUM_THREADS and PADDLE_LOCAL_SIZE"
         )
     return Check("Threads", "ok", detail)
+
+
+def _check_huge_pages() -> Check:
+    from paddle_moe.huge_pages import why_not
+
+    reason = why_not()
+    if reason is None:
+        return Check("Huge pages", "ok", "the memory of weights on the CPU is put into them")
+    advice = "few tokens take longer; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 may help, see docs/cpu_weights.md"
+    return Check("Huge pages", "info", f"not used: {reason}", advice)
 
 
 def _check_compiler(needed: bool) -> Check:

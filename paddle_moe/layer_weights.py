@@ -15,6 +15,7 @@ from paddle import nn
 from paddle.utils import unique_name
 
 from paddle_moe._options import dtype_name
+from paddle_moe.huge_pages import use_huge_pages
 from paddle_moe.params import EXPERT_WEIGHTS, LayerShard, Part, drawn_values
 from paddle_moe.prepacking import check_inputs, convert_panels, expect_cpu, prepack_weights, unpack_weights
 from paddle_moe.quantization import (
@@ -70,6 +71,7 @@ class _Drawn(nn.initializer.Constant):
     def forward(self, var: paddle.Tensor, block: Any = None) -> None:
         super().forward(var, block)
         self.draw(var)
+        use_huge_pages(var)
 
 
 class ShardedWeights(nn.Layer):
@@ -140,7 +142,7 @@ class ShardedWeights(nn.Layer):
         self.shared_gate_up_weight = weight("shared_gate_up_weight", dtype, shared)
         self.shared_down_weight = weight("shared_down_weight", dtype, shared)
         self.shared_gate_weight = weight("shared_gate_weight", self._gate_dtype, shared_gate)
-        self._mark_parameters()
+        self._settle()
 
     @paddle.no_grad()
     def _draw(self, name: str, parameter: paddle.Tensor, seed: int) -> None:
@@ -168,6 +170,11 @@ class ShardedWeights(nn.Layer):
     def permuted_weights(self) -> bool:
         """Whether the weights of experts are stored [out, in]."""
         return self._shard.permuted_weights
+
+    def _settle(self) -> None:
+        """What is to be done where parameters and buffers have become others."""
+        self._mark_parameters()
+        use_huge_pages(*(getattr(self, f"{name}_weight", None) for name in PARTS))
 
     def _mark_parameters(self) -> None:
         """The flags by which fleet and PaddleNLP know gates, and parameters that differ between ranks."""
@@ -200,7 +207,7 @@ class ShardedWeights(nn.Layer):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        twin._mark_parameters()  # Paddle copies no attributes of parameters
+        twin._settle()  # Paddle copies no attributes of parameters
         for before in twin._before_prepacking.values():  # a name belongs to one parameter
             before["name"] += unique_name.generate("_deepcopy")
         return twin
@@ -232,7 +239,7 @@ class ShardedWeights(nn.Layer):
             kept += gates + [gate.grad for gate in gates if gate.grad is not None]
         convert = keep_dtypes(func, kept, panels)
         super()._apply(convert, device, dtype, blocking, include_sublayers)
-        self._mark_parameters()
+        self._settle()
 
     def parts(self, *, dense: bool = False) -> dict[str, Part]:
         """Which part of the dense weights each parameter and buffer is; with dense, on a single rank.
@@ -308,7 +315,7 @@ class ShardedWeights(nn.Layer):
                 self.register_buffer(f"{name}_{what}", tensor)
         self.quantized, self.granularity = dtype, granularity
         self._shard = replace(self._shard, permuted_weights=True)
-        self._mark_parameters()
+        self._settle()
         return self
 
     @paddle.no_grad()
@@ -360,7 +367,7 @@ class ShardedWeights(nn.Layer):
                 self.register_buffer(f"{name}_scale", scale)
             self.register_buffer(f"{name}_weight", weight)
         self.prepacked = True
-        self._mark_parameters()
+        self._settle()
         return self
 
     def _check_prepacking(self, dtype: str | paddle.dtype) -> None:
@@ -417,7 +424,7 @@ class ShardedWeights(nn.Layer):
         self._parameters.update({name: parameters[name] for name in [*order, *parameters]})
         self._before_prepacking = {}
         self.prepacked = False
-        self._mark_parameters()
+        self._settle()
         return self
 
     def _expect_no_program(self, function: str) -> None:

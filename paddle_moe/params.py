@@ -148,8 +148,8 @@ def shard_experts(
     for bias in own_down_bias if own_down_bias is not None else ():
         if bias.shape[-1] != hidden:
             raise ValueError(
-                f"down_bias must have the size {hidden} in dimension -1, as H = {hidden} in down_weights, got "
-                f"the shape {list(bias.shape)}"
+                f"down_bias must have the size {hidden} in dimension -1, as H = {hidden} in down_weights, "
+                f"got the shape {list(bias.shape)}"
             )
     return ExpertShard(
         gate_up_weights=cut("gate_up_weights", gate_up_weights, outputs_axis, 2, inputs_axis),

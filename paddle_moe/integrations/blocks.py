@@ -25,6 +25,7 @@ from paddle_moe._options import dtype_name, switch
 from paddle_moe.all_to_all import all_to_all_experts
 from paddle_moe.collectives import leave_shards, no_contribution
 from paddle_moe.distributed import ParallelContext
+from paddle_moe.huge_pages import use_huge_pages
 from paddle_moe.layer_weights import keep_dtypes
 from paddle_moe.params import Part, shard_range
 from paddle_moe.prepacking import check_inputs, expect_dtype_of_prepacked, prepack_stack, prepack_weights
@@ -91,6 +92,7 @@ class FrozenWeight(nn.Layer):
             self.register_buffer("scale", scale)
         self.bias = bias
         self.dense_dtype = before.dtype
+        use_huge_pages(weight)
         self._flags = {}
         if hasattr(before, "shard_group"):
             self._flags = {name: getattr(before, name) for name in ("no_sync", "expert", "shard_group")}
@@ -116,6 +118,7 @@ class FrozenWeight(nn.Layer):
         convert = keep_dtypes(func, [] if panels else self._buffers.values(), panels)
         super()._apply(convert, device, dtype, blocking, include_sublayers)
         self._mark()
+        use_huge_pages(self.weight)
         if dtype is not None:
             self.dense_dtype = getattr(paddle, dtype_name(dtype))
 
@@ -453,6 +456,10 @@ class MoEBlock:
         layers = [layer for expert in listed + shared for layer in _linears(expert)]
         names = {id(tensor): name for name, tensor in self.state_dict().items()}
         return {names[id(weight)]: weight for weight in stacked + [layer.weight for layer in layers]}
+
+    def use_huge_pages(self) -> None:
+        """For the weights of this rank's experts, and of the shared one."""
+        use_huge_pages(*self.weights_to_freeze().values())
 
     def check_prepacking(self, dtype: str | None = None) -> None:
         """A ValueError where the weights of any rank cannot be prepacked.

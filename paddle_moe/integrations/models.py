@@ -124,10 +124,11 @@ class Integration:
             if parallel is not None:
                 layer.shard(parallel, dispatch)
                 layer.mark()
+            layer.use_huge_pages()
         return model
 
     def _guard_saving(self) -> None:
-        """Has the package's save_pretrained refuse models whose experts it would not write, or cannot read."""
+        """Has save_pretrained refuse models whose experts it would not write, or not as it reads them."""
         base = getattr(sys.modules.get(f"{self.package}.transformers.model_utils"), "PretrainedModel", None)
         if base is None or hasattr(base.save_pretrained, "is_guarded"):
             return
