@@ -14,8 +14,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paddle_moe._options import type_name
-
 if TYPE_CHECKING:
     import paddle
 
@@ -41,7 +39,10 @@ def use_huge_pages(*tensors: paddle.Tensor | None) -> None:
     Raises:
         ValueError: an argument is no paddle.Tensor.
     """
-    import paddle  # here, because the benchmark may run without it
+    # Here, because the benchmark may run without Paddle, and doctor without what was compiled.
+    import paddle
+
+    from paddle_moe._options import type_name
 
     for tensor in tensors:
         if tensor is None:

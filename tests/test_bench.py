@@ -84,7 +84,7 @@ def test_a_result_names_its_commit(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("readme", ["README.md", "README_cn.md"])
 def test_the_readme_quotes_the_published_figures(readme):
-    repository = Path(__file__).parent.parent
+    repository, to = Path(__file__).parent.parent, "到" if readme == "README_cn.md" else "to"
     rows = re.findall(
         r"^\| \[.*\]\((benchmarks/results/.*\.json)\)[^|]*\|(.*)\|$", (repository / readme).read_text(), re.M
     )
@@ -96,7 +96,8 @@ def test_the_readme_quotes_the_published_figures(readme):
                 ratios.setdefault(name, []).append(figures["cold"]["times_paddle_moe"]["median"])
         peers = ("numpy loop", "torch grouped", "vllm", "ggml")
         expected = [
-            f"{min(ratios[peer]):.2f} to {max(ratios[peer]):.2f}" if peer in ratios else "" for peer in peers
+            f"{min(ratios[peer]):.2f} {to} {max(ratios[peer]):.2f}" if peer in ratios else ""
+            for peer in peers
         ]
         assert [cell.strip() for cell in cells.split("|")] == expected, file
 
