@@ -81,7 +81,7 @@ void experts(const Layer& l) {  // T=6 H=10 I=4 E=3 K=2, fused list
     refuses(l, "activation", {"silu, gelu", name}, [&](Arguments& a) { a.activation = name; });
   }
   for (const char* name : {"swigluoai(nan,7)", "swigluoai(1,0)", "swigluoai(1,-2)", "swigluoai(1,nan)"}) {
-    refuses(l, "activation", {"alpha", "limit", name}, [&](Arguments& a) { a.activation = name; });
+    refuses(l, "activation", {"limit", name}, [&](Arguments& a) { a.activation = name; });
   }
 }
 
