@@ -336,6 +336,7 @@ def write_stored(
     homes: Mapping[str, Sequence[str]],
     parallel: ParallelContext | None,
     others: Mapping[str, paddle.Tensor] | None = None,
+    file_format: str = "pt",
 ) -> None:
     """Writes tensors that are made up of what several ranks hold; all ranks call it.
 
@@ -346,6 +347,7 @@ def write_stored(
         targets: by key, the empty tensors that this rank writes.
         homes: by key, the names of the wholes that its values are in.
         others: by key, what this rank writes besides.
+        file_format: in the metadata of the files: "pt", as most readers want it, or "np", as PaddleNLP does.
 
     Raises:
         ValueError: path has an index file already.
@@ -358,7 +360,8 @@ def write_stored(
     try:
         _gather(parts_path, pieces, wholes, targets, homes, parallel)
         tensors = {**{key: target.tensor for key, target in targets.items()}, **(others or {})}
-        write_files(path, {"model": tensors}, {"metadata": {}}, parallel, tagged=False, file_format="pt")
+        index = {"metadata": {}}
+        write_files(path, {"model": tensors}, index, parallel, tagged=False, file_format=file_format)
     finally:
         if is_first(parallel):
             shutil.rmtree(parts_path, ignore_errors=True)

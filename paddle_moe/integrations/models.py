@@ -49,6 +49,8 @@ class Integration:
         stand_ins: what patch() replaces in the package, by "module:name", because it builds another block
             under fleet: (the block to build, what to put there, given the stock class of that block).
         unpublished: endings of the published names that files may lack; the model keeps what it has there.
+        file_format: in the metadata of files in the layout "paddle": what from_pretrained of the package asks
+            for, if it reads that layout.
     """
 
     def __init__(
@@ -58,8 +60,9 @@ class Integration:
         published: Callable[[nn.Layer, Holdings], list[Source] | None],
         stand_ins: dict[str, tuple[type[MoEBlock], Callable[[type[nn.Layer]], Any]]] | None = None,
         unpublished: tuple[str, ...] = (),
+        file_format: str = "pt",
     ):
-        self.package, self._unpublished = package, unpublished
+        self.package, self._unpublished, self._file_format = package, unpublished, file_format
         self._published, self._stand_ins = published, stand_ins or {}
         self._blocks = {block.stock: block for block in blocks}
         self._original_init: dict[type, Any] = {}
@@ -429,7 +432,8 @@ class Integration:
         if parallel is not None and parallel.dp_rank > 0:
             pieces, targets = {}, {}
         wholes = {name: whole for name, (_, _, whole) in holdings.items()}
-        write_stored(path, pieces, wholes, targets, homes, parallel)
+        file_format = self._file_format if layout == "paddle" else "pt"
+        write_stored(path, pieces, wholes, targets, homes, parallel, file_format=file_format)
 
     def _unknown_names(self, model: nn.Layer) -> str:
         return (

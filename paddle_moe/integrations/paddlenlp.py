@@ -181,6 +181,7 @@ _integration = Integration(
     [Mixtral, Qwen2Moe, Deepseek, Jamba],
     _published,
     unpublished=(".eh_proj.bias",),  # of a Linear that has none in the published DeepSeek-V3
+    file_format="np",
 )
 load_checkpoint, save_checkpoint = _integration.load_checkpoint, _integration.save_checkpoint
 accelerate, restore = _integration.accelerate, _integration.restore

@@ -441,6 +441,9 @@ def test_files_of_paddlenlp(family, tmp_path):
     assert_same_tensors({name: one.numpy() for name, one in model.state_dict().items()}, expected)
     save_checkpoint(model, tmp_path / "saved", layout="paddle")
     assert_same_tensors(read_files(tmp_path / "saved"), expected)
+    model.config.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved")
+    assert_same_tensors({name: one.numpy() for name, one in loaded.state_dict().items()}, expected)
 
 
 @pytest.mark.parametrize("what", wrong_files(EXPERT, [91, 64]))
