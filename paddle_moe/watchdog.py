@@ -23,7 +23,6 @@ import os
 import selectors
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -32,8 +31,6 @@ from collections.abc import Iterator
 from typing import Any
 
 SLOTS = ("world", "grid", "ep", "tp", "dp")  # one counter of collectives for each group of a rank
-_SLOT = struct.Struct("=QQd80s")  # entered, left, time.monotonic() of the last entry, what it is
-_IN_FILES = _SLOT.size * len(SLOTS)  # where the shared memory says whether the rank is at files; one byte
 
 _TICK_SECONDS = 0.25
 # How long causes are gathered, so that a death is named before the errors that it caused.
@@ -42,6 +39,62 @@ _GATHER_SECONDS = 0.3
 _SAME_MOMENT_SECONDS = 0.05
 _STRAGGLER_SECONDS = 2.0  # how long a refused job waits for the ranks that it has not heard of yet
 _GRACE_SECONDS = 5.0  # for the last words of a process that is ending anyway
+
+
+# ---------------------------------------------------------------- shared by a rank and its child
+
+
+class _Shared:
+    """What a rank says of its collectives, in memory that its child reads at any moment.
+
+    Of each slot: how many the rank has entered and left, time.monotonic() of the last entry, and what it is.
+    Numbers have 8 bytes, which a processor stores at once. That of those entered is stored last, when the
+    rest belongs to it: a child that saw half of an entry would take the rank for one that waits since long.
+    """
+
+    _WORDS, _TEXT = 13, 24  # of a slot, 8 bytes each; where in it the text begins
+    _IN_FILES = 8 * _WORDS * len(SLOTS)  # one byte: whether the rank is at files
+    SIZE = _IN_FILES + 8
+
+    def __init__(self, file: int):
+        self._bytes = mmap.mmap(file, self.SIZE)
+        self._counts, self._times = memoryview(self._bytes).cast("Q"), memoryview(self._bytes).cast("d")
+
+    def enter(self, slot: str, count: int, what: str) -> None:
+        first = self._WORDS * SLOTS.index(slot)
+        start, end = 8 * first + self._TEXT, 8 * (first + self._WORDS)
+        self._bytes[start:end] = what.encode()[: end - start].ljust(end - start, b"\0")
+        self._times[first + 2] = time.monotonic()
+        self._counts[first] = count
+
+    def leave(self, slot: str, count: int) -> None:
+        self._counts[self._WORDS * SLOTS.index(slot) + 1] = count
+
+    def read(self) -> dict[str, tuple[int, int, float, str]]:
+        """All slots at one moment: read until they are twice the same, unless the rank never pauses."""
+        last, again = None, self._read()
+        for _ in range(100):
+            last, again = again, self._read()
+            if last == again:
+                break
+        return again
+
+    def _read(self) -> dict[str, tuple[int, int, float, str]]:
+        slots = {}
+        for number, slot in enumerate(SLOTS):
+            first = self._WORDS * number
+            entered, left, since = self._counts[first], self._counts[first + 1], self._times[first + 2]
+            text = self._bytes[8 * first + self._TEXT : 8 * (first + self._WORDS)]
+            slots[slot] = entered, left, since, text.rstrip(b"\0").decode(errors="replace")
+        return slots
+
+    @property
+    def is_in_files(self) -> bool:
+        return bool(self._bytes[self._IN_FILES])
+
+    @is_in_files.setter
+    def is_in_files(self, value: bool) -> None:
+        self._bytes[self._IN_FILES] = value
 
 
 # ---------------------------------------------------------------- in the rank's process
@@ -58,8 +111,8 @@ class Watchdog:
     def __init__(self, rank: int, timeout_seconds: float):
         self._counters = {slot: 0 for slot in SLOTS}
         with tempfile.TemporaryFile() as file:
-            file.truncate(_IN_FILES + 1)
-            self._shared = mmap.mmap(file.fileno(), 0)
+            file.truncate(_Shared.SIZE)
+            self._shared = _Shared(file.fileno())
             ours, theirs = socket.socketpair()
             options = {
                 "rank": rank,
@@ -110,11 +163,11 @@ class Watchdog:
 
         While the process reads and writes, no limit of the others counts.
         """
-        self._shared[_IN_FILES] = 1
+        self._shared.is_in_files = True
         try:
             yield
         finally:
-            self._shared[_IN_FILES] = 0
+            self._shared.is_in_files = False
 
     def set_groups(self, groups: dict[str, list[int]]) -> None:
         """The global ranks in the groups of this rank, by slot."""
@@ -127,10 +180,9 @@ class Watchdog:
     @contextlib.contextmanager
     def waiting(self, slot: str, what: str) -> Iterator[None]:
         """Around a call that returns when all ranks of a group make it; timeout_seconds later all end."""
-        offset = SLOTS.index(slot) * _SLOT.size
         self._counters[slot] += 1
         count = self._counters[slot]
-        _SLOT.pack_into(self._shared, offset, count, count - 1, time.monotonic(), what.encode()[:80])
+        self._shared.enter(slot, count, what)
         try:
             yield
         except (RuntimeError, OSError) as error:
@@ -140,7 +192,7 @@ class Watchdog:
             self._channel.wait_for_end(2 * _GRACE_SECONDS)
             raise
         finally:
-            _SLOT.pack_into(self._shared, offset, count, count, time.monotonic(), b"")
+            self._shared.leave(slot, count)
 
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks that this one ends with `error`."""
@@ -211,7 +263,7 @@ class _Child:
         self.timeout = options["timeout"]
         self.parent = options["parent"]
         self.selector = selectors.DefaultSelector()
-        self.shared = mmap.mmap(options["shared"], 0)
+        self.shared = _Shared(options["shared"])
         self.rank_channel = _Channel(socket.socket(fileno=options["socket"]))
         self.selector.register(self.rank_channel.socket, selectors.EVENT_READ, self.on_rank_readable)
         self.coordinator: _Coordinator | None = None
@@ -248,7 +300,7 @@ class _Child:
         elif self.join is not None:
             self.connect(now)
         elif self.coordinator_channel is not None:
-            if self.shared[_IN_FILES] and now - self.looked_at > self.timeout / 8:
+            if self.shared.is_in_files and now - self.looked_at > self.timeout / 8:
                 before, self.progress, self.looked_at = self.progress, _progress(self.parent), now
                 if self.progress != before:
                     self.coordinator_channel.send(type="moved")
@@ -262,11 +314,8 @@ class _Child:
     def departed_from(self, ranks: list[int]) -> list[dict[str, int]]:
         return [self.departed[rank] for rank in ranks if rank in self.departed]
 
-    def slots(self) -> dict[str, tuple[int, int, float, bytes]]:
-        return {slot: _SLOT.unpack_from(self.shared, index * _SLOT.size) for index, slot in enumerate(SLOTS)}
-
     def counts(self) -> dict[str, int]:
-        return {slot: entered for slot, (entered, _, _, _) in self.slots().items()}
+        return {slot: entered for slot, (entered, _, _, _) in self.shared.read().items()}
 
     def waits(self) -> dict[str, dict[str, Any]]:
         """The collectives that this rank is in, by slot: at most one, unless user code uses threads."""
@@ -275,9 +324,9 @@ class _Child:
                 "ranks": self.groups[slot],
                 "count": entered,
                 "seconds": time.monotonic() - since,
-                "what": what.rstrip(b"\0").decode(errors="replace"),
+                "what": what,
             }
-            for slot, (entered, left, since, what) in self.slots().items()
+            for slot, (entered, left, since, what) in self.shared.read().items()
             if entered > left
         }
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import pytest
 from launcher import WORKERS, Job, environment, launch, read_logs
 
 from paddle_moe import init_distributed
+from paddle_moe.watchdog import _Shared
 
 TIMEOUT_SECONDS = 8  # of the ranks in workers/failures.py
 SOON_SECONDS = 10  # from the end of the first rank that fails to that of the last, on a busy machine
@@ -298,3 +300,43 @@ def test_a_rank_that_comes_twice_is_named_with_its_process():
     both = r"rank 1 came more than once \(pid \d+ on \S+, pid \d+ on \S+\); "
     for said in join_and("", ranks=(0, 1, 1)):
         assert re.search(f"ValueError: the ranks of this job do not agree: .*; {both}", said), said
+
+
+ENTERS_AND_LEAVES = """
+import sys
+from paddle_moe.watchdog import _Shared
+
+with open(sys.argv[1], "r+b") as file:
+    shared = _Shared(file.fileno())
+count = 0
+while True:
+    for _ in range(1000):
+        count += 1
+        shared.enter("ep", count, "call " + "x" * (count % 60))
+        shared.leave("ep", count)
+    print(count, flush=True)
+"""
+
+
+def test_a_child_never_sees_half_of_an_entry(tmp_path):
+    """It would end a job whose ranks are all well. In two processes: threads of Python take turns."""
+    path = tmp_path / "shared"
+    path.write_bytes(bytes(_Shared.SIZE))
+    with open(path, "r+b") as file:
+        shared = _Shared(file.fileno())
+    command = [sys.executable, "-c", ENTERS_AND_LEAVES, path]
+    seen = waiting = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as writer:
+        try:
+            assert int(writer.stdout.readline()) == 1000
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                entered, left, since, what = shared.read()["ep"]
+                # Of a rank that never pauses the second may be of a later moment.
+                assert entered - left <= 1 and entered >= seen, (entered, left, seen)
+                assert time.monotonic() - since < 1 and what.startswith("call "), (since, what)
+                seen, waiting = entered, waiting + (entered > left)
+        finally:
+            writer.kill()
+    assert seen > 10_000 and waiting > 10, (seen, waiting)
+    assert shared.read()["tp"] == (0, 0, 0.0, "")
