@@ -587,7 +587,7 @@ class _Coordinator:
 
     def configs(self) -> dict[str, list[int]]:
         ranks_of: dict[str, list[int]] = collections.defaultdict(list)
-        for member in self.joined:
+        for member in sorted(self.joined, key=lambda member: member.rank):
             ranks_of[", ".join(f"{name}={value}" for name, value in member.config.items())].append(
                 member.rank
             )

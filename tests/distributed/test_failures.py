@@ -302,6 +302,16 @@ def test_a_rank_that_comes_twice_is_named_with_its_process():
         assert re.search(f"ValueError: the ranks of this job do not agree: .*; {both}", said), said
 
 
+def test_ranks_that_disagree_are_named_in_their_order_whoever_comes_first():
+    join = (
+        "time.sleep(0.0 if rank == 2 else 1.0)\n"
+        "watchdog.join('127.0.0.1', port, {'world_size': size, 'ep_size': 3 if rank == 2 else 1})"
+    )
+    reason = "ep_size=1 on ranks [0, 1]; world_size=3, ep_size=3 on rank 2; start every rank"
+    for said in join_and("", join=join):
+        assert reason in said, said
+
+
 ENTERS_AND_LEAVES = """
 import sys
 from paddle_moe.watchdog import _Shared
