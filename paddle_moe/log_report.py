@@ -54,7 +54,12 @@ def print_summary(summary: Summary) -> None:
 
 
 def _state(rank: RankSummary) -> str:
-    state = "failed" if rank.failed else "finished" if rank.finished else "running or killed"
+    if rank.failed:
+        state = "failed"
+    elif rank.finished:
+        state = "finished"
+    else:
+        state = "ended by the watchdog" if rank.killed_by_watchdog else "running or killed"
     return state + (f", {rank.unreadable_lines} unreadable lines" if rank.unreadable_lines else "")
 
 

@@ -13,7 +13,8 @@ the files. The package writes
     warning   message; RankLogger.warning() writes it too
     error     message; RankLogger.error(), .exception() and .critical() write it too
     result    whatever a job reports at its end
-    stop      when Python exits; missing when the rank was killed; exception, if one ended it
+    stop      when Python exits, with exception if one ended it, or when the watchdog kills the rank, with
+              killed_by; missing when something else killed it
 
 and `event()` takes any other name. NaN and the infinities, which JSON lacks, become "nan", "inf" and "-inf".
 Data-parallel replicas after the first have `{prefix}_dp_rank_{d}` in place of `{prefix}`, and "dp_rank" in
@@ -435,8 +436,9 @@ class RankSummary:
     warnings: list[str]
     errors: list[str]
     result: dict[str, Any] | None  # fields of the last "result" event
-    finished: bool  # False: still running, or killed
+    finished: bool  # by itself; False: still running, or killed
     failed: bool  # ended by an exception
+    killed_by_watchdog: bool  # because the job could not go on
     unreadable_lines: int
 
 
@@ -511,7 +513,7 @@ def summarize(ranks: list[RankEvents]) -> Summary:
 
 def _summarize_rank(rank: RankEvents) -> RankSummary:
     calls = _calls(rank)
-    results = rank.named("result")
+    results, stops = rank.named("result"), rank.named("stop")
     experts = [
         call["experts_min"] + i
         for call in calls
@@ -539,8 +541,9 @@ def _summarize_rank(rank: RankEvents) -> RankSummary:
         result={key: value for key, value in results[-1].items() if key not in _RESERVED_FIELDS}
         if results
         else None,
-        finished=bool(rank.named("stop")),
-        failed=any("exception" in event for event in rank.named("stop")),
+        finished=any("killed_by" not in stop for stop in stops),
+        failed=any("exception" in stop for stop in stops),
+        killed_by_watchdog=any(stop.get("killed_by") == "watchdog" for stop in stops),
         unreadable_lines=rank.unreadable_lines,
     )
 

@@ -444,21 +444,27 @@ class _Child:
         while os.getppid() == self.parent and time.monotonic() < deadline:
             time.sleep(0.05)
         if os.getppid() == self.parent:
+            with contextlib.suppress(OSError):
+                self.write_event("stop", killed_by="watchdog")
             os.kill(self.parent, signal.SIGKILL)
 
     def write_log(self, text: str) -> None:
         if self.log is None:
             return
-        now, place = time.time(), self.log["place"]
+        now = time.time()
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) + f",{int(now * 1000) % 1000:03d}"
-        event = {"time": now, **place, "event": "error", "message": text}
-        position = " ".join(f"{name} {rank}" for name, rank in place.items())
-        for path, line in (
-            (self.log["log"], f"{stamp} [ERROR] {position}: {text}"),
-            (self.log["events"], json.dumps(event)),
-        ):
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        position = " ".join(f"{name} {rank}" for name, rank in self.log["place"].items())
+        with open(self.log["log"], "a", encoding="utf-8") as file:
+            file.write(f"{stamp} [ERROR] {position}: {text}\n")
+        self.write_event("error", message=text)
+
+    def write_event(self, name: str, **fields: Any) -> None:
+        """Appends what RankLogger.event() would, which the rank itself may not come to any more."""
+        if self.log is None:
+            return
+        event = {"time": time.time(), **self.log["place"], "event": name, "pid": self.parent, **fields}
+        with open(self.log["events"], "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
 
     def close(self, channel: _Channel) -> None:
         if channel.socket.fileno() >= 0:

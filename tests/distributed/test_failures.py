@@ -90,9 +90,12 @@ def test_exception(run):
 @pytest.mark.parametrize("what", ["hangs", "hangs_in_c"])
 def test_hanging_rank(what, run):
     """Rank 1 waits for rank 3; rank 0, which waits for rank 1, must not blame it."""
-    waited = rf"waited {TIMEOUT_SECONDS} s in all_reduce of the"
+    waited = r"waited (\d+) s in all_reduce of the"
     either = rf"rank 1 {waited} ep group \[1, 3\]|rank 2 {waited} tp group \[2, 3\]"
-    assert_ended(run(what), f"({either}); rank 3 did not arrive there")
+    job = run(what)
+    assert_ended(job, f"({either}); rank 3 did not arrive there")
+    waits = {int(seconds) for log in job.logs for seconds in re.findall(r" waited (\d+) s in ", log)}
+    assert min(waits) >= TIMEOUT_SECONDS, str(job)
 
 
 def test_rank_that_misses_a_barrier(run):
@@ -344,7 +347,7 @@ def test_a_child_never_sees_half_of_an_entry(tmp_path):
                 entered, left, since, what = shared.read()["ep"]
                 # Of a rank that never pauses the second may be of a later moment.
                 assert entered - left <= 1 and entered >= seen, (entered, left, seen)
-                assert time.monotonic() - since < 1 and what.startswith("call "), (since, what)
+                assert time.monotonic() - since < 20 and what.startswith("call "), (since, what)
                 seen, waiting = entered, waiting + (entered > left)
         finally:
             writer.kill()
