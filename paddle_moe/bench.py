@@ -355,6 +355,9 @@ def _ridge(result: dict) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the benchmark to its subcommand."""
     parser.add_argument(
+        "--device", default="cpu", help="cpu; benchmarks/gpu_moe.py in the repository measures a GPU"
+    )
+    parser.add_argument(
         "--shapes", default=DEFAULT_SHAPES, help="ExKxHxI, comma-separated (default: %(default)s)"
     )
     parser.add_argument("--tokens", default="1,8,64,512", help="comma-separated (default: %(default)s)")
@@ -388,6 +391,11 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[int, ...
     Raises:
         ValueError: an option is wrong.
     """
+    if arguments.device != "cpu":
+        raise ValueError(
+            f"--device must be cpu, got {arguments.device}; a GPU is measured by benchmarks/gpu_moe.py in the "
+            "repository"
+        )
     names = arguments.variants.split(",")
     if arguments.backward:
         names = [name for name in names if name not in WITHOUT_BACKWARD]

@@ -17,7 +17,7 @@ TINY = ["--shapes", "4x2x32x16", "--rounds", "1", "--tokens", "1,5"]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "paddle_moe", "bench", *map(str, arguments)]
+    command = [sys.executable, "-m", "paddle_moe", "bench", "--device", "cpu", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -220,6 +220,7 @@ def test_times_floor_is_the_time_over_the_floor(flops, read):
         (["--tokens", "many"], "--shapes must be like"),
         (["--tokens", "0"], "--shapes must be like"),
         (["--tokens=-1"], "--shapes must be like"),
+        (["--device", "gpu"], "--device must be cpu, got gpu; a GPU is measured by benchmarks/gpu_moe.py"),
         (["--dtypes", "int2"], "; got int2"),
         (["--variants", "abacus"], "; got abacus"),
         (["--rounds", "0"], "--shapes must be like"),
