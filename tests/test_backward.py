@@ -544,8 +544,11 @@ def test_the_size_of_the_workspace_is_found_without_making_gradients():
 
 
 PEAK_MEMORY = """
+import os
 import re
 from pathlib import Path
+# Each processor counts some pages of its own before Linux adds them up, and has a thread with a stack.
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 import numpy as np
 from paddle_moe import core
 

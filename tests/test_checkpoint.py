@@ -251,6 +251,8 @@ def test_a_killed_save_leaves_the_one_before(tmp_path):
             number = load_checkpoint(tmp_path, layer, optimizer)
             assert (layer.weight == float(number)).all()
             process.send_signal(signal.SIGCONT)
+        while int(process.stdout.readline()) == 0:  # a slow disk may not have come to the next one yet
+            pass
     finally:
         process.kill()
         process.wait(30)

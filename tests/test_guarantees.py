@@ -183,7 +183,11 @@ from paddle_moe import core
 if sys.argv[1] == "no threads":
     import resource
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    os.setuid(65534)  # the limit does not hold for root
+    try:
+        os.setuid(65534)  # the limit does not hold for root
+    except OSError:
+        print("no other user")
+        sys.exit()
 try:
     print(core.get_num_threads())
     logits = core.gate(np.ones((64, 8), np.float32), np.ones((8, 4), np.float32))
@@ -222,31 +226,36 @@ def test_default_number_of_threads(case, environment, expected):
     names = ("PADDLE_MOE_NUM_THREADS", "OMP_NUM_THREADS", "PADDLE_LOCAL_SIZE", "PADDLE_MOE_ISA")
     unset = dict.fromkeys(names, "")
     printed = checks.run_python("-c", DEFAULT_THREADS, case, timeout=120, **{**unset, **environment})
+    if printed == "no other user\n":
+        pytest.skip("this root may not become another user")
     assert re.fullmatch(expected, printed.strip()), printed
 
 
-# A caller that is pinned to a processor at first, and then is not; prints where it is, and all affinities.
+# A caller that is pinned to a processor at first, and then is not; prints that one, and all affinities.
 PINNED = """
 import ctypes, os
 import numpy as np
 from paddle_moe import core
+
+here = ctypes.CDLL(None).sched_getcpu
 
 def call():
     core.gate(np.ones((4096, 64), np.float32), np.ones((64, 64), np.float32))
 
 core.set_num_threads(2)
 everywhere = os.sched_getaffinity(0)
-os.sched_setaffinity(0, {min(everywhere)})
+pinned = min(everywhere)
+os.sched_setaffinity(0, {pinned})
 call()
-os.sched_setaffinity(0, everywhere)
-here = ctypes.CDLL(None).sched_getcpu
-for _ in range(1000):  # until it stays on one processor for a call
+for _ in range(1000):  # until the system leaves it there for a call: workers may be where the caller is not
+    os.sched_setaffinity(0, everywhere)
     before = here()
     call()
     affinities = [sorted(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")]
-    if before == here():
+    if before == here() == pinned and [pinned] not in affinities:
         break
-print([before, affinities])
+    os.sched_setaffinity(0, {pinned})
+print([pinned, affinities])
 """
 
 
