@@ -19,7 +19,7 @@ TINY = ["--shapes", "4x2x32x16", "--rounds", "1", "--tokens", "1,5"]
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "paddle_moe", "bench", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_figures_and_picture(tmp_path):

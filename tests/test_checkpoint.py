@@ -576,7 +576,7 @@ def test_a_rank_reads_its_share_of_a_file(experts, columns, large_file):
         env={**os.environ, "PYTHONPATH": str(Path(paddle_moe.__file__).parents[1])},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     bytes_read, touched, total = map(float, done.stdout.split())

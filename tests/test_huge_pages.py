@@ -149,7 +149,7 @@ def test_a_layer_with_them_and_without_them():
         environment = {**os.environ, "PADDLE_MOE_HUGE_PAGES": choice, "PYTHONPATH": os.pathsep.join(paths)}
         done = subprocess.run(
             [sys.executable, "-c", LAYER],
-            env=environment, capture_output=True, text=True, timeout=100,
+            env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         moved, error, result = done.stdout.split()

@@ -110,7 +110,7 @@ def free_ports(count: int) -> list[int]:
     return list(ports)
 
 
-def launch(log_dir: Path, script: Path, *arguments: object, ranks: int, seconds: float = 120) -> Job:
+def launch(log_dir: Path, script: Path, *arguments: object, ranks: int, seconds: float = 240) -> Job:
     """Runs a job on this host from start to end.
 
     Once more where fleet.init failed: the ranks of the groups that it makes on gloo do not always find each
