@@ -8,6 +8,7 @@ that ask for them, and Paddle does not ask.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import mmap
 import os
@@ -80,7 +81,9 @@ def _why_not_in_this_system() -> str | None:
     error = _advise(start + -start % page, page)
     del first  # else the memory could not be given back
     memory.close()
-    return None if error == 0 else f"madvise(MADV_COLLAPSE), which Linux has since 6.1: {os.strerror(error)}"
+    if error in (0, errno.EAGAIN, errno.EBUSY, errno.ENOMEM):  # there is no such page at this moment
+        return None
+    return f"madvise(MADV_COLLAPSE), which Linux has since 6.1: {os.strerror(error)}"
 
 
 @functools.cache

@@ -20,9 +20,11 @@ import contextlib
 import json
 import mmap
 import os
+import select
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -265,7 +267,7 @@ class _Child:
         self.selector = selectors.DefaultSelector()
         self.shared = _Shared(options["shared"])
         self.rank_channel = _Channel(socket.socket(fileno=options["socket"]))
-        self.selector.register(self.rank_channel.socket, selectors.EVENT_READ, self.on_rank_readable)
+        self.selector.register(self.rank_channel.socket, selectors.EVENT_READ, self.hear_rank)
         self.coordinator: _Coordinator | None = None
         self.coordinator_channel: _Channel | None = None
         self.join: dict[str, Any] | None = None  # the pending request, until a connection stands
@@ -340,6 +342,13 @@ class _Child:
         for message in messages:
             getattr(self, "on_" + message["type"])(message)
 
+    def hear_rank(self) -> None:
+        """Passes on all that the rank has said, and its end, which no answer of this child may overtake."""
+        while self.rank_channel.socket.fileno() >= 0:
+            if not select.select([self.rank_channel.socket], [], [], 0)[0]:
+                return
+            self.on_rank_readable()
+
     def on_listen(self, message: dict[str, Any]) -> None:
         try:
             self.coordinator = _Coordinator(self.selector, message["port"], self.timeout)
@@ -356,6 +365,9 @@ class _Child:
         host, port = self.join["host"], self.join["port"]
         try:
             connection = socket.create_connection((host, port), timeout=1.0)
+            if connection.getsockname() == connection.getpeername():
+                _drop(connection)
+                raise ConnectionRefusedError("nobody listens there")
         except OSError as error:
             if now > self.join_deadline:
                 text = (
@@ -425,6 +437,9 @@ class _Child:
             if message["type"] == "departed":
                 self.departed[message["rank"]] = message["counts"]
             elif message["type"] == "state?":
+                self.hear_rank()
+                if self.coordinator_channel is None:  # the rank has left
+                    return
                 self.coordinator_channel.send(type="state", counts=self.counts(), waits=self.waits())
             else:
                 self.rank_channel.send(**message)
@@ -537,6 +552,8 @@ class _Coordinator:
         self.causes: list[tuple[int, str]] = []  # (priority, text), lower is nearer the root
         self.first_death: float | None = None
         self.stuck: tuple[_Member, str] | None = None
+        self.asked: list[_Member] = []  # where they are, without an answer yet
+        self.answers_until = 0.0
         self.end_at: float | None = None
         self.ended_at: float | None = None
 
@@ -697,18 +714,28 @@ class _Coordinator:
     def find_stuck(self, member: _Member, error: str) -> None:
         """Asks all ranks where they are; `end_all` uses the answers unless a cause turns up meanwhile."""
         self.stuck = member, error
-        for other in self.joined:
-            if other.active:
-                other.channel.send(type="state?")
-        self.end_at = self.end_at or time.monotonic() + 2 * _GATHER_SECONDS
+        self.asked = [other for other in self.joined if other.active]
+        for other in self.asked:
+            other.channel.send(type="state?")
+        now = time.monotonic()
+        self.answers_until = now + _GRACE_SECONDS
+        self.end_at = self.end_at or now + 2 * _GATHER_SECONDS
 
     def on_state(self, member: _Member, message: dict[str, Any]) -> None:
         member.counts, member.waits = message["counts"], message["waits"]
+        self.asked.remove(member)
+
+    def may_end(self, now: float) -> bool:
+        """Not while answers are missing: a rank whose child is slow would be taken for the one to blame."""
+        if self.end_at is None or now <= self.end_at:
+            return False
+        answered = not any(member.active for member in self.asked)
+        return answered or bool(self.causes) or now > self.answers_until
 
     def add_cause(self, priority: int, text: str) -> None:
         now = time.monotonic()
         if not self.causes:
-            self.end_at = min(self.end_at or float("inf"), now + _GATHER_SECONDS)
+            self.end_at = now + _GATHER_SECONDS
         if now <= self.end_at:
             self.causes.append((priority, text))
 
@@ -720,7 +747,7 @@ class _Coordinator:
             return
         if self.exchanges and now > self.exchange_deadline() and self.stuck is None:
             self.find_stuck(self.joined[min(self.exchanges)], "")
-        if self.end_at is not None and now > self.end_at and self.ended_at is None:
+        if self.ended_at is None and self.may_end(now):
             self.end_all(now)
 
     def end_all(self, now: float) -> None:
@@ -777,6 +804,15 @@ class _Coordinator:
 
 def _ranks(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {sorted(ranks)}"
+
+
+def _drop(connection: socket.socket) -> None:
+    """Closes a connection to itself, at once, because rank 0 cannot listen on its port meanwhile.
+
+    TCP makes one where nobody listens, when it happens to take that very port for the caller's end.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
 
 
 def _detect_lost_host(connection: socket.socket) -> None:

@@ -280,7 +280,7 @@ def test_every_instruction_set_is_right(isa):
         "    grad_out = t.grad_out_of(case)\n"
         "    expected = t.expected_gradients(case, grad_out)\n"
         "    t.assert_gradients_close(t.forward_and_backward(case, grad_out), expected, dtype)\n",
-        timeout=120,
+        timeout=300,
         PADDLE_MOE_ISA=isa,
     )
 
@@ -544,8 +544,11 @@ def test_the_size_of_the_workspace_is_found_without_making_gradients():
 
 
 PEAK_MEMORY = """
+import os
 import re
 from pathlib import Path
+# Each processor counts some pages of its own before Linux adds them up, and has a thread with a stack.
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 import numpy as np
 from paddle_moe import core
 
@@ -578,4 +581,4 @@ assert peak <= results + chunk + (8 << 20), (peak, results)
 
 
 def test_peak_memory_of_forward_and_backward():
-    run_python("-c", PEAK_MEMORY, timeout=120)
+    run_python("-c", PEAK_MEMORY, timeout=300)

@@ -135,7 +135,7 @@ def test_help_is_quick(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.stdout.endswith("0\n[]\n"), done.stdout + done.stderr
     assert "doctor" in done.stdout and "bench" in done.stdout

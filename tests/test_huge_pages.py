@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import re
 import subprocess
@@ -21,6 +22,23 @@ PAGE = 2 << 20
 needs_them = pytest.mark.skipif(
     huge_pages.why_not() is not None, reason=f"no huge pages: {huge_pages.why_not()}"
 )
+
+
+# Of all programs, also where they do not ask: then there is nothing left to move.
+ALWAYS = huge_pages.why_not() is None and "[always]" in (huge_pages._SETTINGS / "enabled").read_text()
+THERE_ARE_NONE_NOW = (errno.EAGAIN, errno.EBUSY, errno.ENOMEM)
+
+
+def note_errors() -> list[int]:
+    """Of each collapse from now on."""
+    advise, errors = huge_pages._advise, []
+
+    def noted(*extent):
+        errors.append(advise(*extent))
+        return errors[-1]
+
+    huge_pages._advise = noted
+    return errors
 
 
 def in_huge_pages() -> int:
@@ -42,11 +60,15 @@ def extent_of(tensor: paddle.Tensor) -> tuple[int, int]:
 
 
 @needs_them
-def test_a_tensor_moves_and_keeps_its_address_and_bits():
+def test_a_tensor_moves_and_keeps_its_address_and_bits(monkeypatch):
     tensor = paddle.randn([24 << 20])
     address, values, before = tensor.data_ptr(), tensor.numpy().copy(), in_huge_pages()
+    monkeypatch.setattr(huge_pages, "_advise", huge_pages._advise)  # undone after the test
+    errors = note_errors()
     paddle_moe.use_huge_pages(tensor)
-    assert in_huge_pages() - before >= (24 << 22) // 2  # there may not be enough of them for all
+    moved = in_huge_pages() - (0 if ALWAYS else before)
+    assert len(errors) == 1 and errors[0] in (0, *THERE_ARE_NONE_NOW)
+    assert moved >= (24 << 22) - 2 * PAGE or errors[0] != 0
     assert tensor.data_ptr() == address
     assert_same_bits(tensor.numpy(), values)
     paddle_moe.use_huge_pages(tensor)  # where they are already
@@ -107,13 +129,14 @@ def test_a_layer_that_is_initialised_later(collapsed):
 LAYER = """
 import paddle
 from paddle_moe import FusedMoE
-from test_huge_pages import in_huge_pages
+from test_huge_pages import in_huge_pages, note_errors
 
-before = in_huge_pages()
+errors, before = note_errors(), in_huge_pages()
 layer = FusedMoE(512, 1024, num_experts=8, top_k=2, seed=3)
 moved = in_huge_pages() - before
 with paddle.no_grad():
-    print(moved, layer(paddle.linspace(-1, 1, 9 * 512).reshape([9, 512])).sum().item())
+    result = layer(paddle.linspace(-1, 1, 9 * 512).reshape([9, 512])).sum().item()
+print(moved, max(errors, default=0), result)
 """
 
 
@@ -126,11 +149,14 @@ def test_a_layer_with_them_and_without_them():
         environment = {**os.environ, "PADDLE_MOE_HUGE_PAGES": choice, "PYTHONPATH": os.pathsep.join(paths)}
         done = subprocess.run(
             [sys.executable, "-c", LAYER],
-            env=environment, capture_output=True, text=True, timeout=100,
+            env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        moved, result = done.stdout.split()
-        assert int(moved) >= weights / 2 if choice == "1" else int(moved) < weights / 4
+        moved, error, result = done.stdout.split()
+        if choice == "0":
+            assert int(moved) < weights / 4 or ALWAYS
+        else:
+            assert int(moved) >= weights / 2 or int(error) in THERE_ARE_NONE_NOW
         results.append(result)
     assert results[0] == results[1]
 
@@ -160,6 +186,8 @@ def test_a_reason(monkeypatch):
         ("always madvise [never]", 0, "says never"),
         ("always [madvise] never", 22, "which Linux has since 6.1: Invalid argument"),
         ("always [madvise] never", 0, None),
+        ("always [madvise] never", errno.ENOMEM, None),
+        ("always [madvise] never", errno.EAGAIN, None),
     ],
 )
 def test_systems(settings, error, reason, tmp_path, monkeypatch):

@@ -272,7 +272,7 @@ def test_a_pickled_layer_has_no_logger(tmp_path):
     code += "layer = pickle.load(open(sys.argv[1] + '/layer', 'rb'))\n"
     code += "out = layer(paddle.to_tensor(np.load(sys.argv[1] + '/x.npy')))\n"
     code += "assert layer.logger is None; np.save(sys.argv[1] + '/out.npy', out.numpy())"
-    run_python("-c", code, str(tmp_path), timeout=60)
+    run_python("-c", code, str(tmp_path), timeout=300)
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), layer(x).numpy())
     assert copy.deepcopy(layer).logger is copy.copy(layer).logger is layer.logger
 

@@ -51,7 +51,7 @@ def run_python(code, **environment):
         env={**os.environ, "PYTHONPATH": str(PACKAGE_PARENT), **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -441,7 +441,7 @@ def test_two_jobs_at_once_are_not_added_up(tmp_path):
             job.stdin.write(f"{tokens}\n")
             job.stdin.flush()
             assert job.stdout.readline() == "ok\n"
-        jobs[0].communicate(timeout=60)
+        jobs[0].communicate(timeout=300)
         (rank,) = summarize(tmp_path).ranks
         assert (rank.rows, rank.calls, rank.finished) == (200, 2, False)
         assert f"process {jobs[0].pid} wrote to test_logs_ep_rank_0_tp_rank_0.jsonl at the same time" in str(

@@ -151,7 +151,7 @@ def test_every_instruction_set_is_right(isa):
         "    for dtype in ('float32', 'bfloat16'):\n"
         "        t.assert_right(t.case_with_biases(65, kind=kind, dtype=dtype, granularity='group',\n"
         "                                          permuted=True), dtype)\n",
-        timeout=120,
+        timeout=300,
         PADDLE_MOE_ISA=isa,
     )
 

@@ -144,7 +144,7 @@ def test_a_saved_program_gives_the_bits_of_eager(layout, tmp_path):
         "out = paddle.jit.load(directory + '/layer')(paddle.to_tensor(np.load(directory + '/x.npy')))[0]\n"
         "np.testing.assert_array_equal(out.numpy(), np.load(directory + '/expected.npy'))\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=300)
 
 
 def build(function, *specs):
@@ -365,5 +365,5 @@ def test_programs_built_by_hand(pir, program):
         [sys.executable, "-c", program],
         env={**os.environ, "FLAGS_enable_pir_api": pir},
         check=True,
-        timeout=120,
+        timeout=300,
     )

@@ -36,7 +36,7 @@ def run(*command: object) -> tuple[int, str]:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=120,
+        timeout=300,
     )
     return done.returncode, done.stdout
 

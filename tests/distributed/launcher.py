@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -93,7 +94,23 @@ def finish(process: subprocess.Popen, log_dir: Path, seconds: float) -> Job:
     return job
 
 
-def launch(log_dir: Path, script: Path, *arguments: object, ranks: int, seconds: float = 120) -> Job:
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody uses, and that the system gives to nobody before the ranks listen on them.
+
+    That of a socket that is bound to port 0 and closed may go to any process that makes a connection.
+    """
+    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+        first_given = int(file.read().split()[0])
+    candidates = range(10_000, first_given if first_given > 11_000 else 60_000)
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.SystemRandom().choice(candidates)  # not those of another run of the tests
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            ports.add(port)
+    return list(ports)
+
+
+def launch(log_dir: Path, script: Path, *arguments: object, ranks: int, seconds: float = 240) -> Job:
     """Runs a job on this host from start to end.
 
     Once more where fleet.init failed: the ranks of the groups that it makes on gloo do not always find each
@@ -111,9 +128,7 @@ def _launch_once(log_dir: Path, script: Path, *arguments: object, ranks: int, se
     It starts the ranks as paddle.distributed.launch does, but at once: that one takes three seconds more.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as taken:
-        sockets = [taken.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(ranks + 1)]
-        master, *endpoints = (f"127.0.0.1:{one.getsockname()[1]}" for one in sockets)
+    master, *endpoints = (f"127.0.0.1:{port}" for port in free_ports(ranks + 1))
     started = time.monotonic()
     end = started + seconds
     processes = []
@@ -131,8 +146,8 @@ def _launch_once(log_dir: Path, script: Path, *arguments: object, ranks: int, se
             command = [sys.executable, "-u", str(script), *map(str, arguments)]
             processes.append(spawn(command, log_dir / f"workerlog.{rank}", {**environment(), **variables}))
         while None in (codes := [process.poll() for process in processes]) and time.monotonic() < end:
-            if any(codes):  # a moment for the others to notice
-                end = min(end, time.monotonic() + 5)
+            if any(codes):  # time for the others to notice, also on a busy machine
+                end = min(end, time.monotonic() + 20)
             time.sleep(0.02)
     finally:
         for process in processes:

@@ -88,9 +88,10 @@ def test_other_work_runs_while_rows_travel(job):
 def test_a_rank_that_waits_logs_collective_time(job):
     _, _, ranks = job
     for rank, results in enumerate(ranks):
-        kernel, collective = results["logged seconds"]
+        kernel, collective, total = results["logged seconds"]
         # A tenth of a second is that of the shared expert, which runs while rows travel.
-        assert kernel >= 0.1 and (rank == 0 or collective > 0.6 > kernel), (rank, kernel, collective)
+        assert kernel >= 0.1 and kernel + collective <= total, (rank, kernel, collective, total)
+        assert rank == 0 or collective > 0.6, (rank, kernel, collective, total)
 
 
 def test_another_number_of_choices_on_another_rank(job):

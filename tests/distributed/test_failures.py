@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import re
 import socket
 import subprocess
@@ -16,13 +17,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launcher import WORKERS, Job, environment, launch, read_logs
+from launcher import WORKERS, Job, environment, free_ports, launch, read_logs
 
 from paddle_moe import init_distributed
-from paddle_moe.watchdog import _Shared
+from paddle_moe.watchdog import _Child, _Shared
 
-TIMEOUT_SECONDS = 8  # of the ranks in workers/failures.py
-SOON_SECONDS = 10  # from the end of the first rank that fails to that of the last, on a busy machine
+TIMEOUT_SECONDS = 8  # of the ranks in workers/failures.py that reach it
+SOON_SECONDS = 20  # from the end of the first rank that fails to that of the last, on a busy machine
 
 
 # Those of a group run at the same time.
@@ -95,7 +96,8 @@ def test_hanging_rank(what, run):
     job = run(what)
     assert_ended(job, f"({either}); rank 3 did not arrive there")
     waits = {int(seconds) for log in job.logs for seconds in re.findall(r" waited (\d+) s in ", log)}
-    assert min(waits) >= TIMEOUT_SECONDS, str(job)
+    # The rank that is named may have come a bit later than the one that has waited for all of its limit.
+    assert min(waits) >= TIMEOUT_SECONDS / 2, str(job)
 
 
 def test_rank_that_misses_a_barrier(run):
@@ -103,7 +105,8 @@ def test_rank_that_misses_a_barrier(run):
 
 
 def test_ranks_that_wait_for_each_other(run):
-    (reason,) = {log.partition(" ends: ")[2].strip() for log in run("other_order").logs}
+    job = run("other_order")
+    (reason,) = {re.search(" ends: (.*)\n", log)[1] for log in job.logs}
     assert reason.startswith("the ranks wait for each other: rank 0 ")
     assert re.search(r"rank 1 \d+ s in all_reduce of the tp group \[0, 1\]", reason), reason
     assert re.search(r"rank 3 \d+ s in all_reduce of the ep group \[1, 3\]", reason), reason
@@ -184,20 +187,23 @@ def join_and(
     join: str = "watchdog.join('127.0.0.1', port, {'world_size': size})",
     limit: float = 20,
 ) -> list[str]:
-    """What ranks print that join a job, then run `code`; `before` runs on rank 0 when it listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """What ranks print that join a job, then run `code`; `before` runs on rank 0 when it listens.
+
+    They begin together, because a busy machine may start one of them seconds after the others.
+    """
+    (port,) = free_ports(1)
     script = (
-        "import json, socket, sys, time\nfrom paddle_moe.watchdog import Watchdog\n"
+        "import json, os, signal, socket, subprocess, sys, time\nfrom paddle_moe.watchdog import Watchdog\n"
         f"rank, size, port = map(int, sys.argv[1:])\nwatchdog = Watchdog(rank, {limit})\n"
         f"if rank == 0:\n    watchdog.listen(port)\n{textwrap.indent(before, '    ')}\n"
+        "print('ready', flush=True)\nsys.stdin.readline()\n"
         f"{join}\n{code}\nwatchdog.leave()\nprint('finished')"
     )
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", script, *map(str, (rank, len(ranks), port))],
             env=environment(),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -205,10 +211,17 @@ def join_and(
         for rank in ranks
     ]
     try:
-        return [process.communicate(timeout=30)[0] for process in processes]
+        for process in processes:
+            said = process.stdout.readline()
+            assert said == "ready\n", said + process.stdout.read()
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        return [process.communicate(timeout=60)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
 
 
 def test_ranks_that_meet_in_different_calls():
@@ -258,6 +271,73 @@ def test_a_rank_that_is_at_files_for_longer_than_the_limit(context, does, waits,
             assert re.search(f"paddle_moe: rank {rank} ends: {reason}\n", said), said
 
 
+WITHOUT_ITS_CHILD = """
+watchdog.set_groups(dict.fromkeys(("world", "grid", "ep", "tp", "dp"), [0, 1, 2]))
+
+def stop_child(seconds):
+    os.kill(watchdog._process.pid, signal.SIGSTOP)
+    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {watchdog._process.pid}"])
+
+"""
+
+
+def test_a_rank_whose_child_is_slow_to_answer_is_not_blamed():
+    """As on a host with more work than processors."""
+    code = WITHOUT_ITS_CHILD + (
+        "if rank == 1: time.sleep(60)\n"
+        "with watchdog.waiting('ep', 'all_reduce of the ep group'):\n"
+        "    if rank == 2: stop_child(3.5)\n"
+        "    time.sleep(60)"
+    )
+    reason = r"rank [02] waited \d+ s in all_reduce of the ep group; rank 1 did not arrive there\n"
+    for rank, said in enumerate(join_and(code, limit=2)):
+        assert re.search(f"paddle_moe: rank {rank} ends: {reason}", said), said
+
+
+def test_a_death_that_is_heard_of_late_is_the_reason_all_the_same():
+    """Ranks whose collectives it broke are heard of sooner."""
+    code = WITHOUT_ITS_CHILD + (
+        "*_, pid = watchdog.exchange(os.getpid(), 'exchanging pids')\n"
+        "if rank == 2:\n"
+        "    stop_child(1.5)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "while ') Z ' not in open(f'/proc/{pid}/stat').read(): time.sleep(0.01)\n"
+        "with watchdog.waiting('ep', 'all_reduce of the ep group'):\n"
+        "    raise RuntimeError('connection closed by peer')"
+    )
+    for rank, said in enumerate(join_and(code)):
+        assert re.search(rf"paddle_moe: rank {rank} ends: rank 2 \(pid \d+ on \S+\) died\n", said), said
+
+
+def test_a_rank_that_reaches_itself_tries_again(tmp_path, monkeypatch):
+    """Where nobody listens yet, TCP may choose the port that is called for the caller's own end."""
+    (port,) = free_ports(1)
+    connect, to_itself = socket.create_connection, []
+
+    def connect_to_itself(address, timeout):
+        monkeypatch.setattr(socket, "create_connection", connect)
+        to_itself.append(socket.socket())
+        to_itself[0].bind(address)
+        to_itself[0].connect(address)
+        return to_itself[0]
+
+    monkeypatch.setattr(socket, "create_connection", connect_to_itself)
+    (tmp_path / "shared").write_bytes(bytes(_Shared.SIZE))
+    ours, theirs = socket.socketpair()
+    with ours, open(tmp_path / "shared", "r+b") as shared:
+        options = {"rank": 0, "timeout": 20, "parent": os.getppid()}
+        child = _Child({**options, "socket": theirs.detach(), "shared": shared.fileno()})
+        child.on_join({"host": "127.0.0.1", "port": port, "config": {"world_size": 1}})
+        child.tick()
+        assert to_itself and child.coordinator_channel is None
+        child.on_listen({"port": port})
+        child.tick()
+        assert child.coordinator_channel is not None
+        for channel in (child.coordinator_channel, child.rank_channel):
+            child.close(channel)
+        child.coordinator.stop_listening()
+
+
 def test_ranks_that_were_refused_try_again():
     """On the same port, which the coordinator has let go when all ranks have heard of it."""
     again = (
@@ -291,7 +371,7 @@ def test_strangers_do_not_disturb_a_job():
     """Each connection is closed, and the ranks join all the same."""
     before = (
         f"for sent in {MALFORMED}:\n"
-        "    with socket.create_connection(('127.0.0.1', port), timeout=5) as stranger:\n"
+        "    with socket.create_connection(('127.0.0.1', port), timeout=20) as stranger:\n"
         "        try: stranger.sendall(sent); assert stranger.recv(1) == b''\n"
         "        except ConnectionResetError: pass"
     )

@@ -45,7 +45,7 @@ def test_equals_the_dense_layer(options, tmp_path):
 def test_one_process_without_launcher(tmp_path):
     command = [sys.executable, str(RUN_MOE), "--tokens", "5", "--log-dir", str(tmp_path)]
     done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        command, env=environment(), capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout + done.stderr
 

@@ -28,7 +28,7 @@ class Host:
 
 
 def run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def launch_on(hosts: list[Host], script: Path, *arguments: object) -> list[Job]:
             command_prefix=host.command_prefix,
         )
         running.append(process)
-    return [finish(process, host.directory, 120) for process, host in zip(running, hosts)]
+    return [finish(process, host.directory, 240) for process, host in zip(running, hosts)]
 
 
 def test_groups_over_two_hosts(two_hosts):
@@ -130,5 +130,5 @@ def test_hosts_whose_own_name_is_a_loopback_address(two_hosts):
         directory.mkdir()
         running.append((spawn(command, directory / "launcher", {**environment(), **variables}), directory))
     for process, directory in running:
-        job = finish(process, directory, 120)
+        job = finish(process, directory, 240)
         assert job.returncode == 0 and "all checks passed" in job.output, str(job)

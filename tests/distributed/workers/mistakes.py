@@ -7,6 +7,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from meeting import meet_other_ranks
+
 import paddle_moe
 from paddle_moe import params
 from paddle_moe.distributed import ParallelContext, init_distributed
@@ -57,6 +59,7 @@ paddle_moe.mixture_of_experts = compute_wrongly
 params.shard_experts = shard_wrongly
 
 options = script["parse_arguments"]()
+meet_other_ranks()
 with init_distributed(options.ep, options.tp, timeout_seconds=options.timeout) as context:
     logger = get_rank_logger(context.ep_rank, context.tp_rank, log_dir=options.log_dir)
     context.log_failures_to(logger)
