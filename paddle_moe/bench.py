@@ -393,8 +393,8 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[int, ...
     """
     if arguments.device != "cpu":
         raise ValueError(
-            f"--device must be cpu, got {arguments.device}; a GPU is measured by benchmarks/gpu_moe.py in the "
-            "repository"
+            f"--device must be cpu, got {arguments.device}; a GPU is measured by benchmarks/gpu_moe.py in "
+            "the repository"
         )
     names = arguments.variants.split(",")
     if arguments.backward:
