@@ -15,7 +15,7 @@ from paddle import nn
 from paddle_moe import _core, core, functional
 from paddle_moe._options import ROUTE_OPTIONS, at_least, checked, dtype_name, flag, one_of, switch, type_name
 from paddle_moe.all_to_all import all_to_all_experts
-from paddle_moe.collectives import leave_shards, no_contribution
+from paddle_moe.collectives import has_no_rows, leave_shards, no_contribution
 from paddle_moe.layer_weights import DTYPES, ShardedWeights, as_tensor
 from paddle_moe.logs import RankLogger
 from paddle_moe.params import PLACE, LayerShard, shard_range
@@ -497,9 +497,10 @@ class FusedMoE(ShardedWeights):
         if self.quantized is not None:  # hidden_states may be of any dtype then
             biases = (one if one is None else one.astype(hidden_states.dtype) for one in weights[2:])
             weights = *weights[:2], *biases
-        if self.experts_max < self.experts_min:
+        num_experts = self.experts_max - self.experts_min + 1
+        if not num_experts or has_no_rows(hidden_states):
             # With more ranks than experts a rank may have nothing to add, but the others wait for its zeros.
-            amax = paddle.zeros([0], "float32") if measure else None
+            amax = paddle.zeros([num_experts], "float32") if measure else None
             return no_contribution(hidden_states, router_weights, *weights), amax
         result = functional.mixture_of_experts(
             hidden_states,

@@ -23,7 +23,7 @@ from paddle import nn
 from paddle_moe import functional
 from paddle_moe._options import dtype_name, switch
 from paddle_moe.all_to_all import all_to_all_experts
-from paddle_moe.collectives import leave_shards, no_contribution
+from paddle_moe.collectives import has_no_rows, leave_shards, no_contribution
 from paddle_moe.distributed import ParallelContext
 from paddle_moe.huge_pages import use_huge_pages
 from paddle_moe.layer_weights import keep_dtypes
@@ -69,6 +69,10 @@ class Weights:
     down_bias: Any = None
     gate_up_scale: Any = None  # of quantised ones, which are stored [out, in] or prepacked
     down_scale: Any = None
+
+    def tensors(self) -> list[Tensor]:
+        groups = [one for one in vars(self).values() if one is not None]
+        return [tensor for group in groups for tensor in (group if isinstance(group, list) else [group])]
 
     def are_prepacked(self) -> bool:
         down = self.down[0] if isinstance(self.down, list) else self.down
@@ -650,8 +654,8 @@ class MoEBlock:
     ) -> Tensor:
         """Zeros on a rank that holds no expert, or no column, so that all ranks build graphs of one shape."""
         down = weights.down[0] if isinstance(weights.down, list) else weights.down
-        if down.size == 0:
-            return no_contribution(tokens, router_weights)
+        if down.size == 0 or has_no_rows(tokens):
+            return no_contribution(tokens, router_weights, *weights.tensors())
         return self.run(tokens, routing_table, router_weights, weights, first)
 
     def run(

@@ -16,8 +16,8 @@ JOBS = {
     ),
     "ep4": (
         (4, 1, 1),
-        "gradients faults branches stop_gradient dropped_all_reduces amax clipping flags "
-        "all_to_all_output all_to_all_stop_gradient all_to_all_steps",
+        "gradients faults branches stop_gradient dropped_all_reduces recompute amax clipping flags "
+        "all_to_all_output all_to_all_stop_gradient all_to_all_recompute all_to_all_steps",
     ),
     "tp4": ((1, 4, 1), "gradients branches dropped_all_reduces flags"),
     "dp2": ((1, 1, 2), "sharded_optimizer data_parallel overflow flags"),

@@ -197,15 +197,19 @@ def sizes():
 def recompute():
     from paddle.distributed.fleet.utils import recompute
 
-    options = dict(balance_loss_weight=0.5, jitter_epsilon=0.0, bias_update_speed=1e-3)
-    for reentrant in (True, False):
-        layer, dense = both(**options)
+    cases = (
+        dict(balance_loss_weight=0.5),
+        dict(num_experts=2, parts=dict(correction=True)),  # a rank without experts has nothing to compute
+    )
+    for reentrant, options in itertools.product((True, False), cases):
+        layer, dense = both(bias_update_speed=1e-3, **options)
+        called = dict(return_aux_loss="balance_loss_weight" in options)
 
-        def run(x, layer=layer, reentrant=reentrant):
-            return recompute(layer, x, return_aux_loss=True, use_reentrant=reentrant)
+        def run(x, layer=layer, reentrant=reentrant, called=called):
+            return recompute(layer, x, use_reentrant=reentrant, **called)
 
         assert_same_gradients(
-            layer, dense, trained_tokens(), call=run, dense_call=lambda x: dense(x, return_aux_loss=True)
+            layer, dense, trained_tokens(), call=run, dense_call=lambda x: dense(x, **called)
         )
         # Without reentry both forwards record gradients and count; the bias moves the same way.
         assert layer.expert_counts.tolist() == ((2 - reentrant) * dense.expert_counts).tolist()
@@ -400,6 +404,28 @@ def all_to_all_training():
         layer.update_correction_bias()
         dense.update_correction_bias()
         np.testing.assert_array_equal(layer.correction_bias.numpy(), dense.correction_bias.numpy())
+
+
+@check
+def all_to_all_recompute():
+    """All tokens go to the experts of one rank: the others have experts too, but no rows for them."""
+    from paddle.distributed.fleet.utils import recompute
+
+    table, weights = paddle.zeros([len(tokens()), 1], "int32"), paddle.ones([len(tokens()), 1])
+    for reentrant in (True, False):
+        layer, dense = make_layer(parallel, dispatch="alltoall"), make_layer()
+        found = []
+        for one in (layer, dense):
+            x = trained_tokens()
+            output = recompute(lambda x: one(x, table, weights), x, use_reentrant=reentrant)
+            (output**2).sum().backward()
+            found.append({name: p.grad for name, p in [("hidden_states", x), *one.named_parameters()]})
+        average_gradients(layer.parameters(), parallel, replicas=("dp", "ep"))
+        whole = {name: grad.numpy() for name, grad in found[1].items() if grad is not None}
+        assert_close(found[0]["hidden_states"].numpy(), whole["hidden_states"], 2e-6, "hidden_states")
+        for name, value in shard_like(layer, whole).items():
+            if name != "hidden_states" and value.size:
+                assert_close(getattr(layer, name).grad.numpy(), value, 2e-6, f"{name} {reentrant}")
 
 
 @check
