@@ -26,8 +26,8 @@ JOBS = {
     "ep2_fleet_topology": ((2, 1, 1), "fleet_topology"),
     "ep2_dp2": (
         (2, 1, 2),
-        "groups optimizer_steps accumulation data_parallel averages same_start replica_without_tokens "
-        "global_balance pipeline all_to_all_steps all_to_all_training",
+        "groups optimizer_steps accumulation data_parallel averages wide_gradients same_start "
+        "replica_without_tokens global_balance pipeline all_to_all_steps all_to_all_training",
     ),
     "ep2_tp2_dp2": ((2, 2, 2), "groups optimizer_steps"),
 }

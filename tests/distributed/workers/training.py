@@ -562,6 +562,26 @@ def averages():
 
 
 @check
+def wide_gradients():
+    """Those in float32 of bfloat16 parameters: in grad, as with master_grad, and in fleet's main_grad."""
+    small = 2.0**-12  # which bfloat16 loses beside 1
+    expected = 1 + small * (dp_size - 1) / 2
+    for name, everywhere in itertools.product(("grad", "main_grad"), (True, False)):
+        zeros = paddle.nn.initializer.Constant(0.0)
+        parameter = paddle.create_parameter([3], "bfloat16", default_initializer=zeros)
+        value = paddle.full([3], 1 + small * parallel.dp_rank)
+        missing = not everywhere and parallel.dp_rank > 0
+        if name == "main_grad" or not missing:
+            setattr(parameter, name, None if missing else value)
+        average_gradients([parameter], parallel)
+        gradient = getattr(parameter, name)
+        assert gradient.dtype == paddle.float32, (name, everywhere)
+        assert (gradient.numpy() == (expected if everywhere else 1 / dp_size)).all(), (name, gradient)
+        clip_gradients([parameter], 0.5, parallel)
+        np.testing.assert_allclose(np.linalg.norm(getattr(parameter, name).numpy()), 0.5, rtol=1e-6)
+
+
+@check
 def same_start():
     """Each rank has drawn other values: all get those of the first that holds the same part."""
     place = parallel.ep_rank * tp_size + parallel.tp_rank
