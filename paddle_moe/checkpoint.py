@@ -169,6 +169,14 @@ def _listed(optimizer: Any) -> list[paddle.optimizer.Optimizer]:
     for one in optimizers:
         if not isinstance(one, paddle.optimizer.Optimizer):
             raise ValueError(f"optimizer must be a paddle.optimizer.Optimizer, got {type(one).__name__}")
+        # LBFGS, and what wraps another one, such as LookAhead.
+        if type(one).state_dict is not paddle.optimizer.Optimizer.state_dict or hasattr(
+            one, "inner_optimizer"
+        ):
+            raise ValueError(
+                f"optimizer must keep its state in tensors of each parameter, and {type(one).__name__} has"
+                " more, which would be lost; keep it with paddle.save, and pass None"
+            )
     return optimizers
 
 
@@ -273,7 +281,8 @@ def save_checkpoint(
     Raises:
         ValueError: path holds an index that save_checkpoint did not write, state is not for JSON, a parameter
             of another layer is split over ranks, a parameter is in two optimizers, or one keeps something of
-            another shape; a tensor is of a dtype that cannot be loaded again (fp8, complex128).
+            another shape or beside its tensors (LBFGS, LookAhead); a tensor is of a dtype that cannot be
+            loaded again (fp8, complex128).
         RuntimeError: a rank could not write, or another job is saving there, on every rank, with the reason.
     """
     model = _unwrapped(model)
