@@ -21,7 +21,7 @@ from paddle_moe.logs import RankLogger
 from paddle_moe.params import PLACE, LayerShard, shard_range
 from paddle_moe.prepacking import expect_dtype_of_prepacked
 from paddle_moe.router import Router
-from paddle_moe.sharded import partial_sum
+from paddle_moe.sharded import expect_dynamic_mode, partial_sum
 
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
@@ -116,8 +116,8 @@ class FusedMoE(ShardedWeights):
         activation: see mixture_of_experts.
         dispatch: "replicated": every rank of the grid passes the same tokens. "alltoall": every EP rank
             passes tokens of its own (the ranks of a tp_group the same), and only the rows that another rank's
-            experts need travel, see all_to_all.py; in dynamic mode only. The shared expert is then sliced
-            over tp_group alone and runs while the rows travel.
+            experts need travel, see all_to_all.py. The shared expert is then sliced over tp_group alone and
+            runs while the rows travel.
         reduce: "two": all-reduce over ep_group, then over tp_group. "one": a single all-reduce over the
             grid instead; the same sum with less traffic, rounded differently.
         fp32_reduce: add the partial sums, and those of the gradients, in fp32 and round once at the end.
@@ -574,7 +574,7 @@ class FusedMoE(ShardedWeights):
         Raises:
             ValueError: a shape or dtype does not fit, or in training mode the layer has auxiliary losses but
                 return_aux_loss is False.
-            NotImplementedError: dispatch="alltoall" over EP ranks while a static program is being built.
+            NotImplementedError: the layer is spread over ranks and a static program is being built.
         """
         if (routing_table is None) != (router_weights is None):
             missing = "routing_table" if routing_table is None else "router_weights"
@@ -633,6 +633,7 @@ class FusedMoE(ShardedWeights):
         return_amax: bool,
     ) -> paddle.Tensor | tuple[paddle.Tensor, ...]:
         """`forward` of arguments that fit."""
+        expect_dynamic_mode(self.parallel)
         tokens = hidden_states.reshape([-1, self.hidden_size])
         aux_loss = None
         if routing_table is not None:

@@ -30,7 +30,7 @@ from paddle_moe.layer_weights import keep_dtypes
 from paddle_moe.params import Part, shard_range
 from paddle_moe.prepacking import check_inputs, expect_dtype_of_prepacked, prepack_stack, prepack_weights
 from paddle_moe.quantization import quantize_stack, quantize_stored
-from paddle_moe.sharded import partial_sum
+from paddle_moe.sharded import expect_dynamic_mode, partial_sum
 
 Tensor = paddle.Tensor
 _MISSING = ...  # stays itself in a copy
@@ -614,6 +614,7 @@ class MoEBlock:
         router_weights: Tensor,
         shared_weights: Tensor | None,
     ) -> Tensor:
+        expect_dynamic_mode(self.parallel)
         parallel, groups = self.parallel, ["tp" if self.dispatch == "alltoall" else "grid"]
         tokens = self.tokens(hidden_states).astype(self._compute_dtype())
         if parallel is not None and groups == ["grid"] and switch("PADDLE_MOE_CHECK"):

@@ -11,8 +11,9 @@ from launcher import WORKERS, launch
 JOBS = {
     "ep2_tp2": (
         (2, 2, 1),
-        "gradients losses faults shared_weights dropped_all_reduces recompute jitter amax mixed_precision "
-        "clipping overflow flags same_start all_to_all_output all_to_all_training default_dtype",
+        "gradients losses faults shared_weights dropped_all_reduces recompute to_static jitter amax "
+        "mixed_precision clipping overflow flags same_start all_to_all_output all_to_all_training "
+        "default_dtype",
     ),
     "ep4": (
         (4, 1, 1),

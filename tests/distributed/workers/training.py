@@ -219,6 +219,22 @@ def recompute():
 
 
 @check
+def to_static():
+    """Runs what it can, and says what it cannot."""
+    for dispatch in ("replicated", "alltoall"):
+        layer, dense = make_layer(parallel, dispatch=dispatch, jitter_epsilon=0.3), make_layer()
+        try:
+            paddle.jit.to_static(layer, full_graph=True)(trained_tokens())
+        except NotImplementedError as error:
+            assert "spread over ranks need dynamic mode" in str(error), error
+        else:
+            raise AssertionError("a program of what several ranks exchange was built")
+        layer = make_layer(parallel, dispatch=dispatch)
+        static = paddle.jit.to_static(layer, full_graph=False)
+        assert_close(static(trained_tokens()).numpy(), dense(trained_tokens()).numpy(), 2e-6, dispatch)
+
+
+@check
 def jitter():
     """The noise is that of the first rank, also where the generators differ; recompute repeats it."""
     from paddle.distributed.fleet.utils import recompute
