@@ -59,7 +59,7 @@ def average_gradients(
     Raises:
         ValueError: a gradient is sparse, or an unknown group.
     """
-    num_replicas = math.prod(parallel.size(group) for group in replicas)
+    num_replicas = math.prod(expect_parallel(parallel).size(group) for group in replicas)
     if num_replicas == 1:
         return
     trained = [parameter for parameter in parameters if not parameter.stop_gradient]
@@ -104,6 +104,7 @@ def broadcast_parameters(parameters: Iterable[paddle.Tensor], parallel: Parallel
     They are those of the first grid, and for dense parameters of its first rank. Call it on every rank, with
     the parameters in the same order, where layers may have started from different random numbers.
     """
+    expect_parallel(parallel)
     for parameter in parameters:
         groups = {"dp": parallel.dp_rank}
         # What is cut while its model is still being built is not yet is_distributed.
@@ -254,6 +255,7 @@ def check_optimizer(optimizer: Any, parallel: ParallelContext) -> None:
     Raises:
         ValueError: it names the parameter and what to do.
     """
+    expect_parallel(parallel)
     wrappers = _with_what_it_wraps(optimizer)
     shards = [parameter for parameter in parameters_of(optimizer) if hasattr(parameter, "shard_group")]
     sharding = {}
@@ -320,6 +322,7 @@ def agree_on_overflow(scaler: paddle.amp.GradScaler, parallel: ParallelContext) 
     Returns:
         scaler.
     """
+    expect_parallel(parallel)
     unscale = scaler._unscale
 
     def unscale_everywhere(optimizer: Any) -> None:

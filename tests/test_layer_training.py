@@ -23,6 +23,8 @@ from paddle_moe import (
     agree_on_overflow,
     average_gradients,
     balanced_correction_bias,
+    broadcast_parameters,
+    check_optimizer,
     clip_gradients,
     gate,
     init_distributed,
@@ -458,9 +460,17 @@ def test_clipping_of_the_gradients_that_fleet_keeps_in_float32():
 
 def test_what_is_no_context_and_no_group():
     parallel, parameters = init_distributed(), make_layer().parameters()
-    for call in (ClipGradByGlobalNorm, functools.partial(clip_gradients, parameters)):
+    optimizer = paddle.optimizer.SGD(parameters=parameters)
+    for call in (
+        functools.partial(ClipGradByGlobalNorm, 1.0),
+        functools.partial(clip_gradients, parameters, 1.0),
+        functools.partial(average_gradients, parameters),
+        functools.partial(broadcast_parameters, parameters),
+        functools.partial(check_optimizer, optimizer),
+        functools.partial(agree_on_overflow, paddle.amp.GradScaler(enable=False)),
+    ):
         with pytest.raises(ValueError, match="parallel must be what init_distributed returned, got None"):
-            call(1.0, None)
+            call(None)
     for call in (parallel.size, lambda group: average_gradients(parameters, parallel, replicas=(group,))):
         with pytest.raises(ValueError, match="group must be 'ep', 'tp', 'grid', 'dp' or a .* got 'xx'"):
             call("xx")
