@@ -579,12 +579,10 @@ class FusedMoE(ShardedWeights):
         if (routing_table is None) != (router_weights is None):
             missing = "routing_table" if routing_table is None else "router_weights"
             raise ValueError(f"routing_table and router_weights belong together, got None for {missing}")
-        replay = (
-            {}
-            if routing_table is None
-            else {"routing_table": routing_table, "router_weights": router_weights}
-        )
-        functional.expect_tensors(hidden_states=hidden_states, **replay)
+        replayed = routing_table is not None
+        functional.expect_tensors(hidden_states=hidden_states)
+        if replayed:
+            functional.expect_tensors(routing_table=routing_table, router_weights=router_weights)
         for name, value in (
             ("return_routing", return_routing),
             ("return_aux_loss", return_aux_loss),
@@ -598,7 +596,6 @@ class FusedMoE(ShardedWeights):
             )
         if self.quantized is None and functional._autocast_dtype() is None:
             functional.expect_dtype("hidden_states", hidden_states, self.down_weight.dtype, "of the layer")
-        replayed = bool(replay)
         if replayed and not (routing_table.shape and router_weights.shape):
             raise ValueError(
                 "routing_table and router_weights must have the shape [..., K], "
