@@ -56,6 +56,7 @@ from paddle_moe.tensor_files import (
     at_files,
     exchange,
     execute,
+    joined,
     raise_together,
     refuse_dtypes,
 )
@@ -136,7 +137,7 @@ def _holdings(model: nn.Layer) -> dict[str, _Holding]:
         if isinstance(layer, FusedMoE):
             dense = layer.parts(dense=True)
             for attribute, part in layer.parts().items():
-                name, tensor = f"{prefix}.{attribute}".lstrip("."), getattr(layer, attribute)
+                name, tensor = joined(prefix, attribute), getattr(layer, attribute)
                 if tensor is not None and list(tensor.shape) != part.shape:
                     raise ValueError(f"model: {name} should have the shape {part.shape}, got {tensor.shape}")
                 transposed = layer.permuted_weights and attribute in EXPERT_WEIGHTS
@@ -147,7 +148,7 @@ def _holdings(model: nn.Layer) -> dict[str, _Holding]:
                 tensor = one.parameter if id(one.parameter) in here else None
                 first, end = one.whole.ranges.get("E", (0, 0))
                 alone = one.shared_by == "grid" and end - first == 1  # an expert of a list
-                holdings[f"{prefix}.{attribute}".lstrip(".")] = _Holding(tensor, one.part, one.whole, alone)
+                holdings[joined(prefix, attribute)] = _Holding(tensor, one.part, one.whole, alone)
     seen = {id(tensor) for tensor, _, _ in holdings.values()}
     for name, tensor in model.state_dict().items():
         if id(tensor) in seen:
