@@ -218,9 +218,11 @@ def steps_of_an_optimizer():
 
 @check
 def recomputed():
-    """The exchange runs again in the backward pass, on all ranks in the same order."""
-    for dispatch in ("replicated", "alltoall"):
+    """The exchange runs again in the backward pass, on all ranks in the same order, also without rows."""
+    for dispatch, idle in (("replicated", False), ("alltoall", False), ("alltoall", True)):
         model, gradients = Beside(Block(5, 6, shared=4), Block(4, 6)), []
+        for block in (model.few, model.many) if idle else ():  # all tokens go to the first experts
+            block.gate.weight.set_value(paddle.zeros_like(block.gate.weight))
         accelerate(model, parallel=parallel, dispatch=dispatch)
         x = draw(9 if dispatch == "replicated" else 5 + parallel.ep_rank, 3)
         for run in (model, *(partial(recompute, model, use_reentrant=value) for value in (True, False))):
