@@ -68,18 +68,12 @@ def all_to_all_experts(
     Raises:
         ValueError: expert_ranges does not have one entry per EP rank, a shape or dtype does not fit, K is
             another on another EP rank, or `experts` returns another shape or dtype.
-        NotImplementedError: a static program is being built.
         RuntimeError: the transport failed.
     """
     if len(expert_ranges) != parallel.ep_size:
         raise ValueError(
             f"expert_ranges must have one (first, end) for each of the {parallel.ep_size} EP ranks, "
             f"got {len(expert_ranges)}"
-        )
-    if not paddle.in_dynamic_mode():
-        raise NotImplementedError(
-            "all-to-all expert parallelism needs dynamic mode, because the sizes of its messages depend on "
-            "the data; leave this layer out of paddle.jit.to_static, or use dispatch='replicated'"
         )
     ids = _checked_ids(hidden_states, routing_table, router_weights, expert_ranges[-1][1])
     router_weights = router_weights.astype("float32")

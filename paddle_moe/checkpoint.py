@@ -56,6 +56,7 @@ from paddle_moe.tensor_files import (
     at_files,
     exchange,
     execute,
+    joined,
     raise_together,
     refuse_dtypes,
 )
@@ -136,7 +137,7 @@ def _holdings(model: nn.Layer) -> dict[str, _Holding]:
         if isinstance(layer, FusedMoE):
             dense = layer.parts(dense=True)
             for attribute, part in layer.parts().items():
-                name, tensor = f"{prefix}.{attribute}".lstrip("."), getattr(layer, attribute)
+                name, tensor = joined(prefix, attribute), getattr(layer, attribute)
                 if tensor is not None and list(tensor.shape) != part.shape:
                     raise ValueError(f"model: {name} should have the shape {part.shape}, got {tensor.shape}")
                 transposed = layer.permuted_weights and attribute in EXPERT_WEIGHTS
@@ -147,7 +148,7 @@ def _holdings(model: nn.Layer) -> dict[str, _Holding]:
                 tensor = one.parameter if id(one.parameter) in here else None
                 first, end = one.whole.ranges.get("E", (0, 0))
                 alone = one.shared_by == "grid" and end - first == 1  # an expert of a list
-                holdings[f"{prefix}.{attribute}".lstrip(".")] = _Holding(tensor, one.part, one.whole, alone)
+                holdings[joined(prefix, attribute)] = _Holding(tensor, one.part, one.whole, alone)
     seen = {id(tensor) for tensor, _, _ in holdings.values()}
     for name, tensor in model.state_dict().items():
         if id(tensor) in seen:
@@ -169,6 +170,14 @@ def _listed(optimizer: Any) -> list[paddle.optimizer.Optimizer]:
     for one in optimizers:
         if not isinstance(one, paddle.optimizer.Optimizer):
             raise ValueError(f"optimizer must be a paddle.optimizer.Optimizer, got {type(one).__name__}")
+        # LBFGS, and what wraps another one, such as LookAhead.
+        if type(one).state_dict is not paddle.optimizer.Optimizer.state_dict or hasattr(
+            one, "inner_optimizer"
+        ):
+            raise ValueError(
+                f"optimizer must keep its state in tensors of each parameter, and {type(one).__name__} has"
+                " more, which would be lost; keep it with paddle.save, and pass None"
+            )
     return optimizers
 
 
@@ -273,7 +282,8 @@ def save_checkpoint(
     Raises:
         ValueError: path holds an index that save_checkpoint did not write, state is not for JSON, a parameter
             of another layer is split over ranks, a parameter is in two optimizers, or one keeps something of
-            another shape; a tensor is of a dtype that cannot be loaded again (fp8, complex128).
+            another shape or beside its tensors (LBFGS, LookAhead); a tensor is of a dtype that cannot be
+            loaded again (fp8, complex128).
         RuntimeError: a rank could not write, or another job is saving there, on every rank, with the reason.
     """
     model = _unwrapped(model)

@@ -8,7 +8,7 @@ of Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Model
 
 Every rank must run the same collectives in the same order in the backward too, and Paddle orders its nodes by
 the shape of the graph. So the graph has the same shape everywhere: `no_contribution` stands where a rank has
-no experts.
+no experts, or no rows for them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from paddle.autograd import PyLayer
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
 
-__all__ = ["enter_shards", "leave_shards", "no_contribution", "sum_over"]
+__all__ = ["enter_shards", "has_no_rows", "leave_shards", "no_contribution", "sum_over"]
 
 
 def enter_shards(
@@ -58,6 +58,15 @@ def leave_shards(
 def no_contribution(like: paddle.Tensor, *inputs: paddle.Tensor | None) -> paddle.Tensor:
     """Zeros of the shape and dtype of `like`, which depend on `inputs` with the gradient zero."""
     return _NoContribution.apply(like, *[tensor for tensor in inputs if tensor is not None])
+
+
+def has_no_rows(tokens: paddle.Tensor) -> bool:
+    """Whether experts have nothing to do.
+
+    `no_contribution` stands there too: recompute(use_reentrant=False) gives tensors without elements back
+    without a place, which the operator refuses.
+    """
+    return paddle.in_dynamic_mode() and tokens.shape[0] == 0
 
 
 def sum_over(
@@ -99,9 +108,13 @@ class _NoContribution(PyLayer):
     @staticmethod
     def forward(ctx, *inputs: paddle.Tensor):
         ctx.inputs = [(tensor.shape, tensor.dtype, tensor.stop_gradient) for tensor in inputs]
+        ctx.save_for_backward(paddle.zeros([1], "float32"))
         return paddle.zeros_like(inputs[0])
 
     @staticmethod
     def backward(ctx, gradient: paddle.Tensor):
+        # As the operator does on ranks with experts: recompute(use_reentrant=False) runs the forward and its
+        # all-reduces again when the first kept tensor is asked for.
+        ctx.saved_tensor()
         gradients = [None if fixed else paddle.zeros(shape, dtype) for shape, dtype, fixed in ctx.inputs]
         return gradients[0] if len(gradients) == 1 else tuple(gradients)

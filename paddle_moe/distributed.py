@@ -262,8 +262,10 @@ class ParallelContext:
         widen = dtype == "float16" and group.backend == "GLOO" or fp32 and dtype in ("float16", "bfloat16")
         with paddle.no_grad(), self.waiting(slot, "all_reduce"):
             reduced = tensor.astype("float32") if widen else tensor
+            if not reduced.is_contiguous():  # contiguous() would cut a view off what it is a view of
+                reduced = reduced.clone()
             dist.all_reduce(reduced, op=_OPS[op], group=group)
-            if widen:
+            if reduced is not tensor:
                 paddle.assign(reduced.astype(tensor.dtype), output=tensor)
         return tensor
 

@@ -15,13 +15,13 @@ from paddle import nn
 from paddle_moe import _core, core, functional
 from paddle_moe._options import ROUTE_OPTIONS, at_least, checked, dtype_name, flag, one_of, switch, type_name
 from paddle_moe.all_to_all import all_to_all_experts
-from paddle_moe.collectives import leave_shards, no_contribution
+from paddle_moe.collectives import has_no_rows, leave_shards, no_contribution
 from paddle_moe.layer_weights import DTYPES, ShardedWeights, as_tensor
 from paddle_moe.logs import RankLogger
 from paddle_moe.params import PLACE, LayerShard, shard_range
 from paddle_moe.prepacking import expect_dtype_of_prepacked
 from paddle_moe.router import Router
-from paddle_moe.sharded import partial_sum
+from paddle_moe.sharded import expect_dynamic_mode, partial_sum
 
 if TYPE_CHECKING:
     from paddle_moe.distributed import ParallelContext
@@ -116,8 +116,8 @@ class FusedMoE(ShardedWeights):
         activation: see mixture_of_experts.
         dispatch: "replicated": every rank of the grid passes the same tokens. "alltoall": every EP rank
             passes tokens of its own (the ranks of a tp_group the same), and only the rows that another rank's
-            experts need travel, see all_to_all.py; in dynamic mode only. The shared expert is then sliced
-            over tp_group alone and runs while the rows travel.
+            experts need travel, see all_to_all.py. The shared expert is then sliced over tp_group alone and
+            runs while the rows travel.
         reduce: "two": all-reduce over ep_group, then over tp_group. "one": a single all-reduce over the
             grid instead; the same sum with less traffic, rounded differently.
         fp32_reduce: add the partial sums, and those of the gradients, in fp32 and round once at the end.
@@ -497,9 +497,10 @@ class FusedMoE(ShardedWeights):
         if self.quantized is not None:  # hidden_states may be of any dtype then
             biases = (one if one is None else one.astype(hidden_states.dtype) for one in weights[2:])
             weights = *weights[:2], *biases
-        if self.experts_max < self.experts_min:
+        num_experts = self.experts_max - self.experts_min + 1
+        if not num_experts or has_no_rows(hidden_states):
             # With more ranks than experts a rank may have nothing to add, but the others wait for its zeros.
-            amax = paddle.zeros([0], "float32") if measure else None
+            amax = paddle.zeros([num_experts], "float32") if measure else None
             return no_contribution(hidden_states, router_weights, *weights), amax
         result = functional.mixture_of_experts(
             hidden_states,
@@ -573,17 +574,15 @@ class FusedMoE(ShardedWeights):
         Raises:
             ValueError: a shape or dtype does not fit, or in training mode the layer has auxiliary losses but
                 return_aux_loss is False.
-            NotImplementedError: dispatch="alltoall" over EP ranks while a static program is being built.
+            NotImplementedError: the layer is spread over ranks and a static program is being built.
         """
         if (routing_table is None) != (router_weights is None):
             missing = "routing_table" if routing_table is None else "router_weights"
             raise ValueError(f"routing_table and router_weights belong together, got None for {missing}")
-        replay = (
-            {}
-            if routing_table is None
-            else {"routing_table": routing_table, "router_weights": router_weights}
-        )
-        functional.expect_tensors(hidden_states=hidden_states, **replay)
+        replayed = routing_table is not None
+        functional.expect_tensors(hidden_states=hidden_states)
+        if replayed:
+            functional.expect_tensors(routing_table=routing_table, router_weights=router_weights)
         for name, value in (
             ("return_routing", return_routing),
             ("return_aux_loss", return_aux_loss),
@@ -597,7 +596,6 @@ class FusedMoE(ShardedWeights):
             )
         if self.quantized is None and functional._autocast_dtype() is None:
             functional.expect_dtype("hidden_states", hidden_states, self.down_weight.dtype, "of the layer")
-        replayed = bool(replay)
         if replayed and not (routing_table.shape and router_weights.shape):
             raise ValueError(
                 "routing_table and router_weights must have the shape [..., K], "
@@ -632,6 +630,7 @@ class FusedMoE(ShardedWeights):
         return_amax: bool,
     ) -> paddle.Tensor | tuple[paddle.Tensor, ...]:
         """`forward` of arguments that fit."""
+        expect_dynamic_mode(self.parallel)
         tokens = hidden_states.reshape([-1, self.hidden_size])
         aux_loss = None
         if routing_table is not None:

@@ -38,7 +38,7 @@ def shard_range(total: int, rank: int, size: int) -> tuple[int, int]:
     """
     at_least(0)("total", total)
     at_least(1)("size", size)
-    if not 0 <= rank < size:
+    if not 0 <= integer("rank", rank) < size:
         raise ValueError(f"rank must be between 0 and size - 1 = {size - 1}, got {rank}")
     quotient, remainder = divmod(total, size)
     start = rank * quotient + min(rank, remainder)
@@ -490,7 +490,7 @@ def generate_moe_params_static(
     """
     for name, rank, size in (("ep", ep_rank, ep_size), ("tp", tp_rank, tp_size)):
         at_least(1)(f"{name}_size", size)
-        if not 0 <= rank < size:
+        if not 0 <= integer(f"{name}_rank", rank) < size:
             raise ValueError(f"{name}_rank must be between 0 and {name}_size - 1 = {size - 1}, got {rank}")
     dense = generate_moe_params(
         num_tokens, hidden_dim, ffn_dim, top_k, num_experts, permuted_weights, dtype, fused_weights, seed

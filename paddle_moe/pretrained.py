@@ -30,6 +30,7 @@ from paddle_moe.tensor_files import (
     exchange,
     execute,
     is_first,
+    joined,
     refuse_dtypes,
 )
 
@@ -212,7 +213,8 @@ def load_moe_weights(
 
     Args:
         path: a directory with model.safetensors.index.json or with *.safetensors, or one such file.
-        layers: by the name that the block has in the files, for example "model.layers.0.mlp".
+        layers: by the name that the block has in the files, for example "model.layers.0.mlp"; "" where they
+            hold the block alone.
         layout: a name in LAYOUTS, or the StoredTensors of another layout. A parameter that a layer lacks, for
             example a bias, is not looked for. gpt_oss wants FusedMoE(gate_bias=True).
         others: {key: (tensor, transposed)}, tensors outside FusedMoE to fill too, whole on every
@@ -242,16 +244,17 @@ def load_moe_weights(
     for name, layer in layers.items():
         for attribute, part in layer.parts().items():
             if getattr(layer, attribute) is not None:
-                targets[f"{name}.{attribute}"] = Target(getattr(layer, attribute), part)
+                targets[joined(name, attribute)] = Target(getattr(layer, attribute), part)
         sources += [
-            Source(f"{name}.{key}", f"{name}.{one.dense}", one.part) for key, one in _stored(layer, layout)
+            Source(joined(name, key), joined(name, one.dense), one.part)
+            for key, one in _stored(layer, layout)
         ]
     for key, (tensor, is_transposed) in (others or {}).items():
         part = Part.whole(tensor.shape)
         targets[key] = Target(tensor, part)
         stored = replace(part, pattern=" ".join(reversed(part.names))) if is_transposed else part
         sources.append(Source(key, key, stored))
-    prefixes = tuple(f"{name}." for name in layers)
+    prefixes = tuple(joined(name, "") for name in layers)
     files = TensorFiles(path)
     plan = Plan(
         files, targets, sources, path=path, must_match=lambda key: key.startswith(prefixes), cast=cast
@@ -312,14 +315,14 @@ def save_moe_weights(
                 f"layout has no place for {homeless} of layers[{name!r}]; save_checkpoint keeps everything"
             )
         for attribute, part in layer.parts().items():
-            holdings[f"{name}.{attribute}"] = getattr(layer, attribute), part, dense[attribute]
+            holdings[joined(name, attribute)] = getattr(layer, attribute), part, dense[attribute]
         for key, one in _stored(layer, layout):
-            if f"{name}.{key}" in others:
-                raise ValueError(f"others must not have {name}.{key}, which layers[{name!r}] writes")
+            if joined(name, key) in others:
+                raise ValueError(f"others must not have {joined(name, key)}, which layers[{name!r}] writes")
             if _is_written_here(layer, one.expert, parallel):
                 dtype = (getattr(layer, one.dense) if one.dense != "down_bias" else layer.down_weight).dtype
-                targets[f"{name}.{key}"] = Target(paddle.empty(one.part.shape, dtype), one.part)
-                homes[f"{name}.{key}"] = [f"{name}.{one.dense}"]
+                targets[joined(name, key)] = Target(paddle.empty(one.part.shape, dtype), one.part)
+                homes[joined(name, key)] = [joined(name, one.dense)]
     tensors = {}
     if is_first(parallel):
         for key, (tensor, is_transposed) in others.items():

@@ -59,6 +59,16 @@ def partial_sum(
     return output if addend is None else output.astype("float32") + addend.astype("float32")
 
 
+def expect_dynamic_mode(parallel: ParallelContext | None) -> None:
+    """A NotImplementedError where a program is being built of what several ranks compute together."""
+    if parallel is not None and parallel.size("grid") > 1 and not paddle.in_dynamic_mode():
+        raise NotImplementedError(
+            "experts that are spread over ranks need dynamic mode, because a program cannot hold what the "
+            "ranks exchange; leave this layer out of paddle.jit.to_static(full_graph=True) and "
+            "paddle.jit.save, or pass full_graph=False"
+        )
+
+
 def raise_anywhere(parallel: ParallelContext | None, failure: Exception | None, what: str) -> None:
     """Raises `failure`; on a rank that has none, a RuntimeError with that of another.
 

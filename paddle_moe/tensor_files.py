@@ -52,6 +52,11 @@ _CASTS = ("lossless", "any", "none")
 _SHOWN_PROBLEMS = 40
 
 
+def joined(prefix: str, name: str) -> str:
+    """The name, in a model or a file, of what has `name` in the layer `prefix`; "": all is that layer."""
+    return f"{prefix}.{name}" if prefix else name
+
+
 def refuse_dtypes(argument: str, tensors: Mapping[str, paddle.Tensor | None]) -> None:
     """Raises a ValueError that names the tensors that could not be loaded again."""
     found = {name: dtype_name(tensor.dtype) for name, tensor in tensors.items() if tensor is not None}

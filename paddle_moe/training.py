@@ -47,7 +47,8 @@ def average_gradients(
     Call it once per step, after the last backward of gradient accumulation and before clipping and the
     optimizer, on every rank with the parameters in the same order. A parameter that got a gradient on some
     replicas counts with zero on the others; one that got none anywhere keeps none. float16 and bfloat16 are
-    summed in float32.
+    summed in float32, and float32 gradients of such parameters stay float32: those of master_grad, and the
+    main_grad of fleet's MixPrecisionLayer, which is averaged in place of grad.
 
     With paddle.DataParallel, which leaves sharded experts alone, call it for those that have `no_sync`.
 
@@ -58,26 +59,42 @@ def average_gradients(
     Raises:
         ValueError: a gradient is sparse, or an unknown group.
     """
-    num_replicas = math.prod(parallel.size(group) for group in replicas)
+    num_replicas = math.prod(expect_parallel(parallel).size(group) for group in replicas)
     if num_replicas == 1:
         return
     trained = [parameter for parameter in parameters if not parameter.stop_gradient]
     for parameter in trained:
-        _expect_dense(parameter, parameter.grad)
+        _expect_dense(parameter, _gradient_of(parameter))
     for experts in (False, True):
         of_kind = [parameter for parameter in trained if getattr(parameter, "expert", False) == experts]
         # Another EP rank holds other experts.
         groups = [group for group in replicas if not (experts and group == "ep")]
-        present = paddle.to_tensor([parameter.grad is not None for parameter in of_kind], "int32")
-        present = sum_over(present, parallel, groups).tolist()
-        used = [parameter for parameter, count in zip(of_kind, present) if count and parameter.size]
-        for bucket in _buckets(used):
+        # Bytes of an element, 0 without a gradient: a replica without one gets that of the others' dtype.
+        own = [_gradient_of(parameter) for parameter in of_kind]
+        widths = paddle.to_tensor([0 if grad is None else grad.element_size() for grad in own], "int32")
+        for group in groups:
+            parallel.all_reduce(widths, group, "max")
+        width_of = {id(p): width for p, width in zip(of_kind, widths.tolist()) if width and p.size}
+        for bucket in _buckets([parameter for parameter in of_kind if id(parameter) in width_of]):
             wide = "float64" if bucket[0].dtype == paddle.float64 else "float32"
-            gradients = [paddle.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            gradients = [paddle.zeros_like(p) if (grad := _gradient_of(p)) is None else grad for p in bucket]
             flat = paddle.concat([gradient.flatten().astype(wide) for gradient in gradients])
             averages = (sum_over(flat, parallel, groups) / num_replicas).split([p.size for p in bucket])
             for parameter, average in zip(bucket, averages):
-                parameter.grad = average.reshape(parameter.shape).astype(parameter.dtype)
+                narrow = width_of[id(parameter)] == parameter.element_size()
+                average = average.reshape(parameter.shape)
+                _set_gradient(parameter, average.astype(parameter.dtype) if narrow else average)
+
+
+def _gradient_of(parameter: paddle.Tensor) -> paddle.Tensor | None:
+    return parameter.main_grad if hasattr(parameter, "main_grad") else parameter.grad
+
+
+def _set_gradient(parameter: paddle.Tensor, gradient: paddle.Tensor) -> None:
+    if getattr(parameter, "main_grad", None) is not None:  # it may be a part of a buffer of fleet's
+        paddle.assign(gradient, output=parameter.main_grad)
+    else:
+        setattr(parameter, "main_grad" if hasattr(parameter, "main_grad") else "grad", gradient)
 
 
 @paddle.no_grad()
@@ -87,6 +104,7 @@ def broadcast_parameters(parameters: Iterable[paddle.Tensor], parallel: Parallel
     They are those of the first grid, and for dense parameters of its first rank. Call it on every rank, with
     the parameters in the same order, where layers may have started from different random numbers.
     """
+    expect_parallel(parallel)
     for parameter in parameters:
         groups = {"dp": parallel.dp_rank}
         # What is cut while its model is still being built is not yet is_distributed.
@@ -172,11 +190,11 @@ def clip_gradients(
     Raises:
         ValueError: as ClipGradByGlobalNorm.
     """
-    params_grads = [(parameter, parameter.grad) for parameter in parameters]
+    params_grads = [(parameter, _gradient_of(parameter)) for parameter in parameters]
     clipped, norm = _clipped(params_grads, positive("clip_norm", clip_norm), expect_parallel(parallel))
     for parameter, gradient in clipped:
         if gradient is not None:
-            parameter.grad = gradient
+            _set_gradient(parameter, gradient)
     return norm
 
 
@@ -237,6 +255,7 @@ def check_optimizer(optimizer: Any, parallel: ParallelContext) -> None:
     Raises:
         ValueError: it names the parameter and what to do.
     """
+    expect_parallel(parallel)
     wrappers = _with_what_it_wraps(optimizer)
     shards = [parameter for parameter in parameters_of(optimizer) if hasattr(parameter, "shard_group")]
     sharding = {}
@@ -303,6 +322,7 @@ def agree_on_overflow(scaler: paddle.amp.GradScaler, parallel: ParallelContext) 
     Returns:
         scaler.
     """
+    expect_parallel(parallel)
     unscale = scaler._unscale
 
     def unscale_everywhere(optimizer: Any) -> None:

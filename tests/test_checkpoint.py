@@ -475,6 +475,16 @@ def test_another_optimizer(tmp_path):
         save_checkpoint(tmp_path, nn.Linear(2, 2), optimizer)
     with pytest.raises(ValueError, match="optimizer must be a paddle.optimizer.Optimizer, got Linear"):
         save_checkpoint(tmp_path, model, nn.Linear(2, 2))
+    before = sorted(tmp_path.iterdir())
+    for foreign in (
+        paddle.optimizer.LBFGS(parameters=model.parameters()),
+        paddle.incubate.LookAhead(momentum),
+    ):
+        name = type(foreign).__name__
+        for function in (save_checkpoint, load_checkpoint):
+            with pytest.raises(ValueError, match=f"tensors of each parameter, and {name} has more"):
+                function(tmp_path, model, foreign)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("with_optimizer", [False, True])

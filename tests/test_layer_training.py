@@ -12,6 +12,7 @@ from layer_cases import EVERYTHING, EXPERTS, HIDDEN, INTER, TOKENS, TOP_K, token
 from paddle.amp.auto_cast import amp_global_state, amp_initialize
 from paddle.base.framework import _dygraph_tracer
 from paddle.distributed.fleet.utils import recompute
+from paddle.distributed.fleet.utils.mix_precision_utils import MixPrecisionLayer
 from paddle.distributed.sharding import group_sharded_parallel
 from paddle.nn import functional as F
 from training_cases import assert_close, autocast, gradients, make_layer, native_operators
@@ -22,6 +23,8 @@ from paddle_moe import (
     agree_on_overflow,
     average_gradients,
     balanced_correction_bias,
+    broadcast_parameters,
+    check_optimizer,
     clip_gradients,
     gate,
     init_distributed,
@@ -444,11 +447,30 @@ def test_clipping_keeps_float64_and_refuses_sparse_gradients():
         clip_gradients(embedding.parameters(), 1.0, parallel)
 
 
+def test_clipping_of_the_gradients_that_fleet_keeps_in_float32():
+    layer = make_layer(dtype="bfloat16")
+    model = MixPrecisionLayer(layer, dtype="bfloat16")
+    (model(trained_tokens().astype("bfloat16")).astype("float32") ** 2).sum().backward()
+    before = [parameter.main_grad.numpy() for parameter in layer.parameters()]
+    norm = clip_gradients(layer.parameters(), 0.5, init_distributed())
+    assert norm.item() == pytest.approx(sum((grad**2).sum() for grad in before) ** 0.5, rel=1e-5)
+    for parameter, grad in zip(layer.parameters(), before):
+        np.testing.assert_allclose(parameter.main_grad.numpy(), grad * (0.5 / norm.item()), rtol=1e-5)
+
+
 def test_what_is_no_context_and_no_group():
     parallel, parameters = init_distributed(), make_layer().parameters()
-    for call in (ClipGradByGlobalNorm, functools.partial(clip_gradients, parameters)):
+    optimizer = paddle.optimizer.SGD(parameters=parameters)
+    for call in (
+        functools.partial(ClipGradByGlobalNorm, 1.0),
+        functools.partial(clip_gradients, parameters, 1.0),
+        functools.partial(average_gradients, parameters),
+        functools.partial(broadcast_parameters, parameters),
+        functools.partial(check_optimizer, optimizer),
+        functools.partial(agree_on_overflow, paddle.amp.GradScaler(enable=False)),
+    ):
         with pytest.raises(ValueError, match="parallel must be what init_distributed returned, got None"):
-            call(1.0, None)
+            call(None)
     for call in (parallel.size, lambda group: average_gradients(parameters, parallel, replicas=(group,))):
         with pytest.raises(ValueError, match="group must be 'ep', 'tp', 'grid', 'dp' or a .* got 'xx'"):
             call("xx")

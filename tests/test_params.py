@@ -46,6 +46,7 @@ def test_ranges_cover_everything_once_and_are_balanced(total, size):
         (4, 0, 0, "size must be at least 1, got 0"),
         (4, 2, 2, "rank must be between 0 and size - 1 = 1, got 2"),
         (4, -1, 2, "rank must be between 0 and size - 1 = 1, got -1"),
+        (4, 0.5, 2, "rank must be an integer, got 0.5"),
     ],
 )
 def test_range_errors(total, rank, size, message):
@@ -341,6 +342,7 @@ def test_no_tokens():
         (dict(tp_size=0), "tp_size must be at least 1, got 0"),
         (dict(ep_size=0), "ep_size must be at least 1, got 0"),
         (dict(tp_rank=2, tp_size=2), "tp_rank must be between 0 and tp_size - 1 = 1, got 2"),
+        (dict(tp_rank=0.5, tp_size=2), "tp_rank must be an integer, got 0.5"),
         (dict(ep_rank=-1), "ep_rank must be between 0 and ep_size - 1 = 0, got -1"),
         (dict(tp_size=8), "tp_size must be at most ffn_dim = 7, got 8"),
     ],

@@ -155,6 +155,22 @@ def test_every_family_comes_in_and_goes_out(family, dtype, tmp_path):
     ]
 
 
+def test_files_of_a_block_alone(tmp_path):
+    dense = dense_weights(**OPTIONS["qwen3_moe"])
+    expected = FusedMoE.from_dense(**dense, top_k=TOP_K)
+    prefix = BLOCK["qwen3_moe"] + "."
+    tensors = {
+        key.removeprefix(prefix): array
+        for key, array in published("qwen3_moe", dense).items()
+        if key.startswith(prefix)
+    }
+    save_moe_weights(tmp_path, {"": expected}, "qwen3_moe")
+    assert read(tmp_path).keys() == tensors.keys()
+    layer = empty_like(expected)
+    load_moe_weights(tmp_path, {"": layer}, "qwen3_moe")
+    assert_equal_bits(layer, expected)
+
+
 def test_a_save_leaves_what_is_in_the_directory(tmp_path):
     layer = FusedMoE.from_dense(**dense_weights(), top_k=TOP_K)
     (tmp_path / "parts").mkdir()

@@ -23,14 +23,14 @@ from paddle import nn
 from paddle_moe import functional
 from paddle_moe._options import dtype_name, switch
 from paddle_moe.all_to_all import all_to_all_experts
-from paddle_moe.collectives import leave_shards, no_contribution
+from paddle_moe.collectives import has_no_rows, leave_shards, no_contribution
 from paddle_moe.distributed import ParallelContext
 from paddle_moe.huge_pages import use_huge_pages
 from paddle_moe.layer_weights import keep_dtypes
 from paddle_moe.params import Part, shard_range
 from paddle_moe.prepacking import check_inputs, expect_dtype_of_prepacked, prepack_stack, prepack_weights
 from paddle_moe.quantization import quantize_stack, quantize_stored
-from paddle_moe.sharded import partial_sum
+from paddle_moe.sharded import expect_dynamic_mode, partial_sum
 
 Tensor = paddle.Tensor
 _MISSING = ...  # stays itself in a copy
@@ -69,6 +69,10 @@ class Weights:
     down_bias: Any = None
     gate_up_scale: Any = None  # of quantised ones, which are stored [out, in] or prepacked
     down_scale: Any = None
+
+    def tensors(self) -> list[Tensor]:
+        groups = [one for one in vars(self).values() if one is not None]
+        return [tensor for group in groups for tensor in (group if isinstance(group, list) else [group])]
 
     def are_prepacked(self) -> bool:
         down = self.down[0] if isinstance(self.down, list) else self.down
@@ -610,6 +614,7 @@ class MoEBlock:
         router_weights: Tensor,
         shared_weights: Tensor | None,
     ) -> Tensor:
+        expect_dynamic_mode(self.parallel)
         parallel, groups = self.parallel, ["tp" if self.dispatch == "alltoall" else "grid"]
         tokens = self.tokens(hidden_states).astype(self._compute_dtype())
         if parallel is not None and groups == ["grid"] and switch("PADDLE_MOE_CHECK"):
@@ -650,8 +655,8 @@ class MoEBlock:
     ) -> Tensor:
         """Zeros on a rank that holds no expert, or no column, so that all ranks build graphs of one shape."""
         down = weights.down[0] if isinstance(weights.down, list) else weights.down
-        if down.size == 0:
-            return no_contribution(tokens, router_weights)
+        if down.size == 0 or has_no_rows(tokens):
+            return no_contribution(tokens, router_weights, *weights.tensors())
         return self.run(tokens, routing_table, router_weights, weights, first)
 
     def run(

@@ -26,7 +26,7 @@ from paddle_moe.prepacking import expect_cpu
 from paddle_moe.pretrained import LAYOUTS, stored_tensors, write_stored
 from paddle_moe.quantization import check_options, check_shards, check_weight
 from paddle_moe.sharded import raise_anywhere
-from paddle_moe.tensor_files import LoadReport, Plan, Source, Target, TensorFiles, execute
+from paddle_moe.tensor_files import LoadReport, Plan, Source, Target, TensorFiles, execute, joined
 
 Tensor = paddle.Tensor
 Holdings = dict[str, tuple[Tensor, Part, Part]]  # by name: a tensor, the part it is, the whole of it
@@ -208,7 +208,7 @@ class Integration:
         try:
             for prefix, block in blocks.items():
                 for name, weight in block.weights_to_freeze().items():
-                    check_weight(_joined(prefix, name), weight)
+                    check_weight(joined(prefix, name), weight)
         except (ValueError, RuntimeError) as error:
             failure = error
         raise_anywhere(_parallel_of(model, None), failure, "quantize_experts()")
@@ -240,7 +240,7 @@ class Integration:
         for prefix, block in blocks.items():
             block.check_prepacking()
             for name, weight in block.weights_to_freeze().items():
-                expect_cpu(_joined(prefix, name), weight)
+                expect_cpu(joined(prefix, name), weight)
         for block in blocks.values():
             block.prepack()
         return model
@@ -418,7 +418,7 @@ class Integration:
                 dtype = holdings[homes[key][0]][0].dtype
                 targets[key] = Target(paddle.empty(stored[0].part.shape, dtype), stored[0].part)
         alone = {
-            _joined(prefix, name)
+            joined(prefix, name)
             for prefix, block in model.named_sublayers(include_self=True)
             if isinstance(block, MoEBlock)
             for name, one in block.named_slices().items()
@@ -487,12 +487,8 @@ def _holdings(model: nn.Layer) -> Holdings:
     for prefix, block in model.named_sublayers(include_self=True):
         if isinstance(block, MoEBlock):
             for name, one in block.named_slices().items():
-                holdings[_joined(prefix, name)] = one.parameter, one.part, one.whole
+                holdings[joined(prefix, name)] = one.parameter, one.part, one.whole
     return dict(sorted(holdings.items()))  # in one order on all ranks
-
-
-def _joined(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
 
 
 def published_by_blocks(model: nn.Layer) -> list[Source] | None:
@@ -511,7 +507,7 @@ def published_by_blocks(model: nn.Layer) -> list[Source] | None:
         for key, stored in stored_tensors(wholes, LAYOUTS[block.layout]):
             for name, one in slices.items():
                 if one.dense == stored.dense and one.whole.overlap(stored.part):
-                    sources.append(Source(_joined(prefix, key), _joined(prefix, name), stored.part))
+                    sources.append(Source(joined(prefix, key), joined(prefix, name), stored.part))
     return sources or None
 
 

@@ -11,13 +11,14 @@ from launcher import WORKERS, launch
 JOBS = {
     "ep2_tp2": (
         (2, 2, 1),
-        "gradients losses faults shared_weights dropped_all_reduces recompute jitter amax mixed_precision "
-        "clipping overflow flags same_start all_to_all_output all_to_all_training default_dtype",
+        "gradients losses faults shared_weights dropped_all_reduces recompute to_static jitter amax "
+        "mixed_precision clipping overflow flags same_start all_to_all_output all_to_all_training "
+        "default_dtype",
     ),
     "ep4": (
         (4, 1, 1),
-        "gradients faults branches stop_gradient dropped_all_reduces amax clipping flags "
-        "all_to_all_output all_to_all_stop_gradient all_to_all_steps",
+        "gradients faults branches stop_gradient dropped_all_reduces recompute amax clipping flags "
+        "all_to_all_output all_to_all_stop_gradient all_to_all_recompute all_to_all_steps",
     ),
     "tp4": ((1, 4, 1), "gradients branches dropped_all_reduces flags"),
     "dp2": ((1, 1, 2), "sharded_optimizer data_parallel overflow flags"),
@@ -26,8 +27,8 @@ JOBS = {
     "ep2_fleet_topology": ((2, 1, 1), "fleet_topology"),
     "ep2_dp2": (
         (2, 1, 2),
-        "groups optimizer_steps accumulation data_parallel averages same_start replica_without_tokens "
-        "global_balance pipeline all_to_all_steps all_to_all_training",
+        "groups optimizer_steps accumulation data_parallel averages wide_gradients same_start "
+        "replica_without_tokens global_balance pipeline all_to_all_steps all_to_all_training",
     ),
     "ep2_tp2_dp2": ((2, 2, 2), "groups optimizer_steps"),
 }

@@ -197,21 +197,41 @@ def sizes():
 def recompute():
     from paddle.distributed.fleet.utils import recompute
 
-    options = dict(balance_loss_weight=0.5, jitter_epsilon=0.0, bias_update_speed=1e-3)
-    for reentrant in (True, False):
-        layer, dense = both(**options)
+    cases = (
+        dict(balance_loss_weight=0.5),
+        dict(num_experts=2, parts=dict(correction=True)),  # a rank without experts has nothing to compute
+    )
+    for reentrant, options in itertools.product((True, False), cases):
+        layer, dense = both(bias_update_speed=1e-3, **options)
+        called = dict(return_aux_loss="balance_loss_weight" in options)
 
-        def run(x, layer=layer, reentrant=reentrant):
-            return recompute(layer, x, return_aux_loss=True, use_reentrant=reentrant)
+        def run(x, layer=layer, reentrant=reentrant, called=called):
+            return recompute(layer, x, use_reentrant=reentrant, **called)
 
         assert_same_gradients(
-            layer, dense, trained_tokens(), call=run, dense_call=lambda x: dense(x, return_aux_loss=True)
+            layer, dense, trained_tokens(), call=run, dense_call=lambda x: dense(x, **called)
         )
         # Without reentry both forwards record gradients and count; the bias moves the same way.
         assert layer.expert_counts.tolist() == ((2 - reentrant) * dense.expert_counts).tolist()
         layer.update_correction_bias()
         dense.update_correction_bias()
         np.testing.assert_array_equal(layer.correction_bias.numpy(), dense.correction_bias.numpy())
+
+
+@check
+def to_static():
+    """Runs what it can, and says what it cannot."""
+    for dispatch in ("replicated", "alltoall"):
+        layer, dense = make_layer(parallel, dispatch=dispatch, jitter_epsilon=0.3), make_layer()
+        try:
+            paddle.jit.to_static(layer, full_graph=True)(trained_tokens())
+        except NotImplementedError as error:
+            assert "spread over ranks need dynamic mode" in str(error), error
+        else:
+            raise AssertionError("a program of what several ranks exchange was built")
+        layer = make_layer(parallel, dispatch=dispatch)
+        static = paddle.jit.to_static(layer, full_graph=False)
+        assert_close(static(trained_tokens()).numpy(), dense(trained_tokens()).numpy(), 2e-6, dispatch)
 
 
 @check
@@ -403,6 +423,28 @@ def all_to_all_training():
 
 
 @check
+def all_to_all_recompute():
+    """All tokens go to the experts of one rank: the others have experts too, but no rows for them."""
+    from paddle.distributed.fleet.utils import recompute
+
+    table, weights = paddle.zeros([len(tokens()), 1], "int32"), paddle.ones([len(tokens()), 1])
+    for reentrant in (True, False):
+        layer, dense = make_layer(parallel, dispatch="alltoall"), make_layer()
+        found = []
+        for one in (layer, dense):
+            x = trained_tokens()
+            output = recompute(lambda x: one(x, table, weights), x, use_reentrant=reentrant)
+            (output**2).sum().backward()
+            found.append({name: p.grad for name, p in [("hidden_states", x), *one.named_parameters()]})
+        average_gradients(layer.parameters(), parallel, replicas=("dp", "ep"))
+        whole = {name: grad.numpy() for name, grad in found[1].items() if grad is not None}
+        assert_close(found[0]["hidden_states"].numpy(), whole["hidden_states"], 2e-6, "hidden_states")
+        for name, value in shard_like(layer, whole).items():
+            if name != "hidden_states" and value.size:
+                assert_close(getattr(layer, name).grad.numpy(), value, 2e-6, f"{name} {reentrant}")
+
+
+@check
 def accumulation():
     """Two micro-batches are one batch; the balance loss is one of each micro-batch."""
     options = dict(balance_loss_weight=0.0)
@@ -533,6 +575,26 @@ def averages():
             parameter.grad.astype("float64").numpy(), np.array(value) / dp_size, rtol=1e-6
         )
     assert unused.grad is None and fixed.grad is None
+
+
+@check
+def wide_gradients():
+    """Those in float32 of bfloat16 parameters: in grad, as with master_grad, and in fleet's main_grad."""
+    small = 2.0**-12  # which bfloat16 loses beside 1
+    expected = 1 + small * (dp_size - 1) / 2
+    for name, everywhere in itertools.product(("grad", "main_grad"), (True, False)):
+        zeros = paddle.nn.initializer.Constant(0.0)
+        parameter = paddle.create_parameter([3], "bfloat16", default_initializer=zeros)
+        value = paddle.full([3], 1 + small * parallel.dp_rank)
+        missing = not everywhere and parallel.dp_rank > 0
+        if name == "main_grad" or not missing:
+            setattr(parameter, name, None if missing else value)
+        average_gradients([parameter], parallel)
+        gradient = getattr(parameter, name)
+        assert gradient.dtype == paddle.float32, (name, everywhere)
+        assert (gradient.numpy() == (expected if everywhere else 1 / dp_size)).all(), (name, gradient)
+        clip_gradients([parameter], 0.5, parallel)
+        np.testing.assert_allclose(np.linalg.norm(getattr(parameter, name).numpy()), 0.5, rtol=1e-6)
 
 
 @check
