@@ -1,5 +1,7 @@
 // The backward on small integers against the most naive loop, in every dtype and weight layout, on every
 // instruction set of this processor: with pre-activations kept and computed again, in chunks, on threads.
+#include <algorithm>
+
 #include "check.h"
 #include "layer.h"
 
@@ -61,6 +63,10 @@ struct Case {
 
   // Computes the gradients and returns how many differ from the loop's.
   int differences(bool recompute, int64_t chunk_size, int num_threads) {
+    return compare(compute(recompute, chunk_size, num_threads));
+  }
+
+  BackwardProblem compute(bool recompute, int64_t chunk_size, int num_threads) {
     for (auto& bytes : results) std::fill(bytes.begin(), bytes.end(), 0xff);
     layer.arguments.chunk_size = chunk_size;
     const int64_t tokens = layer.tokens, hidden = layer.hidden, inter = layer.inter;
@@ -79,7 +85,7 @@ struct Case {
         layer.arguments, {grad_bytes.data(), layer.dtype, {tokens, hidden}, {}}, pre_activations, gradients);
     const Buffer workspace = make_buffer(cpu::backward_workspace_size(problem, num_threads));
     cpu::mixture_of_experts_backward(problem, num_threads, workspace.get());
-    return compare(problem);
+    return problem;
   }
 
   int compare(const BackwardProblem& actual) const {
@@ -243,10 +249,38 @@ void prepacked() {
   }
 }
 
+#if defined(__x86_64__)
+// Bits do not depend on what the caller's thread makes of subnormal numbers, which here all gradients are.
+void subnormal_numbers() {
+  Random random(6);
+  const unsigned as_they_are = __builtin_ia32_stmxcsr(), as_zero = as_they_are | 0x8040;
+  for (const bool permuted : {false, true}) {
+    Case c(random, 33, 70, 50, 2, 2, DType::kFloat32, ::Layout::kList, permuted);
+    for (size_t i = 0; i < c.grad_out.size(); ++i)
+      put(c.grad_bytes, DType::kFloat32, i, c.grad_out[i] * 0x1p-140f);
+    for (const int num_threads : {1, 3}) {
+      c.compute(true, 0, num_threads);
+      const auto expected = c.results;
+      __builtin_ia32_ldmxcsr(as_zero);
+      c.compute(true, 0, num_threads);
+      CHECK(__builtin_ia32_stmxcsr() >> 6 == as_zero >> 6, "the caller's mode became another");
+      __builtin_ia32_ldmxcsr(as_they_are);
+      for (size_t i = 0; i < expected.size(); ++i)
+        CHECK(c.results[i] == expected[i], "gradient %d, permuted %d", static_cast<int>(i), permuted);
+      CHECK(std::count(expected[0].begin(), expected[0].end(), 0) < static_cast<int64_t>(expected[0].size()),
+            "all zero");
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 int main() {
   on_every_isa([] {
+#if defined(__x86_64__)
+    subnormal_numbers();
+#endif
     small_shapes();
     past_block_sizes();
     quantised();
