@@ -325,6 +325,7 @@ class Chunk {
           down_weight(block, scratch);
           break;
         case Stage::kBias:
+          wait_for_copies();  // which no earlier task has waited for where only down_bias is wanted
           wait_for_intermediate(block.expert);
           biases(block.expert);
           break;
