@@ -1,6 +1,8 @@
 // The backward on small integers against the most naive loop, in every dtype and weight layout, on every
 // instruction set of this processor: with pre-activations kept and computed again, in chunks, on threads.
 #include <algorithm>
+#include <cstring>
+#include <limits>
 
 #include "check.h"
 #include "layer.h"
@@ -283,6 +285,38 @@ void wanted_alone() {
   }
 }
 
+// An infinite router weight makes all gradients of a layer of ones infinite; also for an odd size, where a
+// pair of bf16 has a column that is not there.
+void infinite_router_weight() {
+  Random random(7);
+  for (const DType dtype : kDTypes) {
+    for (const int inter : {1, 2, 17, 65}) {
+      Case c(random, 1, 3, inter, 1, 1, dtype, ::Layout::kStacked, false);
+      const auto fill = [dtype](const Tensor& tensor, float value) {
+        int64_t count = 1;
+        for (const int64_t n : tensor.shape) count *= n;
+        auto* bytes = static_cast<unsigned char*>(const_cast<void*>(tensor.data));
+        std::vector<unsigned char> values(count * dtype_size(dtype));
+        for (int64_t i = 0; i < count; ++i) put(values, dtype, i, value);
+        std::copy(values.begin(), values.end(), bytes);
+      };
+      fill(c.layer.arguments.hidden_states, 1);
+      fill(c.layer.arguments.gate_up_weights[0], 1);
+      fill(c.layer.arguments.down_weights[0], 1);
+      std::fill(c.grad_bytes.begin(), c.grad_bytes.end(), 0);
+      for (int i = 0; i < 3; ++i) put(c.grad_bytes, dtype, i, 1);
+      const float infinity = std::numeric_limits<float>::infinity();
+      std::memcpy(const_cast<void*>(c.layer.arguments.router_weights.data), &infinity, sizeof infinity);
+      c.layer.ids[0] = 0;
+      const BackwardProblem problem = c.compute(true, 0, 1);
+      for (int h = 0; h < 3; ++h) {
+        const float value = get(static_cast<unsigned char*>(problem.hidden_states), dtype, h);
+        CHECK(value == infinity, "%s I=%d: %f", dtype_name(dtype), inter, value);
+      }
+    }
+  }
+}
+
 #if defined(__x86_64__)
 // Bits do not depend on what the caller's thread makes of subnormal numbers, which here all gradients are.
 void subnormal_numbers() {
@@ -313,6 +347,7 @@ void subnormal_numbers() {
 int main() {
   on_every_isa([] {
     wanted_alone();
+    infinite_router_weight();
 #if defined(__x86_64__)
     subnormal_numbers();
 #endif
