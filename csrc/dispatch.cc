@@ -73,6 +73,20 @@ auto run(const Device& device, const OnGpu& on_gpu, const OnCpu& on_cpu) {
   return on_cpu(device.num_threads);
 }
 
+void expect_supported(const Device& device, const Problem& problem) {
+  if (!is_gpu(device)) return;
+  if (problem.prepacked) {
+    throw std::invalid_argument(
+        "gate_up_weights and down_weights must not be prepacked on a GPU, whose kernels read them in another "
+        "order; pass [E_l, H, 2I] and [E_l, I, H]");
+  }
+  if (!is_quantised(problem.weight_dtype)) return;
+  throw std::invalid_argument(std::string("gate_up_weights and down_weights must have the dtype ") +
+                              dtype_name(problem.dtype) + " on a GPU, got " +
+                              dtype_name(problem.weight_dtype) +
+                              ": only the CPU back end multiplies quantised weights; dequantise them");
+}
+
 }  // namespace
 
 bool has_cuda() { return kHasCuda; }
@@ -95,24 +109,6 @@ Device cuda_device(const char* name, int index, cuda::Stream stream) {
   device.stream = stream;
   return device;
 }
-
-namespace {
-
-void expect_supported(const Device& device, const Problem& problem) {
-  if (!is_gpu(device)) return;
-  if (problem.prepacked) {
-    throw std::invalid_argument(
-        "gate_up_weights and down_weights must not be prepacked on a GPU, whose kernels read them in another "
-        "order; pass [E_l, H, 2I] and [E_l, I, H]");
-  }
-  if (!is_quantised(problem.weight_dtype)) return;
-  throw std::invalid_argument(std::string("gate_up_weights and down_weights must have the dtype ") +
-                              dtype_name(problem.dtype) + " on a GPU, got " +
-                              dtype_name(problem.weight_dtype) +
-                              ": only the CPU back end multiplies quantised weights; dequantise them");
-}
-
-}  // namespace
 
 size_t workspace_size(const Device& device, const Problem& problem) {
   expect_supported(device, problem);

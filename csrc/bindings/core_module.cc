@@ -7,11 +7,11 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "checks.h"
 #include "dispatch.h"
 
 namespace py = pybind11;
@@ -53,8 +53,6 @@ struct ManagedTensor {
 
 namespace paddle_moe {
 namespace {
-
-[[noreturn]] void fail(const std::string& text) { throw std::invalid_argument(text); }
 
 DType dtype_of(dlpack::DataType type) {
   if (type.lanes != 1) return DType::kOther;
@@ -337,14 +335,9 @@ class Output {
       : result_(given.is_none() ? reader->empty(dtype, shape) : given), array_(reader->read(name, result_)) {
     reader->expect_elements(name);
     const Tensor& view = array_.view;
-    const DType expected = dtype_of(dtype);
-    if (view.dtype != expected) {
-      fail(name + " must have the dtype " + dtype_name(expected) + ", got " + dtype_text(view));
-    }
-    if (view.shape != shape) {
-      fail(name + " must have the shape " + py::repr(py::cast(shape)).cast<std::string>() + ", got " +
-           py::repr(py::cast(view.shape)).cast<std::string>());
-    }
+    expect_dtype(name.c_str(), view, dtype_of(dtype));
+    if (view.shape != shape)
+      fail(name, " must have the shape ", shape_text(shape), ", got ", shape_text(view.shape));
     if (!array_.writable) fail(name + " must be writable, got a read-only array");
     if (!given.is_none()) reader->expect_apart();
     if (any_strides && may_hold_an_element_twice(view)) {
@@ -382,9 +375,9 @@ class Workspace {
     if (view.dtype != DType::kUInt8 || view.shape.size() != 1 ||
         static_cast<size_t>(view.shape[0]) < needed || (!view.strides.empty() && view.strides[0] != 1) ||
         !owner_.writable) {
-      fail("workspace must be a writable, contiguous uint8 array with at least " + std::to_string(needed) +
-           " bytes, got " + dtype_text(view) + " with the shape " +
-           py::repr(py::cast(view.shape)).cast<std::string>() + (owner_.writable ? "" : ", read-only"));
+      fail("workspace must be a writable, contiguous uint8 array with at least ", needed, " bytes, got ",
+           dtype_text(view), " with the shape ", shape_text(view.shape),
+           owner_.writable ? "" : ", read-only");
     }
     if (!given.is_none()) reader->expect_apart();
     void* pointer = const_cast<void*>(view.data);

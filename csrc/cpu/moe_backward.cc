@@ -82,37 +82,20 @@ struct Layout {
         hidden_grad_stride(sums_stride(round_up(b.forward.hidden_size, 2 * kPackedColumns) / 2)),
         router_sums(divide_up(b.forward.intermediate_size, kRouterSumColumns)) {
     const Problem& p = b.forward;
-    const int64_t inter = p.intermediate_size, size = static_cast<int64_t>(dtype_size(p.dtype));
-    // Units of one row serve as rows too. Where weights are decoded, there is no use for units, and the first
-    // GEMM has operands of its own.
-    const bool hidden_row = recompute && (rows_per_unit > 1 || decoded);
-    const int64_t hidden_bytes = hidden_row ? hidden_stride * kUnitBytes : 0;
-    const int64_t hidden_unit_bytes =
-        wanted.gate_up || (recompute && !hidden_row) ? hidden_unit_stride * kUnitBytes : 0;
-    const int64_t pre_bytes = recompute ? 2 * inter * size : 0;
-    const int64_t gate_up_bytes = wanted.gate_up_rows ? 2 * inter_stride * kUnitBytes : 0;
-    const int64_t inter_unit_bytes = wanted.down ? inter_unit_stride * kUnitBytes : 0;
-    const int64_t hidden_grad_bytes = wanted.hidden ? hidden_grad_stride * 4 : 0;
-    const int64_t sums_bytes = wanted.router ? router_sums * 4 : 0;
-    const int64_t row_bytes = hidden_bytes + grad_stride * kUnitBytes + pre_bytes + gate_up_bytes +
-                              hidden_grad_bytes + sums_bytes +
-                              (hidden_unit_bytes + inter_unit_bytes) / rows_per_unit;
-    const int64_t weight_bytes = p.num_experts() * 3 * p.hidden_size * inter * size;
+    const int64_t inter = p.intermediate_size;
+    const int64_t weight_bytes =
+        p.num_experts() * 3 * p.hidden_size * inter * static_cast<int64_t>(dtype_size(p.dtype));
+    constexpr int64_t kSomeRows = 64;  // no piece of them is rounded up
+    Arena some_rows(nullptr);
+    take_rows(p, &some_rows, kSomeRows, kSomeRows / rows_per_unit);
+    const int64_t row_bytes = static_cast<int64_t>(some_rows.used()) / kSomeRows;
     tokens = chunk_tokens(p, p.top_k * row_bytes, chunk_bytes(p.dtype, weight_bytes));
     Arena arena(workspace);
     const int64_t n = tokens * p.top_k;
-    // Each expert may have a unit that is not full.
-    const int64_t units = rows_per_unit == 1 ? n : n / 2 + std::min(n, p.num_experts());
     slots = Slots(&arena, n);
     row_weight = arena.take<float>(n * sizeof(float));
-    hidden_units = arena.take<char>(units * hidden_unit_bytes);
-    hidden_rows = hidden_row ? arena.take<char>(n * hidden_bytes) : hidden_units;
-    grad_rows = arena.take<char>(n * grad_stride * kUnitBytes);
-    pre_activations = arena.take<char>(n * pre_bytes);
-    gate_up_rows = arena.take<char>(n * gate_up_bytes);
-    inter_units = arena.take<char>(units * inter_unit_bytes);
-    hidden_grad_rows = arena.take<float>(n * hidden_grad_bytes);
-    sums = arena.take<float>(n * sums_bytes);
+    // Each expert may have a unit that is not full.
+    take_rows(p, &arena, n, rows_per_unit == 1 ? n : n / 2 + std::min(n, p.num_experts()));
     bias_stride = 2 * inter + p.hidden_size;
     bias_sums =
         arena.take<float>(wanted.gate_up_bias || wanted.down_bias ? p.num_experts() * bias_stride * 4 : 0);
@@ -126,6 +109,26 @@ struct Layout {
     large_gradients = weight_bytes > kCachedGradientBytes;
     scratch = take_thread_scratch(&arena, threads, decoded ? kBlockUnits * kDecodedColumns : 0);
     bytes = arena.used();
+  }
+
+  // What there is of every row, and of every unit of rows, if it is needed.
+  void take_rows(const Problem& p, Arena* arena, int64_t rows, int64_t units) {
+    // Units of one row serve as rows too. Where weights are decoded, there is no use for units, and the first
+    // GEMM has operands of its own.
+    const bool hidden_row = recompute && (rows_per_unit > 1 || decoded);
+    const bool hidden_unit = wanted.gate_up || (recompute && !hidden_row);
+    const auto take = [&](bool needed, int64_t count, int64_t elements, int64_t size = kUnitBytes) {
+      return arena->take<char>(needed ? count * elements * size : 0);
+    };
+    hidden_units = take(hidden_unit, units, hidden_unit_stride);
+    hidden_rows = hidden_row ? take(true, rows, hidden_stride) : hidden_units;
+    grad_rows = take(true, rows, grad_stride);
+    pre_activations =
+        take(recompute, rows, 2 * p.intermediate_size, static_cast<int64_t>(dtype_size(p.dtype)));
+    gate_up_rows = take(wanted.gate_up_rows, rows, 2 * inter_stride);
+    inter_units = take(wanted.down, units, inter_unit_stride);
+    hidden_grad_rows = reinterpret_cast<float*>(take(wanted.hidden, rows, hidden_grad_stride));
+    sums = reinterpret_cast<float*>(take(wanted.router, rows, router_sums));
   }
 
   Wanted wanted;
@@ -325,6 +328,7 @@ class Chunk {
           down_weight(block, scratch);
           break;
         case Stage::kBias:
+          wait_for_copies();  // which no earlier task has waited for where only down_bias is wanted
           wait_for_intermediate(block.expert);
           biases(block.expert);
           break;
@@ -651,6 +655,7 @@ size_t backward_workspace_size(const BackwardProblem& problem, int num_threads) 
 }
 
 void mixture_of_experts_backward(const BackwardProblem& problem, int num_threads, void* workspace) {
+  const PlainFloats plain;
   const Layout layout(problem, workspace, num_threads);
   const Problem& p = problem.forward;
   Progress progress{saved_begin(p), std::vector<bool>(p.num_experts(), false)};

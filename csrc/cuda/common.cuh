@@ -54,6 +54,11 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
   }
 }
 
+// Whether rows of 16-bit elements, `stride` of them apart, begin at multiples of 16 bytes.
+inline bool is_aligned(const void* data, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+}
+
 // Calls body with a value of the element type that dtype names.
 template <class Body>
 void with_element(DType dtype, Body body) {

@@ -61,8 +61,7 @@ bool prepare(Stage stage, const Problem& p, const GroupedGemm& gemm, GemmWeights
 bool accepts_sm90(const Problem& p) {
   if (p.experts.empty() || dtype_size(p.dtype) != 2) return false;
   if (p.hidden_size % kChunk != 0 || p.intermediate_size % kChunk != 0) return false;
-  if (p.hidden_states_stride % kChunk != 0 || reinterpret_cast<uintptr_t>(p.hidden_states) % 16 != 0)
-    return false;
+  if (!is_aligned(p.hidden_states, p.hidden_states_stride)) return false;
   GemmWeights weights;
   GroupedGemm gate_up, down;
   gate_up.depth = down.columns = p.hidden_size;

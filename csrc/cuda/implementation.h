@@ -43,8 +43,8 @@ inline Implementation choose_implementation(const Problem& p, const void* rows, 
                              std::to_string(capability / 10) + "." + std::to_string(capability % 10));
   }
 #ifndef PADDLE_MOE_NO_SM90A  // not compiled for it
-  const bool aligned = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && stride % 8 == 0;
-  if (capability == 90 && aligned && accepts_sm90(p)) return {block_m_sm90, grouped_gemm_sm90};
+  if (capability == 90 && is_aligned(rows, stride) && accepts_sm90(p))
+    return {block_m_sm90, grouped_gemm_sm90};
 #endif
   return {block_m_sm80, grouped_gemm_sm80};
 }

@@ -39,18 +39,20 @@ struct Wanted {
     }
     gate_up_rows = hidden || gate || up || gate_bias || up_bias;
     intermediate_grad = gate_up_rows || router;
+    activation = intermediate_grad || down;
     weights = gate || up || down || gate_bias || up_bias || down_bias;
   }
   bool hidden, router;
   bool gate = false, up = false, down = false, gate_bias = false, up_bias = false, down_bias = false;
   bool gate_up_rows, intermediate_grad, weights;
+  bool activation;  // what pre-activations are read for
 };
 
 struct Layout {
   Layout(const BackwardProblem& b, void* workspace)
       : wanted(b),
         implementation(choose_implementation(b.forward, b.grad_out, b.grad_out_stride)),
-        recompute(b.pre_activations == nullptr),
+        recompute(wanted.activation && b.pre_activations == nullptr),
         inter_stride(round_up(b.forward.intermediate_size, 8)),
         hidden_stride(round_up(b.forward.hidden_size, 8)) {
     const Problem& p = b.forward;
@@ -157,7 +159,7 @@ class Backward {
       g.out_stride = w_.inter_stride;
       w_.implementation.run(Stage::kDown, by_down_, g, stream_);
     }
-    backward_through_activation(first_slot, num_slots, kept_slot, gate_up);
+    if (wanted.activation) backward_through_activation(first_slot, num_slots, kept_slot, gate_up);
     if (wanted.hidden) {
       GroupedGemm g = gemm(Layout::kGateUpTransposed, num_slots);
       g.depth = p_.intermediate_size;
@@ -235,7 +237,6 @@ class Backward {
   void backward_through_activation(int64_t first_slot, int64_t num_slots, int64_t kept_slot,
                                    void* gate_up) const {
     const Wanted& wanted = w_.wanted;
-    if (!wanted.intermediate_grad && !wanted.down) return;
     ActivationBackward a;
     a.num_slots = static_cast<int32_t>(num_slots);
     a.top_k = static_cast<int32_t>(p_.top_k);

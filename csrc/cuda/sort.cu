@@ -20,11 +20,12 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int64_t kMinRange = 256;
 constexpr int64_t kMaxRanges = 512;  // bounds the counts, and the work of the scan
 
-// Kernel parameters may take 4 KB, 32 KB from CUDA 12.1 on.
 #if defined(CUDART_VERSION) && CUDART_VERSION < 12010
 constexpr int kManyExperts = 36;
+constexpr size_t kParameterBytes = 4096;  // that all parameters of a kernel may take
 #else
 constexpr int kManyExperts = 320;
+constexpr size_t kParameterBytes = 32764;
 #endif
 constexpr int kFewExperts = 32, kSomeExperts = kManyExperts < 128 ? kManyExperts : 128;
 
@@ -33,7 +34,7 @@ struct ExpertBatch {
   int32_t first = 0, count = 0;
   alignas(16) Expert experts[kCapacity];
 };
-static_assert(sizeof(ExpertBatch<kManyExperts>) + sizeof(Sort) + sizeof(RouteProblem) + 64 <= 32764,
+static_assert(sizeof(ExpertBatch<kManyExperts>) + sizeof(Sort) + sizeof(RouteProblem) + 64 <= kParameterBytes,
               "the limit of kernel parameters");
 
 int64_t range_size(int64_t num_slots) {

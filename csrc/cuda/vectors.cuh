@@ -30,9 +30,5 @@ __device__ void copy_elements(T* destination, const T* source, int64_t stride, i
   store_vector(destination, value);
 }
 
-inline bool is_aligned(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kVector == 0;
-}
-
 }  // namespace cuda
 }  // namespace paddle_moe

@@ -167,10 +167,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #endif
 }
 
-bool is_aligned(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kChunk == 0;
-}
-
 // Whether all gradients can be stored by 16 bytes along this index, the other one `stride` elements apart.
 bool contiguous_along(int64_t Matrix::* index, int64_t Matrix::* other, const std::vector<Expert>& experts,
                       Weight weight) {

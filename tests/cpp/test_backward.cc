@@ -1,5 +1,9 @@
 // The backward on small integers against the most naive loop, in every dtype and weight layout, on every
 // instruction set of this processor: with pre-activations kept and computed again, in chunks, on threads.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
 #include "check.h"
 #include "layer.h"
 
@@ -61,6 +65,10 @@ struct Case {
 
   // Computes the gradients and returns how many differ from the loop's.
   int differences(bool recompute, int64_t chunk_size, int num_threads) {
+    return compare(compute(recompute, chunk_size, num_threads));
+  }
+
+  BackwardProblem compute(bool recompute, int64_t chunk_size, int num_threads) {
     for (auto& bytes : results) std::fill(bytes.begin(), bytes.end(), 0xff);
     layer.arguments.chunk_size = chunk_size;
     const int64_t tokens = layer.tokens, hidden = layer.hidden, inter = layer.inter;
@@ -79,7 +87,17 @@ struct Case {
         layer.arguments, {grad_bytes.data(), layer.dtype, {tokens, hidden}, {}}, pre_activations, gradients);
     const Buffer workspace = make_buffer(cpu::backward_workspace_size(problem, num_threads));
     cpu::mixture_of_experts_backward(problem, num_threads, workspace.get());
-    return compare(problem);
+    return problem;
+  }
+
+  // All tensors that gradients go to.
+  std::vector<Tensor*> wanted() {
+    std::vector<Tensor*> all{&gradients.hidden_states, &gradients.router_weights};
+    for (auto* tensors : {&gradients.gate_up_weights, &gradients.down_weights, &gradients.gate_up_bias,
+                          &gradients.down_bias}) {
+      for (Tensor& tensor : *tensors) all.push_back(&tensor);
+    }
+    return all;
   }
 
   int compare(const BackwardProblem& actual) const {
@@ -243,10 +261,96 @@ void prepacked() {
   }
 }
 
+// A gradient has the same bits whether it is wanted alone, when stages are left out, or with all others. Two
+// copy tasks, of which the second is the shorter one, leave a thread time to run ahead.
+void wanted_alone() {
+  Random random(5);
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    Case c(random, 40, 512, 96, 1, 1, dtype, ::Layout::kList, false);
+    std::fill(c.layer.ids.begin(), c.layer.ids.end(), 0);
+    CHECK(c.differences(true, 0, 1) == 0, "%s", dtype_name(dtype));
+    const auto expected = c.results;
+    const Arguments all = c.gradients;
+    for (size_t kept = 0; kept < expected.size(); ++kept) {
+      c.gradients = all;
+      for (Tensor* tensor : c.wanted()) {
+        if (tensor->data != c.results[kept].data()) tensor->data = nullptr;
+      }
+      for (const bool recompute : {false, true, true}) {
+        c.compute(recompute, 0, 3);
+        CHECK(c.results[kept] == expected[kept], "%s gradient %d alone, recompute %d", dtype_name(dtype),
+              static_cast<int>(kept), recompute);
+      }
+    }
+  }
+}
+
+// An infinite router weight makes all gradients of a layer of ones infinite; also for an odd size, where a
+// pair of bf16 has a column that is not there.
+void infinite_router_weight() {
+  Random random(7);
+  for (const DType dtype : kDTypes) {
+    for (const int inter : {1, 2, 17, 65}) {
+      Case c(random, 1, 3, inter, 1, 1, dtype, ::Layout::kStacked, false);
+      const auto fill = [dtype](const Tensor& tensor, float value) {
+        int64_t count = 1;
+        for (const int64_t n : tensor.shape) count *= n;
+        auto* bytes = static_cast<unsigned char*>(const_cast<void*>(tensor.data));
+        std::vector<unsigned char> values(count * dtype_size(dtype));
+        for (int64_t i = 0; i < count; ++i) put(values, dtype, i, value);
+        std::copy(values.begin(), values.end(), bytes);
+      };
+      fill(c.layer.arguments.hidden_states, 1);
+      fill(c.layer.arguments.gate_up_weights[0], 1);
+      fill(c.layer.arguments.down_weights[0], 1);
+      std::fill(c.grad_bytes.begin(), c.grad_bytes.end(), 0);
+      for (int i = 0; i < 3; ++i) put(c.grad_bytes, dtype, i, 1);
+      const float infinity = std::numeric_limits<float>::infinity();
+      std::memcpy(const_cast<void*>(c.layer.arguments.router_weights.data), &infinity, sizeof infinity);
+      c.layer.ids[0] = 0;
+      const BackwardProblem problem = c.compute(true, 0, 1);
+      for (int h = 0; h < 3; ++h) {
+        const float value = get(static_cast<unsigned char*>(problem.hidden_states), dtype, h);
+        CHECK(value == infinity, "%s I=%d: %f", dtype_name(dtype), inter, value);
+      }
+    }
+  }
+}
+
+#if defined(__x86_64__)
+// Bits do not depend on what the caller's thread makes of subnormal numbers, which here all gradients are.
+void subnormal_numbers() {
+  Random random(6);
+  const unsigned as_they_are = __builtin_ia32_stmxcsr(), as_zero = as_they_are | 0x8040;
+  for (const bool permuted : {false, true}) {
+    Case c(random, 33, 70, 50, 2, 2, DType::kFloat32, ::Layout::kList, permuted);
+    for (size_t i = 0; i < c.grad_out.size(); ++i)
+      put(c.grad_bytes, DType::kFloat32, i, c.grad_out[i] * 0x1p-140f);
+    for (const int num_threads : {1, 3}) {
+      c.compute(true, 0, num_threads);
+      const auto expected = c.results;
+      __builtin_ia32_ldmxcsr(as_zero);
+      c.compute(true, 0, num_threads);
+      CHECK(__builtin_ia32_stmxcsr() >> 6 == as_zero >> 6, "the caller's mode became another");
+      __builtin_ia32_ldmxcsr(as_they_are);
+      for (size_t i = 0; i < expected.size(); ++i)
+        CHECK(c.results[i] == expected[i], "gradient %d, permuted %d", static_cast<int>(i), permuted);
+      CHECK(std::count(expected[0].begin(), expected[0].end(), 0) < static_cast<int64_t>(expected[0].size()),
+            "all zero");
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 int main() {
   on_every_isa([] {
+    wanted_alone();
+    infinite_router_weight();
+#if defined(__x86_64__)
+    subnormal_numbers();
+#endif
     small_shapes();
     past_block_sizes();
     quantised();

@@ -1,5 +1,6 @@
 // The backward on small integers against that of the CPU back end, where every gradient must be equal, with
 // pre-activations that were kept and computed again, in chunks, under every schedule; on devices 80 and 90.
+#include <cstring>
 #include <memory>
 
 #include "emulated.h"
@@ -125,10 +126,37 @@ void chunks_bound_the_workspace() {
   CHECK(saved == (kTokens - kChunk) * kTopK * kHidden * sizeof(float), "a chunk saves %zu bytes", saved);
 }
 
+// Pre-activations are not computed again where no wanted gradient reads them.
+void down_bias_alone() {
+  Random random(5);
+  constexpr int kTokens = 20, kHidden = 16, kInter = 24;
+  Layer layer(random, kTokens, kHidden, kInter, 1, 1, DType::kFloat32, ::Layout::kList, false);
+  const Numbers bias(kHidden, 1.0f);
+  layer.arguments.down_bias = {{bias.data(), DType::kFloat32, {kHidden}, {}}};
+  Arguments gradients = layer.arguments;
+  gradients.hidden_states.data = gradients.router_weights.data = nullptr;
+  gradients.gate_up_weights[0].data = gradients.down_weights[0].data = nullptr;
+  const Fenced on_cpu(kHidden * sizeof(float)), on_gpu(kHidden * sizeof(float)), saved(1);
+  auto problem = [&](const Fenced& result, const Tensor& pre_activations) {
+    gradients.down_bias[0].data = result.get();
+    return resolve_backward(layer.arguments, layer.arguments.hidden_states, pre_activations, gradients);
+  };
+  const BackwardProblem expected = problem(on_cpu, {});
+  const Buffer cpu_workspace = make_buffer(cpu::backward_workspace_size(expected, 1));
+  cpu::mixture_of_experts_backward(expected, 1, cpu_workspace.get());
+  const size_t bytes = cuda::backward_workspace_size(problem(on_gpu, {}));
+  const Tensor pre_activations{saved.get(), DType::kFloat32, {kTokens, 2 * kInter}, {}};
+  CHECK(bytes == cuda::backward_workspace_size(problem(on_gpu, pre_activations)), "%zu bytes", bytes);
+  const Fenced workspace(bytes);
+  cuda::mixture_of_experts_backward(problem(on_gpu, {}), nullptr, workspace.get());
+  CHECK(std::memcmp(on_gpu.get(), on_cpu.get(), kHidden * sizeof(float)) == 0, "the gradients differ");
+}
+
 }  // namespace
 
 int main() {
   small_shapes();
+  down_bias_alone();
   chunks_bound_the_workspace();
   on_every_schedule(past_block_sizes);
   emulator::compute_capability = 90;
