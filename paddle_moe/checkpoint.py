@@ -417,7 +417,11 @@ def write_files(
 def _write_tensors(file: Path, tensors: Mapping[str, paddle.Tensor], file_format: str) -> None:
     """Fills a file that is there and empty."""
     mode = file.stat().st_mode  # safetensors replaces the file by one for its owner alone
-    dense = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    # contiguous() would change a strided tensor itself, and cut it off what it is a view of.
+    dense = {
+        key: tensor.detach() if tensor.is_contiguous() else tensor.detach().clone()
+        for key, tensor in tensors.items()
+    }
     save_file(dense, str(file), metadata={"format": file_format})
     file.chmod(mode)
     _flush(file)

@@ -72,6 +72,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     if arguments.top_k > arguments.experts:
         parser.error(f"--top-k must be at most --experts = {arguments.experts}, got {arguments.top_k}")
+    if arguments.tp > arguments.ffn:
+        parser.error(f"--tp must be at most --ffn = {arguments.ffn}, got {arguments.tp}")
     return arguments
 
 

@@ -70,8 +70,7 @@ class Chunk {
   }
 
   void run() {
-    const int64_t bytes_per_expert = dtype_bytes(p_.weight_dtype, 3 * p_.hidden_size * p_.intermediate_size);
-    const int64_t useful = 1 + active_experts_ * bytes_per_expert / kWeightBytesPerThread;
+    const int64_t useful = useful_threads(p_, active_experts_, num_rows_);
     parallel(static_cast<int>(std::min<int64_t>({threads_, useful, num_tasks_})),
              [this](int thread) { work(thread); });
     for (size_t e = 0; e < saved_->next.size(); ++e) saved_->next[e] += begin_[e + 1] - begin_[e];
@@ -97,8 +96,8 @@ class Chunk {
         cut_into_blocks(e, begin_[e], begin_[e + 1], p_.intermediate_size, 1,
                         storage_of(p_, expert.gate, expert.up), wanted,
                         [this](const GemmBlock& block) { first_.push_back(block); });
-        cut_into_blocks(e, begin_[e], begin_[e + 1], p_.hidden_size, 2,
-                        of_down, last ? kLastBlocksPerThread * threads_ : wanted,
+        cut_into_blocks(e, begin_[e], begin_[e + 1], p_.hidden_size, 2, of_down,
+                        last ? kLastBlocksPerThread * threads_ : wanted,
                         [this](const GemmBlock& block) { second_.push_back(block); });
       }
       first_left_[e].store(static_cast<int32_t>(first_.size() - before), std::memory_order_relaxed);

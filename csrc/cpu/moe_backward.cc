@@ -184,9 +184,7 @@ class Chunk {
   }
 
   void run() {
-    const int64_t bytes_per_expert =
-        3 * p_.hidden_size * p_.intermediate_size * static_cast<int64_t>(dtype_size(p_.dtype));
-    const int64_t useful = 1 + p_.num_experts() * bytes_per_expert / kWeightBytesPerThread;
+    const int64_t useful = useful_threads(p_, p_.num_experts(), begin_.back());
     const int64_t count = static_cast<int64_t>(tasks_.size());
     parallel(static_cast<int>(std::min<int64_t>({threads_, useful, count})),
              [this](int thread) { work(w_.scratch[thread]); });

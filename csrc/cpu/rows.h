@@ -21,8 +21,10 @@ constexpr int64_t kRowsPerCopyTask = 32;
 constexpr int64_t kTokensPerCombineTask = 16;
 // Of the second GEMM of a forward's last expert, where columns lie in memory as runs: blocks.
 constexpr int64_t kLastBlocksPerThread = 4;
-// A thread is woken for at least this many bytes of weights; less is done before it is awake.
+// A thread is woken for at least this many bytes of weights, or multiply-adds; less is done before it is
+// awake.
 constexpr int64_t kWeightBytesPerThread = 256 * 1024;
+constexpr int64_t kMultipliesPerThread = 1024 * 1024;
 
 inline float load_float(const void* data, int64_t i, DType dtype) {
   switch (dtype) {
@@ -60,6 +62,13 @@ inline int32_t local_expert(const Problem& p, int64_t i) {
                                                             : static_cast<const int32_t*>(p.routing_table)[i];
   const bool local = id >= p.first_expert && id - p.first_expert < p.num_experts();
   return local ? static_cast<int32_t>(id - p.first_expert) : -1;
+}
+
+// The threads that are worth waking for rows of so many experts.
+inline int64_t useful_threads(const Problem& p, int64_t experts, int64_t rows) {
+  const int64_t weights = 3 * p.hidden_size * p.intermediate_size;
+  return 1 + std::max(experts * dtype_bytes(p.weight_dtype, weights) / kWeightBytesPerThread,
+                      rows * weights / kMultipliesPerThread);
 }
 
 // The tokens of a chunk, from what one takes in the workspace and what all may take by default.

@@ -33,7 +33,7 @@ void in_child(const std::string& what, Body body) {
   std::fflush(stdout);
   const pid_t child = fork();
   if (child == 0) {
-    alarm(120);  // a deadlock ends the child instead of the test run
+    alarm(600);  // a deadlock ends the child instead of the test run
     failures = 0;
     body();
     const int status = finish();

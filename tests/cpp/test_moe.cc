@@ -1,12 +1,15 @@
 // Every small shape, dtype and weight layout against the naive loop, on every instruction set of this
 // processor.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "check.h"
 #include "cpu/kernels.h"
+#include "cpu/rows.h"
 #include "layer.h"
 
 using paddle_moe::DType;
@@ -191,6 +194,22 @@ void blocks_fit_their_scratch() {
   }
 }
 
+// Weights that are read, or many rows that are multiplied with few weights.
+void threads_worth_waking() {
+  paddle_moe::Problem problem{};
+  problem.hidden_size = problem.intermediate_size = 64;
+  for (const DType dtype : {DType::kFloat32, DType::kInt4}) {
+    problem.weight_dtype = dtype;
+    const int64_t bytes = dtype == DType::kInt4 ? 3 * 64 * 64 / 2 : 3 * 64 * 64 * 4;
+    for (const auto& [experts, rows] : {std::pair<int64_t, int64_t>{0, 0}, {1, 1}, {64, 64}, {8, 100000}}) {
+      const int64_t by_bytes = experts * bytes / 262144, by_rows = rows * 3 * 64 * 64 / 1048576;
+      const int64_t threads = paddle_moe::cpu::useful_threads(problem, experts, rows);
+      CHECK(threads == 1 + std::max(by_bytes, by_rows), "%d threads for %d experts and %d rows",
+            static_cast<int>(threads), static_cast<int>(experts), static_cast<int>(rows));
+    }
+  }
+}
+
 // A GEMM by weights stored column by column writes its two blocks of columns and nothing beside them, where
 // another thread may have its own results.
 void results_stay_in_their_blocks() {
@@ -331,6 +350,7 @@ int main() {
     chunks();
     results_stay_in_their_blocks();
     blocks_fit_their_scratch();
+    threads_worth_waking();
     loops_of_the_limits();
   });
   return finish();

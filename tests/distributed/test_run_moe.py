@@ -50,6 +50,20 @@ def test_one_process_without_launcher(tmp_path):
     assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ("--tp 9 --ffn 8", "--tp must be at most --ffn = 8, got 9"),
+        ("--experts 2 --top-k 3", "--top-k must be at most --experts = 2, got 3"),
+        ("--hidden 0", "--hidden must be at least 1, got 0"),
+    ],
+)
+def test_wrong_options_are_named(options, error):
+    command = [sys.executable, str(RUN_MOE), *options.split()]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.endswith(f"run_moe.py: error: {error}\n"), done.stderr
+
+
 def test_finds_mistakes(tmp_path):
     options = "--ep 2 --tp 2 --log-dir launch".split()
     job = launch(tmp_path, WORKERS / "mistakes.py", ",".join(MISTAKES), *options, ranks=4)
