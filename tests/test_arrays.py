@@ -170,6 +170,24 @@ def test_paddle_tensors_through_dlpack():
     np.testing.assert_array_equal(core.mixture_of_experts(**tensors), core.mixture_of_experts(**arrays))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_arrays_that_begin_within_an_element_are_refused(name):
+    values = arguments()
+    shifted = np.frombuffer(b"\0" + values[name].tobytes(), values[name].dtype, offset=1)
+    values[name] = shifted.reshape(values[name].shape)
+    with pytest.raises(ValueError, match=f"^{name} must begin at a multiple of its item size, 4 bytes;"):
+        core.mixture_of_experts(**values)
+    behind = np.frombuffer(arguments()[name].tobytes() + bytes(4), values[name].dtype, offset=4)
+    values[name] = behind.reshape(values[name].shape)  # four bytes from a multiple of 16 are well
+    assert np.isfinite(core.mixture_of_experts(**{**arguments(), name: values[name]})).all()
+
+
+def test_strides_within_an_element_are_refused():
+    fields = np.zeros(T, [("x", "f4", H), ("odd", "u1")])["x"]
+    with pytest.raises(ValueError, match="^hidden_states must have strides that are multiples of its item"):
+        core.mixture_of_experts(**{**arguments(), "hidden_states": fields})
+
+
 def test_read_only_arrays():
     arrays = arguments()
     expected = core.mixture_of_experts(**arrays)

@@ -178,7 +178,13 @@ class Reader {
       return {view, false, view.dtype == DType::kOther ? py::dtype() : numpy_dtype(view.dtype), object};
     }
     Array array = read_array(name, object);
-    if (array.view.dtype != DType::kOther) extents_.emplace_back(std::move(name), array.view);
+    if (array.view.dtype == DType::kOther) return array;
+    const auto size = static_cast<uintptr_t>(dtype_size(array.view.dtype));
+    if (reinterpret_cast<uintptr_t>(array.view.data) % size != 0) {
+      fail(name + " must begin at a multiple of its item size, " + std::to_string(size) +
+           " bytes; pass a copy of it");
+    }
+    extents_.emplace_back(std::move(name), array.view);
     return array;
   }
 
