@@ -614,6 +614,8 @@ def _check(
                 f"rank would see only its part of each sequence, got True and a degree of {divided}"
             )
     _check_division(block, parallel, dispatch)
+    for name in block.linears:
+        block.linear_weight(name)
     block.weights()
     block.activation()
     if block.shared_expert() is not None:

@@ -14,9 +14,11 @@ pytest.importorskip("paddleformers", reason="paddleformers is not installed: see
 
 import paddleformers_models as models
 from families import (
+    assert_adapters_are_refused,
     assert_adapters_train,
     assert_experts_are_prepacked,
     assert_experts_are_quantized,
+    assert_programs_compute_the_same,
     assert_recompute_changes_nothing,
     assert_routes_as_in_float32,
     assert_same_gradients,
@@ -113,6 +115,11 @@ def test_recompute(family):
     assert_recompute_changes_nothing(block)
     if family.name == "ernie4_5_moe":
         assert block.moe_statics.expert_usage.sum() == 2 * 10 * block.top_k  # of two steps, once each
+
+
+@each_family
+def test_programs(family, tmp_path):
+    assert_programs_compute_the_same(blocks_of(accelerate(build(family)), family)[0], tmp_path)
 
 
 @each_family
@@ -226,6 +233,28 @@ def test_adapters_train_with_quantized_experts(name):
     model = integration.quantize_experts(accelerate(build(family_of[name])), "int4")
     lora = LoRAModel(model, LoRAConfig(target_modules=[".*qkv_proj.*", ".*o_proj.*"], r=4, lora_alpha=8))
     assert_adapters_train(lora)
+
+
+@pytest.mark.parametrize(
+    "name, layer, options",
+    [("qwen3_moe", "gate", {})]
+    + [(name, "experts", {"fd_fallback": True}) for name in ("qwen3_moe", "deepseek_v3", "glm4_moe")]
+    + [("gpt_oss", "experts", {})],
+)
+def test_adapters_of_routers_and_stacked_experts_are_refused(name, layer, options):
+    family = family_of[name]
+
+    def lora_model(model, target):
+        return LoRAModel(model, LoRAConfig(target_modules=[target], r=4, lora_alpha=8))
+
+    text = (
+        "^LoRAMoeExperts must have the parameters gate_up_proj and down_proj alone, got also gate_up_proj_lo"
+    )
+    if layer == "gate":
+        text = f"^gate of {family.block} must be a paddle.nn.Linear, got LoRALinear"
+    assert_adapters_are_refused(
+        integration, family, lora_model, lambda: build(family, **options), f".*mlp.{layer}$", text
+    )
 
 
 @each_family

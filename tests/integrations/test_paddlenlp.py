@@ -15,9 +15,11 @@ pytest.importorskip("paddlenlp", reason="paddlenlp is not installed: see docs/in
 
 import paddlenlp_models as models
 from families import (
+    assert_adapters_are_refused,
     assert_adapters_train,
     assert_experts_are_prepacked,
     assert_experts_are_quantized,
+    assert_programs_compute_the_same,
     assert_recompute_changes_nothing,
     assert_routes_as_in_float32,
     assert_same_gradients,
@@ -103,6 +105,19 @@ def test_recompute(family):
 
 
 @pytest.mark.skipif("deepseek_v2" not in family_of, reason="this version of PaddleNLP has no DeepSeek-V2")
+@each_family
+def test_programs(family, tmp_path):
+    assert_programs_compute_the_same(blocks_of(accelerate(build(family)), family)[0], tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in family_of if name != "jamba"])  # whose logger prevents it
+def test_a_program_of_the_whole_model(name):
+    family = family_of[name]
+    model = accelerate(build(family))
+    expected = logits(model)
+    np.testing.assert_array_equal(logits(paddle.jit.to_static(model, full_graph=True)), expected)
+
+
 def test_balance_per_sequence_when_sequences_are_one_after_the_other():
     model = build(family_of["deepseek_v2"], seq_aux=True, seq_length=5, aux_loss_alpha=1.0)
     model.config.sequence_parallel = True
@@ -583,6 +598,21 @@ def test_experts_with_adapters_are_refused_and_nothing_changes():
     with pytest.raises(ValueError, match=r"w3 of MixtralMLP must be a paddle.nn.Linear, got LoRALinear"):
         accelerate(model)
     assert not any(isinstance(layer, MoEBlock) for layer in model.sublayers())
+
+
+@pytest.mark.parametrize(
+    "name, layer", [("mixtral", "gate"), ("jamba", "router"), ("qwen2_moe", "shared_expert_gate")]
+)
+def test_adapters_of_routers_are_refused(name, layer):
+    if name not in family_of:
+        pytest.skip(f"this version of PaddleNLP has no {name}")
+    family = family_of[name]
+
+    def lora_model(model, target):
+        return LoRAModel(model, LoRAConfig(target_modules=[target], r=4, lora_alpha=8))
+
+    text = f"^{layer} of {family.block} must be a paddle.nn.Linear, got LoRALinear"
+    assert_adapters_are_refused(integration, family, lora_model, lambda: build(family), f".*{layer}$", text)
 
 
 def test_unknown_activation():
