@@ -17,7 +17,7 @@ import paddle
 from paddle.nn import functional as F
 
 from paddle_moe.functional import gate, route, without_autocast
-from paddle_moe.integrations.blocks import MoEBlock
+from paddle_moe.integrations.blocks import MoEBlock, Slice
 from paddle_moe.integrations.models import Holdings, Integration, published_parts, turned
 from paddle_moe.losses import load_balancing_loss
 from paddle_moe.tensor_files import Source
@@ -111,6 +111,12 @@ class Deepseek(MoEBlock):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+    def router_slices(self) -> list[Slice]:
+        if self.gate.topk_method != "noaux_tc":
+            return []
+        # PaddleNLP sets is_distributed for it, though all ranks have the whole; here checkpoints see that.
+        return [Slice.of(self.gate.e_score_correction_bias, "correction_bias", "E")]
 
     def shared_expert(self):
         return self._sub_layers.get("shared_experts")

@@ -305,6 +305,36 @@ def test_patch_accelerates_models_that_are_built_later(family):
         unpatch()
 
 
+def test_patch_accelerates_experts_of_other_models():
+    """Those of Qwen2-MoE, for example, have a class of their own that computes what MoeExperts does."""
+    from paddleformers.transformers.qwen2_moe.modeling import Qwen2MoeExperts
+    from paddleformers.transformers.qwen3_moe.configuration import Qwen3MoeConfig
+    from paddleformers.transformers.qwen3_moe.modeling import Qwen3MoeSparseMoeBlock
+
+    config = Qwen3MoeConfig(hidden_size=64, moe_intermediate_size=44, num_experts=6, fd_fallback=True)
+    patch()
+    try:
+        experts, block = Qwen2MoeExperts(config), Qwen3MoeSparseMoeBlock(config)
+    finally:
+        unpatch()
+    assert isinstance(experts, MoEBlock) and isinstance(experts, Qwen2MoeExperts)
+    assert isinstance(block, MoEBlock) and not isinstance(block.experts, MoEBlock)
+    assert type(restore(experts)) is Qwen2MoeExperts
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "glm4_moe"])
+def test_experts_of_a_block_stay_as_they_are(name):
+    """Or they would be divided over ranks without the block around them."""
+    model = build(family_of[name], fd_fallback=True)
+    blocks = blocks_of(model, family_of[name])
+    accelerate(blocks[0])
+    if len(blocks) > 1:
+        accelerate(model)
+    with pytest.raises(ValueError, match="is accelerated already; restore"):
+        accelerate(model)
+    assert not any(isinstance(block.experts, MoEBlock) for block in blocks)
+
+
 @each_family
 def test_changed_weights_count_at_once(family):
     model, twin = accelerate(build(family)), build(family)

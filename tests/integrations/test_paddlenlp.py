@@ -38,6 +38,7 @@ from paddlenlp import transformers
 from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp_models import FAMILIES, build, generated, published_tensors
 
+import paddle_moe
 from paddle_moe.integrations import paddlenlp as integration
 from paddle_moe.integrations.blocks import MoEBlock
 from paddle_moe.integrations.paddlenlp import (
@@ -459,6 +460,25 @@ def test_files_of_paddlenlp(family, tmp_path):
     model.config.save_pretrained(tmp_path / "saved")
     loaded = type(model).from_pretrained(tmp_path / "saved")
     assert_same_tensors({name: one.numpy() for name, one in loaded.state_dict().items()}, expected)
+
+
+@each_family
+def test_a_training_job_goes_on(family, tmp_path):
+    losses = []
+    for where in ("before", "after"):
+        model = accelerate(build(family))
+        optimizer = paddle.optimizer.AdamW(1e-3, parameters=model.parameters())
+        if where == "after":
+            set_to_zero(model)
+            paddle_moe.load_checkpoint(tmp_path, model, optimizer)
+        for step in range(2 if where == "before" else 1):
+            if step == 1:
+                paddle_moe.save_checkpoint(tmp_path, model, optimizer)
+            loss, _ = loss_and_gradients(model)
+            optimizer.step()
+            optimizer.clear_grad()
+        losses.append(loss)
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("what", wrong_files(EXPERT, [91, 64]))
