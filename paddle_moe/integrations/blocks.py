@@ -146,6 +146,11 @@ def _linear(owner: nn.Layer, name: str) -> nn.Layer:
             "paddle_moe does not run experts and routers with adapters, quantised weights or the package's "
             "own tensor parallelism; merge the adapters, or build the model without them"
         )
+    if "weight" not in layer._parameters:  # hooks compute it, which run only where the layer itself is called
+        raise ValueError(
+            f"{name} of {type(owner).__name__} must have a parameter weight, got "
+            f"{', '.join(sorted(layer._parameters))}: take off what computes it, such as weight_norm"
+        )
     return layer
 
 
