@@ -252,6 +252,10 @@ class Ernie45Moe(MoEBlock):
                     chosen = F.one_hot(routing_table, config.moe_num_experts).sum(axis=[0, 1])
                     usage = self.moe_statics.expert_usage
                     usage[0] = usage[0] + chosen.astype(usage.dtype)
+        if (
+            loss.stop_gradient
+        ):  # no loss, or a frozen router; the model's own FakeMoERouterLoss wants one to have
+            loss.stop_gradient = False
         return output, router_weights.astype(input.dtype), loss, logits
 
     def _router_loss(self, logits: Tensor) -> Tensor:

@@ -476,6 +476,22 @@ def test_a_model_of_another_kind():
         accelerate(paddle.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_ernie_without_router_losses_has_gradients(training):
+    names = ("router_aux_loss_coef", "moe_orthogonal_loss_lambda", "router_z_loss_coef")
+    family = family_of["ernie4_5_moe"]
+    model = accelerate(build(family, **dict.fromkeys(names, 0.0)))
+    reference = dense_model(family, **dict.fromkeys(names, 0.0))
+    expected = loss_and_gradients(reference)[1]
+    if training:
+        actual = loss_and_gradients(model)[1]
+    else:
+        ids = models.tokens()
+        model(ids, labels=ids)[0].backward()
+        actual = {name: one.grad.numpy() for name, one in model.named_parameters() if one.grad is not None}
+    assert_same_gradients(actual, expected)
+
+
 @pytest.mark.parametrize(
     "options, text",
     [
