@@ -118,6 +118,26 @@ def test_recompute(family):
 
 
 @each_family
+def test_training_in_bfloat16(family):
+    """Of what Paddle's CPU has no kernels for, concat's gradient and sums, a block needs none."""
+    gradients = []
+    for dtype in ("float32", "bfloat16"):
+        model = build(family)
+        model.to(dtype="bfloat16")
+        model.to(dtype=dtype)
+        block = blocks_of(accelerate(model), family)[0]
+        block.train()
+        x = paddle.to_tensor(np.random.default_rng(4).standard_normal([2, 5, 64]).astype("float32"))
+        x = x.astype("bfloat16").astype(dtype)
+        x.stop_gradient = False
+        out = block(x)
+        out = out[0] if isinstance(out, tuple) else out
+        out.astype("float32").sum().backward()
+        gradients.append(x.grad.astype("float32").numpy())
+    assert relative_l2(*gradients[::-1]) < 2e-2
+
+
+@each_family
 def test_programs(family, tmp_path):
     assert_programs_compute_the_same(blocks_of(accelerate(build(family)), family)[0], tmp_path)
 
