@@ -234,11 +234,12 @@ def test_dispatch_of_no_tokens():
     np.testing.assert_array_equal(totals.numpy(), np.zeros(EXPERTS))
 
 
-def test_dispatch_of_nan_has_scale_zero():
+@pytest.mark.parametrize("group_moe", [False, True])
+def test_dispatch_of_nan_has_scale_zero(group_moe):
     gating = np.zeros((2, EXPERTS), np.float32)
     gating[1, 3] = np.nan
     rows, totals, indices, scales, ids = incubate.moe_dispatch(
-        paddle.ones([2, HIDDEN]), tensors(gating), TOP_K
+        paddle.ones([2, HIDDEN]), tensors(gating), TOP_K, group_moe
     )
     np.testing.assert_array_equal(ids.numpy()[1], 0)
     np.testing.assert_array_equal(scales.numpy()[1], 0)
@@ -315,6 +316,35 @@ def test_fused_moe_errors(changed, message):
     x, gate, arguments, _ = incubate_case()
     with pytest.raises(ValueError, match=message):
         incubate.fused_moe(tensors(x), tensors(gate), **arguments, **changed)
+
+
+def test_steps_that_do_not_fit_each_other():
+    """Paddle reads outside of a tensor where there are fewer rows than ids say."""
+    x, gating = paddle.ones([2, HIDDEN]), paddle.zeros([3, EXPERTS])
+    with pytest.raises(ValueError, match=rf"^x must have the shape .* = \[3, \?\], got \[2, {HIDDEN}\]"):
+        incubate.moe_dispatch(x, gating, TOP_K)
+    rows, totals, indices, scales, ids = incubate.moe_dispatch(x, gating[:2], TOP_K)
+    _, _, arguments, _ = incubate_case()
+    weights = arguments["ffn1_weight"], arguments["ffn2_weight"]
+    with pytest.raises(ValueError, match=f"^token_nums_per_expert must .*, got .{EXPERTS - 1}"):
+        incubate.moe_ffn(rows, totals[1:], *weights)
+    with pytest.raises(ValueError, match="^expert_scales_float must have the shape .T, K. or .T, K, 1, 1. ="):
+        incubate.moe_reduce(rows, scales[:1], indices, ids)
+    with pytest.raises(ValueError, match="^top_k_indices must have the shape .T, K. ="):
+        incubate.moe_reduce(rows, scales, indices, ids.transpose([1, 0])[:1])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: incubate.fused_moe(x, *[paddle.ones([1])] * 3),
+        lambda x: paddlenlp_ops.mixture_of_experts(x, *[[]] * 4, False, "silu", 0, 0, False),
+        lambda x: paddlenlp_ops.fused_gate_moe(x, *[[]] * 4, 1, True, False, "silu", 0, 0),
+    ],
+)
+def test_no_tensor(call):
+    with pytest.raises(ValueError, match=r"^(x|hidden_states) must be a paddle.Tensor, got numpy.ndarray"):
+        call(np.ones([2, HIDDEN], np.float32))
 
 
 def test_moe_ffn_refuses_quantised_weights():

@@ -22,6 +22,17 @@ def _refuse_quantisation(quant_method: str, **scales: paddle.Tensor | None) -> N
             raise ValueError(f"{name} must be None (this function takes no quantised weights), got a tensor")
 
 
+@functional.unified
+def _expect(name: str, tensor: paddle.Tensor, sizes: list[int | None], meaning: str) -> None:
+    """A ValueError unless `tensor` has these sizes; None, and -1 while a program is built: any."""
+    functional.expect_tensors(**{name: tensor})
+    shape = list(tensor.shape)
+    unequal = [None not in pair and -1 not in pair and pair[0] != pair[1] for pair in zip(shape, sizes)]
+    if len(shape) != len(sizes) or any(unequal):
+        expected = ", ".join("?" if size in (None, -1) else str(size) for size in sizes)
+        raise ValueError(f"{name} must have the shape {meaning} = [{expected}], got {shape}")
+
+
 def _flat_bias(bias: paddle.Tensor | None) -> paddle.Tensor | None:
     """[E, 1, N] or [E, N] as [E, N]."""
     return None if bias is None else bias.reshape([bias.shape[0], bias.shape[-1]])
@@ -40,10 +51,19 @@ def _select(
     ids, scores = functional.route(logits.reshape([-1, group_size]), 1, renormalize=False)
     first_ids = paddle.arange(0, num_experts, group_size, dtype="int32")
     ids, scores = ids.reshape([-1, top_k]), scores.reshape([-1, top_k])
-    ids = paddle.where(ids < 0, ids, ids + first_ids)
+    # As without groups, a NaN anywhere leaves the token without experts.
+    is_nan = (ids < 0).any(axis=1, keepdim=True).expand_as(ids)
+    ids = paddle.where(is_nan, paddle.full_like(ids, -1), ids + first_ids)
+    scores = paddle.where(is_nan, paddle.zeros_like(scores), scores)
     if renormalize:
-        scores = scores / scores.sum(axis=1, keepdim=True)
+        scores = _divided_by_sums(scores)
     return ids, scores
+
+
+def _divided_by_sums(scales: paddle.Tensor) -> paddle.Tensor:
+    """Rows that add up to 0 stay as they are."""
+    total = scales.sum(axis=1, keepdim=True)
+    return scales / (total + (total == 0).astype(total.dtype))
 
 
 def fused_moe(
@@ -81,6 +101,7 @@ def fused_moe(
         ValueError: an argument does not fit or asks for quantised weights.
     """
     _refuse_quantisation(quant_method, ffn1_scale=ffn1_scale, ffn2_scale=ffn2_scale)
+    functional.expect_tensors(x=x, gate_weight=gate_weight)
     tokens = x.reshape([-1, x.shape[-1]])
     ids, weights = _select(functional.gate(tokens, gate_weight), moe_topk, group_moe, norm_topk_prob)
     output = functional.mixture_of_experts(
@@ -113,6 +134,8 @@ def moe_dispatch(
     Raises:
         ValueError: an argument does not fit.
     """
+    _expect("gating_output", gating_output, [None, None], "[T, E]")
+    _expect("x", x, [gating_output.shape[0], None], "[T, d_model]")
     num_tokens, num_experts = gating_output.shape
     if topk_only_mode:
         ids, _ = functional.route(gating_output, moe_topk, scoring="softmax_topk")
@@ -151,6 +174,9 @@ def moe_ffn(
         ValueError: an argument does not fit or asks for quantised weights.
     """
     _refuse_quantisation(quant_method, ffn1_scale=ffn1_scale, ffn2_scale=ffn2_scale)
+    _expect("permute_input", permute_input, [None, None], "[R, d_model]")
+    num_experts = len(ffn1_weight) if isinstance(ffn1_weight, (list, tuple)) else ffn1_weight.shape[0]
+    _expect("token_nums_per_expert", token_nums_per_expert, [num_experts], "[E]")
     num_rows = permute_input.shape[0]
     ids = paddle.searchsorted(token_nums_per_expert, paddle.arange(num_rows, dtype="int64"), right=True)
     return functional.mixture_of_experts(
@@ -184,8 +210,17 @@ def moe_reduce(
 
     Returns:
         [T, d_model] in the dtype of ffn_out, summed in fp32.
+
+    Raises:
+        ValueError: an argument does not fit.
     """
+    _expect("permute_indices_per_token", permute_indices_per_token, [None, None], "[K, T]")
     top_k, num_tokens = permute_indices_per_token.shape
+    _expect("ffn_out", ffn_out, [None, None], "[T * K, d_model]")
+    _expect("top_k_indices", top_k_indices, [num_tokens, top_k], "[T, K]")
+    functional.expect_tensors(expert_scales_float=expert_scales_float)
+    ones = [1] * (len(expert_scales_float.shape) - 2)
+    _expect("expert_scales_float", expert_scales_float, [num_tokens, top_k, *ones], "[T, K] or [T, K, 1, 1]")
     rows = permute_indices_per_token.transpose([1, 0]).flatten()
     outputs = ffn_out[rows].astype("float32")
     if ffn2_bias is not None:
@@ -193,7 +228,6 @@ def moe_reduce(
         outputs = outputs + bias.astype("float32")
     scales = expert_scales_float.reshape([num_tokens, top_k])
     if norm_topk_prob:
-        total = scales.sum(axis=1, keepdim=True)
-        scales = scales / (total + (total == 0).astype(total.dtype))
+        scales = _divided_by_sums(scales)
     weighted = outputs.reshape([num_tokens, top_k, ffn_out.shape[-1]]) * scales.unsqueeze(-1)
     return (weighted.sum(axis=1) * routed_scaling_factor).astype(ffn_out.dtype)

@@ -46,6 +46,7 @@ def mixture_of_experts(
     Raises:
         ValueError: an argument does not fit.
     """
+    functional.expect_tensors(hidden_states=hidden_states)
     result = functional.mixture_of_experts(
         hidden_states.reshape([-1, hidden_states.shape[-1]]),
         routing_table,
@@ -93,6 +94,7 @@ def fused_gate_moe(
     Raises:
         ValueError: an argument does not fit.
     """
+    functional.expect_tensors(hidden_states=hidden_states)
     output = functional.fused_gate_moe(
         hidden_states.reshape([-1, hidden_states.shape[-1]]),
         gate_weights,

@@ -130,16 +130,26 @@ class FrozenWeight(nn.Layer):
         return f"shape={self.weight.shape}, dtype={self.weight.dtype}"
 
 
-def _linear(expert: nn.Layer, name: str) -> nn.Layer:
-    layer = expert._sub_layers[name]
+def is_empty(tensor: Tensor) -> bool:
+    """By its shape: in a program that is being built ``size`` is a value that nobody knows yet."""
+    return 0 in tensor.shape
+
+
+def _linear(owner: nn.Layer, name: str) -> nn.Layer:
+    layer = owner._sub_layers[name]
     if isinstance(layer, FrozenWeight):
         return layer
     # Packages derive their own Linear (for fp8, say); adapters are derived too, but have names of their own.
     if not isinstance(layer, nn.Linear) or type(layer).__name__ != "Linear":
         raise ValueError(
-            f"{name} of {type(expert).__name__} must be a paddle.nn.Linear, got {type(layer).__name__}: "
-            "paddle_moe does not run experts with adapters, quantised weights or the package's own tensor "
-            "parallelism; merge the adapters, or build the model without them"
+            f"{name} of {type(owner).__name__} must be a paddle.nn.Linear, got {type(layer).__name__}: "
+            "paddle_moe does not run experts and routers with adapters, quantised weights or the package's "
+            "own tensor parallelism; merge the adapters, or build the model without them"
+        )
+    if "weight" not in layer._parameters:  # hooks compute it, which run only where the layer itself is called
+        raise ValueError(
+            f"{name} of {type(owner).__name__} must have a parameter weight, got "
+            f"{', '.join(sorted(layer._parameters))}: take off what computes it, such as weight_norm"
         )
     return layer
 
@@ -163,7 +173,7 @@ def listed_weights(experts: list[nn.Layer]) -> Weights:
     down = [pair[1] for pair in pairs]
 
     def biases(layers: list[nn.Layer]) -> list[Tensor] | None:
-        if layers[0].bias is None or layers[0].bias.size == 0:
+        if layers[0].bias is None or is_empty(layers[0].bias):
             return None
         return [layer.bias for layer in layers]
 
@@ -176,12 +186,24 @@ def listed_weights(experts: list[nn.Layer]) -> Weights:
     return weights
 
 
-def stacked_weights(experts: nn.Layer, gate_up_bias: Any = None, down_bias: Any = None) -> Weights:
+_STACKED = {"gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"}
+
+
+def stacked_weights(experts: nn.Layer) -> Weights:
+    """The parameters of experts that are one layer, without biases."""
+    # LoRA keeps these two under their names, beside its own.
+    others = [name for name in experts._parameters if name not in _STACKED]
+    if others:
+        raise ValueError(
+            f"{type(experts).__name__} must have the parameters gate_up_proj and down_proj alone, got also "
+            f"{', '.join(others)}: paddle_moe does not run experts with adapters; build the model without "
+            "them"
+        )
     pair = experts.gate_up_proj, experts.down_proj
     if isinstance(pair[1], FrozenWeight):
         tensors, scales = [one.weight for one in pair], [one.scale for one in pair]
-        return Weights(*tensors, gate_up_bias, down_bias, *scales)
-    return Weights(*pair, gate_up_bias, down_bias)
+        return Weights(*tensors, None, None, *scales)
+    return Weights(*pair)
 
 
 def activation_of(function: Any) -> str:
@@ -359,6 +381,7 @@ class MoEBlock:
     stock = ""  # the class that it accelerates, as "module:name"
     model = ""  # what people call the models that have it
     layout: str | None = None  # of pretrained.LAYOUTS: that of the published files
+    linears: tuple[str, ...] = ()  # names of the Linear layers that score tokens
     dispatch = "replicated"
     parallel: ParallelContext | None = None
     frozen: str | None = None  # the dtype of the experts' weights since quantize(), or "prepacked"
@@ -376,6 +399,10 @@ class MoEBlock:
     def shared_expert(self) -> nn.Layer | None:
         """The expert that every token goes to."""
         return None
+
+    def linear_weight(self, name: str) -> Tensor:
+        """Of one of `linears`, which adapters may have replaced since the block was accelerated."""
+        return _linear(self, name).weight
 
     def router_slices(self) -> list[Slice]:
         """The tensors of the router."""
@@ -637,7 +664,7 @@ class MoEBlock:
             exchange=exchange,
         )
         output = leave_shards(output.astype(tokens.dtype), parallel, groups)
-        return output.astype(hidden_states.dtype).reshape(hidden_states.shape)
+        return functional.reshape_like(output.astype(hidden_states.dtype), hidden_states)
 
     def _shared_output(self, tokens: Tensor, shared_weights: Tensor) -> Tensor:
         only = paddle.zeros_like(tokens[:, :1], dtype="int32")
@@ -655,7 +682,7 @@ class MoEBlock:
     ) -> Tensor:
         """Zeros on a rank that holds no expert, or no column, so that all ranks build graphs of one shape."""
         down = weights.down[0] if isinstance(weights.down, list) else weights.down
-        if down.size == 0 or has_no_rows(tokens):
+        if is_empty(down) or has_no_rows(tokens):
             return no_contribution(tokens, router_weights, *weights.tensors())
         return self.run(tokens, routing_table, router_weights, weights, first)
 

@@ -275,9 +275,10 @@ class Integration:
             raise RuntimeError(f"no block of {self.package} can be imported: " + "; ".join(errors))
         parallel = _context(ep_size, tp_size, parallel)
         self._guard_saving()
+        building: list[nn.Layer] = []
         for stock, block in stocks.items():
             self._original_init[stock] = stock.__init__
-            stock.__init__ = _accelerating_init(stock, block, parallel, dispatch, self._built)
+            stock.__init__ = _accelerating_init(stock, block, parallel, dispatch, self._built, building)
         for place, (block, make) in self._stand_ins.items():
             path, _, name = place.partition(":")
             stock = next((one for one, known in stocks.items() if known is block), None)
@@ -457,8 +458,10 @@ class Integration:
         )
 
     def _find(self, model: nn.Layer) -> Iterator[tuple[nn.Layer, type[MoEBlock]]]:
-        inside = set()  # experts that belong to a block which is found already
+        inside = set()  # experts that belong to a block which is found already, or accelerated
         for layer in model.sublayers(include_self=True):
+            if isinstance(layer, MoEBlock):
+                inside.update(id(one) for one in layer.sublayers())
             if isinstance(layer, MoEBlock) or id(layer) in inside:
                 continue
             for cls in type(layer).__mro__:
@@ -567,11 +570,15 @@ def published_parts(
 
 
 def _parallel_of(model: nn.Layer, parallel: ParallelContext | None) -> ParallelContext | None:
-    blocks = (layer for layer in model.sublayers(include_self=True) if isinstance(layer, MoEBlock))
-    own = next((block.parallel for block in blocks), None)
-    if None not in (own, parallel) and own is not parallel:
-        raise ValueError("parallel must be the one that the model was accelerated with, or None")
-    return own or parallel
+    blocks = [layer for layer in model.sublayers(include_self=True) if isinstance(layer, MoEBlock)]
+    for own in (block.parallel for block in blocks):  # a block that was accelerated by itself has none
+        if None not in (own, parallel) and own is not parallel:
+            raise ValueError(
+                "parallel must be the one that all blocks of the model were accelerated with, or None; "
+                "restore() the model, and accelerate() it with one"
+            )
+        parallel = parallel or own
+    return parallel
 
 
 _LAYOUTS = ("huggingface", "paddle")
@@ -614,6 +621,8 @@ def _check(
                 f"rank would see only its part of each sequence, got True and a degree of {divided}"
             )
     _check_division(block, parallel, dispatch)
+    for name in block.linears:
+        block.linear_weight(name)
     block.weights()
     block.activation()
     if block.shared_expert() is not None:
@@ -644,14 +653,22 @@ def _accelerating_init(
     parallel: ParallelContext | None,
     dispatch: str,
     built: weakref.WeakSet[MoEBlock],
+    building: list[nn.Layer],
 ):
+    """building: the blocks whose __init__ is running; experts that are built in one of them belong to it."""
     original = stock.__init__
 
     @functools.wraps(original)
     def init(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        if type(self) is stock:  # a subclass is not ready yet, and may compute something else
-            self.__class__ = _accelerated(block, stock)
+        building.append(self)
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            building.pop()
+        kind = type(self)
+        # A subclass with an __init__ of its own is not ready yet; one may compute something else.
+        if kind.__init__ is stock.__init__ and kind.forward is stock.forward and not building:
+            self.__class__ = _accelerated(block, kind)
             config = next((one for one in [*args, *kwargs.values()] if hasattr(one, "hidden_size")), None)
             _check(self, False, parallel, dispatch, config)
             if parallel is not None:

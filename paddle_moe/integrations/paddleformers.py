@@ -16,7 +16,7 @@ import paddle
 from paddle.nn import functional as F
 
 from paddle_moe.functional import gate, route, without_autocast
-from paddle_moe.integrations.blocks import MoEBlock, Slice, Weights, stacked_weights
+from paddle_moe.integrations.blocks import MoEBlock, Slice, Weights, is_empty, stacked_weights
 from paddle_moe.integrations.models import Holdings, Integration, published_by_blocks, published_parts
 from paddle_moe.losses import load_balancing_loss, router_z_loss
 from paddle_moe.tensor_files import Source
@@ -54,12 +54,13 @@ class Qwen3Moe(MoEBlock):
     stock = "paddleformers.transformers.qwen3_moe.modeling:Qwen3MoeSparseMoeBlock"
     model = "Qwen3-MoE"
     layout = "qwen3_moe"
+    linears = ("gate",)
 
     def router_slices(self) -> list[Slice]:
-        return [Slice.of(self.gate.weight, "gate_weight", "H E")]
+        return [Slice.of(self.linear_weight("gate"), "gate_weight", "H E")]
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        logits = gate(self.tokens(hidden_states), self.gate.weight)
+        logits = gate(self.tokens(hidden_states), self.linear_weight("gate"))
         routing_table, router_weights = route(
             logits, self.top_k, renormalize=self.norm_topk_prob, renormalize_eps=0.0
         )
@@ -137,11 +138,16 @@ class GptOss(MoEBlock):
 
     def weights(self) -> Weights:
         experts = self.experts_layer()
-        down_bias = experts.down_proj_bias if experts.down_proj_bias.size else None
-        return stacked_weights(experts, experts.gate_up_proj_bias, down_bias)
+        weights = stacked_weights(experts)
+        weights.gate_up_bias = experts.gate_up_proj_bias
+        weights.down_bias = None if is_empty(experts.down_proj_bias) else experts.down_proj_bias
+        return weights
 
     def gates_then_ups(self, gate_up: Tensor) -> Tensor:
-        return paddle.concat([gate_up[..., 0::2], gate_up[..., 1::2]], axis=-1)
+        # Half the time of slices side by side, and bfloat16 has gradients on a CPU.
+        pairs = gate_up.reshape([*gate_up.shape[:-1], -1, 2])
+        axes = list(range(pairs.ndim))
+        return pairs.transpose([*axes[:-2], axes[-1], axes[-2]]).reshape(gate_up.shape)
 
     def run(self, tokens, routing_table, router_weights, weights: Weights, first: int) -> Tensor:
         if self.frozen is None:  # else the weights are in order
@@ -150,7 +156,8 @@ class GptOss(MoEBlock):
                 first = 0
             weights = replace(weights, gate_up=self.gates_then_ups(weights.gate_up))
         weights = replace(weights, gate_up_bias=self.gates_then_ups(weights.gate_up_bias))
-        return super().run(tokens, routing_table, router_weights, weights, first)
+        # Rewritten by to_static, super() would be this function again.
+        return MoEBlock.run(self, tokens, routing_table, router_weights, weights, first)
 
     def expert_slices(self) -> list[Slice]:
         experts = self.experts_layer()
@@ -247,7 +254,12 @@ class Ernie45Moe(MoEBlock):
                 with paddle.no_grad():
                     chosen = F.one_hot(routing_table, config.moe_num_experts).sum(axis=[0, 1])
                     usage = self.moe_statics.expert_usage
-                    usage[0] = usage[0] + chosen.astype(usage.dtype)
+                    # Int64, or since model.to() a half, which a CPU cannot add.
+                    usage[0] = (usage[0].astype("float64") + chosen.astype("float64")).astype(usage.dtype)
+        if (
+            loss.stop_gradient
+        ):  # no loss, or a frozen router; the model's own FakeMoERouterLoss wants one to have
+            loss.stop_gradient = False
         return output, router_weights.astype(input.dtype), loss, logits
 
     def _router_loss(self, logits: Tensor) -> Tensor:

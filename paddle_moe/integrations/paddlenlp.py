@@ -17,7 +17,7 @@ import paddle
 from paddle.nn import functional as F
 
 from paddle_moe.functional import gate, route, without_autocast
-from paddle_moe.integrations.blocks import MoEBlock
+from paddle_moe.integrations.blocks import MoEBlock, Slice
 from paddle_moe.integrations.models import Holdings, Integration, published_parts, turned
 from paddle_moe.losses import load_balancing_loss
 from paddle_moe.tensor_files import Source
@@ -41,9 +41,10 @@ class Mixtral(MoEBlock):
 
     stock = "paddlenlp.transformers.mixtral.modeling:MixtralSparseMoeBlock"
     model = "Mixtral"
+    linears = ("gate",)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        logits = gate(self.tokens(hidden_states), self.gate.weight)
+        logits = gate(self.tokens(hidden_states), self.linear_weight("gate"))
         routing_table, router_weights = route(logits, self.top_k, renormalize_eps=0.0)
         output = self.mix(hidden_states, routing_table, router_weights)
         return output, logits.astype(hidden_states.dtype)
@@ -54,9 +55,10 @@ class Jamba(MoEBlock):
 
     stock = "paddlenlp.transformers.jamba.modeling:JambaSparseMoeBlock"
     model = "Jamba"
+    linears = ("router",)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        logits = gate(self.tokens(hidden_states), self.router.weight)
+        logits = gate(self.tokens(hidden_states), self.linear_weight("router"))
         routing_table, router_weights = route(logits, self.top_k, renormalize=False)
         output = self.mix(hidden_states, routing_table, router_weights)
         return output, logits.astype(hidden_states.dtype)
@@ -70,6 +72,7 @@ class Qwen2Moe(MoEBlock):
 
     stock = "paddlenlp.transformers.qwen2_moe.modeling:Qwen2MoeSparseMoEBlock"
     model = "Qwen2-MoE"
+    linears = ("shared_expert_gate",)
 
     def shared_expert(self):
         return self._sub_layers["shared_expert"]
@@ -80,9 +83,14 @@ class Qwen2Moe(MoEBlock):
         routing_table, router_weights = route(
             logits, self.top_k, renormalize=self.norm_topk_prob, renormalize_eps=0.0
         )
-        shared_weights = without_autocast(F.sigmoid)(gate(tokens, self.shared_expert_gate.weight))
+        shared_weights = _sigmoid(gate(tokens, self.linear_weight("shared_expert_gate")))
         output = self.mix(hidden_states, routing_table, router_weights, shared_weights)
         return output, logits.astype(hidden_states.dtype)
+
+
+@without_autocast
+def _sigmoid(logits: Tensor) -> Tensor:
+    return F.sigmoid(logits)
 
 
 class Deepseek(MoEBlock):
@@ -103,6 +111,12 @@ class Deepseek(MoEBlock):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+    def router_slices(self) -> list[Slice]:
+        if self.gate.topk_method != "noaux_tc":
+            return []
+        # PaddleNLP sets is_distributed for it, though all ranks have the whole; here checkpoints see that.
+        return [Slice.of(self.gate.e_score_correction_bias, "correction_bias", "E")]
 
     def shared_expert(self):
         return self._sub_layers.get("shared_experts")
@@ -135,7 +149,7 @@ class Deepseek(MoEBlock):
                 sequence_length=length if self.config.seq_aux else None,
             )
             add_loss = sys.modules[self._stock.__module__].AddAuxiliaryLoss
-            output = add_loss.apply(output, self.alpha * loss)
+            output = add_loss.apply(output, (self.alpha * loss).reshape([1]))  # the shape of its gradient
         return output
 
 

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from training_cases import autocast
 
 from paddle_moe import functional
+from paddle_moe.integrations.blocks import MoEBlock
 
 TEXT = b"A mixture of experts sends each token to a few of its many experts and adds up what they say. "
 VOCABULARY = 128  # the tokens are the bytes of the text
@@ -227,6 +228,56 @@ def assert_recompute_changes_nothing(block) -> None:
         x.clear_grad()
         block.clear_gradients()
     assert_same_tensors(*gradients)
+
+
+def assert_programs_compute_the_same(block, directory: Path) -> None:
+    """paddle.jit.to_static with gradients, in training, and paddle.jit.save, for any number of tokens."""
+    values = np.random.default_rng(4).standard_normal([2, 5, 64]).astype("float32")
+    block.train()
+    gradients = []
+    for run in (block.forward, paddle.jit.to_static(Around(block), full_graph=True)):
+        x = paddle.to_tensor(values, stop_gradient=False)
+        out = run(x)
+        out = out if isinstance(out, (tuple, list)) else (out,)
+        sum(one.square().sum() for one in out if not one.stop_gradient).backward()
+        own = {name: one.grad.numpy() for name, one in block.named_parameters() if one.grad is not None}
+        gradients.append({"x": x.grad.numpy(), **own})
+        block.clear_gradients()
+    assert_same_tensors(*gradients)
+
+    block.eval()
+    spec = [paddle.static.InputSpec([None, None, 64], "float32")]
+    paddle.jit.save(Around(block), str(directory / "block"), input_spec=spec)
+    loaded = paddle.jit.load(str(directory / "block"))
+    with paddle.no_grad():
+        for x in (paddle.to_tensor(values), paddle.to_tensor(values[:1, :3])):
+            results = [one[0] if isinstance(one, (tuple, list)) else one for one in (block(x), loaded(x))]
+            np.testing.assert_array_equal(*(one.numpy() for one in results))
+
+
+class Around(paddle.nn.Layer):
+    """A layer around a block, because to_static changes the layer that it is given."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return self.block(x)
+
+
+@paddle.no_grad()
+def assert_adapters_are_refused(
+    integration, family: Family, lora_model, build, target: str, text: str
+) -> None:
+    """Before `accelerate` and after it; they would count for nothing."""
+    before, after = lora_model(build(), target), integration.accelerate(build())
+    with pytest.raises(ValueError, match=text):
+        integration.accelerate(before)
+    assert not any(isinstance(layer, MoEBlock) for layer in before.sublayers())
+    lora_model(after, target)
+    with pytest.raises(ValueError, match=text):
+        blocks_of(after, family)[0](paddle.randn([1, 3, 64]))
 
 
 def split_qkv(value: np.ndarray, config) -> dict[str, np.ndarray]:

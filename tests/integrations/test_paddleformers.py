@@ -14,9 +14,11 @@ pytest.importorskip("paddleformers", reason="paddleformers is not installed: see
 
 import paddleformers_models as models
 from families import (
+    assert_adapters_are_refused,
     assert_adapters_train,
     assert_experts_are_prepacked,
     assert_experts_are_quantized,
+    assert_programs_compute_the_same,
     assert_recompute_changes_nothing,
     assert_routes_as_in_float32,
     assert_same_gradients,
@@ -113,6 +115,31 @@ def test_recompute(family):
     assert_recompute_changes_nothing(block)
     if family.name == "ernie4_5_moe":
         assert block.moe_statics.expert_usage.sum() == 2 * 10 * block.top_k  # of two steps, once each
+
+
+@each_family
+def test_training_in_bfloat16(family):
+    """Of what Paddle's CPU has no kernels for, concat's gradient and sums, a block needs none."""
+    gradients = []
+    for dtype in ("float32", "bfloat16"):
+        model = build(family)
+        model.to(dtype="bfloat16")
+        model.to(dtype=dtype)
+        block = blocks_of(accelerate(model), family)[0]
+        block.train()
+        x = paddle.to_tensor(np.random.default_rng(4).standard_normal([2, 5, 64]).astype("float32"))
+        x = x.astype("bfloat16").astype(dtype)
+        x.stop_gradient = False
+        out = block(x)
+        out = out[0] if isinstance(out, tuple) else out
+        out.astype("float32").sum().backward()
+        gradients.append(x.grad.astype("float32").numpy())
+    assert relative_l2(*gradients[::-1]) < 2e-2
+
+
+@each_family
+def test_programs(family, tmp_path):
+    assert_programs_compute_the_same(blocks_of(accelerate(build(family)), family)[0], tmp_path)
 
 
 @each_family
@@ -228,6 +255,28 @@ def test_adapters_train_with_quantized_experts(name):
     assert_adapters_train(lora)
 
 
+@pytest.mark.parametrize(
+    "name, layer, options",
+    [("qwen3_moe", "gate", {})]
+    + [(name, "experts", {"fd_fallback": True}) for name in ("qwen3_moe", "deepseek_v3", "glm4_moe")]
+    + [("gpt_oss", "experts", {})],
+)
+def test_adapters_of_routers_and_stacked_experts_are_refused(name, layer, options):
+    family = family_of[name]
+
+    def lora_model(model, target):
+        return LoRAModel(model, LoRAConfig(target_modules=[target], r=4, lora_alpha=8))
+
+    text = (
+        "^LoRAMoeExperts must have the parameters gate_up_proj and down_proj alone, got also gate_up_proj_lo"
+    )
+    if layer == "gate":
+        text = f"^gate of {family.block} must be a paddle.nn.Linear, got LoRALinear"
+    assert_adapters_are_refused(
+        integration, family, lora_model, lambda: build(family, **options), f".*mlp.{layer}$", text
+    )
+
+
 @each_family
 def test_copies_have_weights_of_their_own(family):
     model = accelerate(build(family))
@@ -274,6 +323,36 @@ def test_patch_accelerates_models_that_are_built_later(family):
         assert all(isinstance(block, MoEBlock) for block in blocks_of(build(family), family))
     finally:
         unpatch()
+
+
+def test_patch_accelerates_experts_of_other_models():
+    """Those of Qwen2-MoE, for example, have a class of their own that computes what MoeExperts does."""
+    from paddleformers.transformers.qwen2_moe.modeling import Qwen2MoeExperts
+    from paddleformers.transformers.qwen3_moe.configuration import Qwen3MoeConfig
+    from paddleformers.transformers.qwen3_moe.modeling import Qwen3MoeSparseMoeBlock
+
+    config = Qwen3MoeConfig(hidden_size=64, moe_intermediate_size=44, num_experts=6, fd_fallback=True)
+    patch()
+    try:
+        experts, block = Qwen2MoeExperts(config), Qwen3MoeSparseMoeBlock(config)
+    finally:
+        unpatch()
+    assert isinstance(experts, MoEBlock) and isinstance(experts, Qwen2MoeExperts)
+    assert isinstance(block, MoEBlock) and not isinstance(block.experts, MoEBlock)
+    assert type(restore(experts)) is Qwen2MoeExperts
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "glm4_moe"])
+def test_experts_of_a_block_stay_as_they_are(name):
+    """Or they would be divided over ranks without the block around them."""
+    model = build(family_of[name], fd_fallback=True)
+    blocks = blocks_of(model, family_of[name])
+    accelerate(blocks[0])
+    if len(blocks) > 1:
+        accelerate(model)
+    with pytest.raises(ValueError, match="is accelerated already; restore"):
+        accelerate(model)
+    assert not any(isinstance(block.experts, MoEBlock) for block in blocks)
 
 
 @each_family
@@ -415,6 +494,22 @@ def test_published_names_need_accelerated_blocks(tmp_path):
 def test_a_model_of_another_kind():
     with pytest.raises(ValueError, match=r"Qwen3MoeSparseMoeBlock of Qwen3-MoE, .* got Linear"):
         accelerate(paddle.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_ernie_without_router_losses_has_gradients(training):
+    names = ("router_aux_loss_coef", "moe_orthogonal_loss_lambda", "router_z_loss_coef")
+    family = family_of["ernie4_5_moe"]
+    model = accelerate(build(family, **dict.fromkeys(names, 0.0)))
+    reference = dense_model(family, **dict.fromkeys(names, 0.0))
+    expected = loss_and_gradients(reference)[1]
+    if training:
+        actual = loss_and_gradients(model)[1]
+    else:
+        ids = models.tokens()
+        model(ids, labels=ids)[0].backward()
+        actual = {name: one.grad.numpy() for name, one in model.named_parameters() if one.grad is not None}
+    assert_same_gradients(actual, expected)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,11 @@ pytest.importorskip("paddlenlp", reason="paddlenlp is not installed: see docs/in
 
 import paddlenlp_models as models
 from families import (
+    assert_adapters_are_refused,
     assert_adapters_train,
     assert_experts_are_prepacked,
     assert_experts_are_quantized,
+    assert_programs_compute_the_same,
     assert_recompute_changes_nothing,
     assert_routes_as_in_float32,
     assert_same_gradients,
@@ -36,6 +38,7 @@ from paddlenlp import transformers
 from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp_models import FAMILIES, build, generated, published_tensors
 
+import paddle_moe
 from paddle_moe.integrations import paddlenlp as integration
 from paddle_moe.integrations.blocks import MoEBlock
 from paddle_moe.integrations.paddlenlp import (
@@ -100,6 +103,19 @@ def test_loss_and_gradients(family):
 @each_family
 def test_recompute(family):
     assert_recompute_changes_nothing(blocks_of(accelerate(build(family)), family)[0])
+
+
+@each_family
+def test_programs(family, tmp_path):
+    assert_programs_compute_the_same(blocks_of(accelerate(build(family)), family)[0], tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in family_of if name != "jamba"])  # whose logger prevents it
+def test_a_program_of_the_whole_model(name):
+    family = family_of[name]
+    model = accelerate(build(family))
+    expected = logits(model)
+    np.testing.assert_array_equal(logits(paddle.jit.to_static(model, full_graph=True)), expected)
 
 
 @pytest.mark.skipif("deepseek_v2" not in family_of, reason="this version of PaddleNLP has no DeepSeek-V2")
@@ -446,6 +462,25 @@ def test_files_of_paddlenlp(family, tmp_path):
     assert_same_tensors({name: one.numpy() for name, one in loaded.state_dict().items()}, expected)
 
 
+@each_family
+def test_a_training_job_goes_on(family, tmp_path):
+    losses = []
+    for where in ("before", "after"):
+        model = accelerate(build(family))
+        optimizer = paddle.optimizer.AdamW(1e-3, parameters=model.parameters())
+        if where == "after":
+            set_to_zero(model)
+            paddle_moe.load_checkpoint(tmp_path, model, optimizer)
+        for step in range(2 if where == "before" else 1):
+            if step == 1:
+                paddle_moe.save_checkpoint(tmp_path, model, optimizer)
+            loss, _ = loss_and_gradients(model)
+            optimizer.step()
+            optimizer.clear_grad()
+        losses.append(loss)
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("what", wrong_files(EXPERT, [91, 64]))
 def test_files_that_do_not_fit(what, tmp_path):
     change, text = wrong_files(EXPERT, [91, 64])[what]
@@ -581,6 +616,31 @@ def test_experts_with_adapters_are_refused_and_nothing_changes():
     model = build(family_of["mixtral"])
     model.mixtral.layers[1].block_sparse_moe.experts[2].w3 = LoRALinear(64, 90, bias_attr=False)
     with pytest.raises(ValueError, match=r"w3 of MixtralMLP must be a paddle.nn.Linear, got LoRALinear"):
+        accelerate(model)
+    assert not any(isinstance(layer, MoEBlock) for layer in model.sublayers())
+
+
+@pytest.mark.parametrize(
+    "name, layer", [("mixtral", "gate"), ("jamba", "router"), ("qwen2_moe", "shared_expert_gate")]
+)
+def test_adapters_of_routers_are_refused(name, layer):
+    if name not in family_of:
+        pytest.skip(f"this version of PaddleNLP has no {name}")
+    family = family_of[name]
+
+    def lora_model(model, target):
+        return LoRAModel(model, LoRAConfig(target_modules=[target], r=4, lora_alpha=8))
+
+    text = f"^{layer} of {family.block} must be a paddle.nn.Linear, got LoRALinear"
+    assert_adapters_are_refused(integration, family, lora_model, lambda: build(family), f".*{layer}$", text)
+
+
+def test_weights_that_hooks_compute_are_refused_and_nothing_changes():
+    model = build(family_of["mixtral"])
+    paddle.nn.utils.weight_norm(model.mixtral.layers[1].block_sparse_moe.experts[2].w2, dim=1)
+    with pytest.raises(
+        ValueError, match=r"^w2 of MixtralMLP must have a parameter weight, got weight_g, weight_v"
+    ):
         accelerate(model)
     assert not any(isinstance(layer, MoEBlock) for layer in model.sublayers())
 

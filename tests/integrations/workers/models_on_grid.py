@@ -87,6 +87,16 @@ for family in models.FAMILIES:
     }
     assert_same_gradients({name: gradients[name] for name in expected}, expected)
 
+    mixed = models.build(family)
+    integration.accelerate(blocks_of(mixed, family)[0])  # which all ranks keep whole
+    if len(blocks_of(mixed, family)) > 1:
+        integration.accelerate(mixed, parallel=parallel)
+        local = {name: one.numpy() for name, one in mixed.state_dict().items()}
+        integration.save_checkpoint(mixed, output / "mixed" / family.name)
+        set_to_zero(mixed)
+        integration.load_checkpoint(mixed, output / "mixed" / family.name)
+        assert_same_tensors({name: one.numpy() for name, one in mixed.state_dict().items()}, local)
+
     integration.restore(model)
     restored = {name: one.numpy() for name, one in model.state_dict().items()}
     assert_same_tensors(restored, whole)
