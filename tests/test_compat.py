@@ -332,6 +332,14 @@ def test_steps_that_do_not_fit_each_other():
         incubate.moe_reduce(rows, scales[:1], indices, ids)
     with pytest.raises(ValueError, match="^top_k_indices must have the shape .T, K. ="):
         incubate.moe_reduce(rows, scales, indices, ids.transpose([1, 0])[:1])
+    count = rows.shape[0]
+    for wrong in (-1, count):
+        message = f"^permute_indices_per_token must be between 0 and {count - 1}, got .*{wrong}"
+        with pytest.raises(ValueError, match=message):
+            incubate.moe_reduce(rows, scales, paddle.full_like(indices, wrong), ids)
+    bias = paddle.zeros([EXPERTS, 1, HIDDEN])
+    with pytest.raises(ValueError, match=f"^top_k_indices must be between -1 and {EXPERTS - 1}, got"):
+        incubate.moe_reduce(rows, scales, indices, paddle.full_like(ids, EXPERTS), bias)
 
 
 @pytest.mark.parametrize(

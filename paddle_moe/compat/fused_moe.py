@@ -33,6 +33,15 @@ def _expect(name: str, tensor: paddle.Tensor, sizes: list[int | None], meaning: 
         raise ValueError(f"{name} must have the shape {meaning} = [{expected}], got {shape}")
 
 
+def _expect_range(name: str, ids: paddle.Tensor, first: int, end: int) -> None:
+    """A ValueError for ids outside of a tensor, which Paddle reads; not on a GPU, which would have to wait."""
+    if not paddle.in_dynamic_mode() or not ids.place.is_cpu_place() or 0 in ids.shape:
+        return
+    least, greatest = int(ids.min()), int(ids.max())
+    if least < first or greatest >= end:
+        raise ValueError(f"{name} must be between {first} and {end - 1}, got {least} to {greatest}")
+
+
 def _flat_bias(bias: paddle.Tensor | None) -> paddle.Tensor | None:
     """[E, 1, N] or [E, N] as [E, N]."""
     return None if bias is None else bias.reshape([bias.shape[0], bias.shape[-1]])
@@ -221,9 +230,11 @@ def moe_reduce(
     functional.expect_tensors(expert_scales_float=expert_scales_float)
     ones = [1] * (len(expert_scales_float.shape) - 2)
     _expect("expert_scales_float", expert_scales_float, [num_tokens, top_k, *ones], "[T, K] or [T, K, 1, 1]")
+    _expect_range("permute_indices_per_token", permute_indices_per_token, 0, ffn_out.shape[0])
     rows = permute_indices_per_token.transpose([1, 0]).flatten()
     outputs = ffn_out[rows].astype("float32")
     if ffn2_bias is not None:
+        _expect_range("top_k_indices", top_k_indices, -1, ffn2_bias.shape[0])  # -1: none, of the scale 0
         bias = _flat_bias(ffn2_bias)[top_k_indices.flatten()]
         outputs = outputs + bias.astype("float32")
     scales = expert_scales_float.reshape([num_tokens, top_k])

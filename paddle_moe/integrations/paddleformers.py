@@ -256,9 +256,8 @@ class Ernie45Moe(MoEBlock):
                     usage = self.moe_statics.expert_usage
                     # Int64, or since model.to() a half, which a CPU cannot add.
                     usage[0] = (usage[0].astype("float64") + chosen.astype("float64")).astype(usage.dtype)
-        if (
-            loss.stop_gradient
-        ):  # no loss, or a frozen router; the model's own FakeMoERouterLoss wants one to have
+        # Without a loss, or with a frozen router; the FakeMoERouterLoss of the model takes its gradient.
+        if loss.stop_gradient:
             loss.stop_gradient = False
         return output, router_weights.astype(input.dtype), loss, logits
 
