@@ -34,7 +34,7 @@ def _expect(name: str, tensor: paddle.Tensor, sizes: list[int | None], meaning: 
 
 
 def _expect_range(name: str, ids: paddle.Tensor, first: int, end: int) -> None:
-    """A ValueError for ids outside of a tensor, which Paddle reads; not on a GPU, which would have to wait."""
+    """A ValueError for ids outside a tensor, which Paddle reads; not on a GPU, which would have to wait."""
     if not paddle.in_dynamic_mode() or not ids.place.is_cpu_place() or 0 in ids.shape:
         return
     least, greatest = int(ids.min()), int(ids.max())
