@@ -69,10 +69,10 @@ static_assert(kPackedBytes >= kStreamedResults * kUnitBytes, "which hold a strea
 constexpr int64_t kLineBytes = 64;
 // Streamed groups of up to so many bytes are prefetched into L1, of which the smallest have twice that.
 constexpr int64_t kAheadInL1 = 16 * 1024;
-// Of prepacked weights: bytes ahead that each panel is prefetched into L2 for a single tile of rows; more of
-// them prefetch what all of them use next. Up to so many bytes of activations all panels go through the whole
-// depth.
-constexpr int64_t kStreamAhead = 4 * 1024;
+// Of prepacked weights: bytes ahead that a panel is prefetched into L2 for a single tile of rows, half of
+// them where the tile has several panels; more tiles of rows prefetch what all of them use next. Up to so
+// many bytes of activations all panels go through the whole depth.
+constexpr int64_t kStreamAhead = 8 * 1024;
 constexpr int64_t kRowsInL2 = 512 * 1024;
 
 struct GemmTask;
