@@ -8,6 +8,7 @@ struct Simd {
   static constexpr int kDotColumns = 4, kDotSteps = 1, kIntegerColumns = 3, kIntegerSums = 9;
   static constexpr bool kWidensPanelsOnce = false;
   static constexpr bool kPrefetchesColumns = false;
+  static constexpr int64_t kTileAheadInL1 = 0;
   static constexpr bool kBf16Dot = false;
   typedef float V __attribute__((vector_size(32)));
   typedef int32_t VI __attribute__((vector_size(32)));

@@ -9,6 +9,7 @@ struct Simd {
   static constexpr int kDotColumns = 6, kDotSteps = 4, kIntegerColumns = 4, kIntegerSums = 12;
   static constexpr bool kWidensPanelsOnce = false;
   static constexpr bool kPrefetchesColumns = true;
+  static constexpr int64_t kTileAheadInL1 = 1024;
   typedef float V __attribute__((vector_size(64)));
   typedef int32_t VI __attribute__((vector_size(64)));
 

@@ -9,6 +9,7 @@ struct Simd {
   static constexpr int kDotColumns = 4, kDotSteps = 1, kIntegerColumns = 3, kIntegerSums = 9;
   static constexpr bool kWidensPanelsOnce = true;
   static constexpr bool kPrefetchesColumns = false;  // the next ones of such a tile
+  static constexpr int64_t kTileAheadInL1 = 0;       // of panels, beside few rows; bytes, 0: not
   static constexpr bool kBf16Dot = false;            // multiplies bf16 pairs directly
   typedef float V __attribute__((vector_size(16)));
   typedef int32_t VI __attribute__((vector_size(16)));
