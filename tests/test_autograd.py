@@ -330,13 +330,13 @@ def test_memory_between_forward_and_backward_and_in_the_backward(recompute):
     assert peak <= max(in_the_operator, 2 * gradients) + 16 * slack  # and each gradient that it hands out
 
 
-@pytest.mark.parametrize(
+per_operator = pytest.mark.parametrize(
     "function",
     [
         lambda x: paddle_moe.mixture_of_experts(
             x,
-            paddle.zeros([3, 1], "int32"),
-            paddle.ones([3, 1]),
+            paddle.zeros([len(x), 1], "int32"),
+            paddle.ones([len(x), 1]),
             paddle.ones([1, 4, 4]),
             paddle.ones([1, 2, 4]),
         ),
@@ -345,12 +345,29 @@ def test_memory_between_forward_and_backward_and_in_the_backward(recompute):
     ],
     ids=["mixture_of_experts", "gate", "route"],
 )
+
+
+@per_operator
 def test_second_derivatives_are_refused(function):
     x = paddle.randn([3, 4])
     x.stop_gradient = False
     (gradient,) = paddle.grad(function(x).square().sum(), [x], create_graph=True)
     with pytest.raises(NotImplementedError, match="paddle_moe has no second derivatives"):
         gradient.sum().backward()
+
+
+@per_operator
+@pytest.mark.parametrize("tokens", [3, 4])  # 4: all matrices of gate have the same shape
+def test_a_second_backward_needs_what_the_first_one_freed(function, tokens):
+    x = paddle.randn([tokens, 4])
+    x.stop_gradient = False
+    out = function(x)
+    out.backward(retain_graph=True)
+    once = x.grad.numpy()
+    out.backward()
+    assert_same_bits(x.grad.numpy(), 2 * once)
+    with pytest.raises(RuntimeError, match="a second time: .* set retain_graph=True in the first"):
+        out.backward()
 
 
 def test_a_block_learns():

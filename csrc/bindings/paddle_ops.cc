@@ -123,6 +123,16 @@ void expect_place(const char* name, const paddle::optional<paddle::Tensor>& tens
   if (tensor) expect_place(name, *tensor, expected);
 }
 
+// Paddle does not notice for a custom operator that a first backward() has freed what the graph kept: it
+// passes the gradient, which comes last, in place of every tensor that is missing, and empty lists.
+void expect_kept(const paddle::Tensor& kept, const paddle::Tensor& gradient) {
+  if (&kept == &gradient) {
+    throw std::runtime_error(
+        "backward() must not go through a call of paddle_moe a second time: the first one freed what the "
+        "graph kept; set retain_graph=True in the first");
+  }
+}
+
 // Where the call runs: on the device of its first argument.
 Device device_of(const char* name, const paddle::Tensor& tensor) {
   if (tensor.is_cpu()) return dispatch::cpu_device();
@@ -425,6 +435,7 @@ PaddleTensors experts_backward(const paddle::Tensor& routing_table, const Paddle
                                const std::vector<int>& counts, const std::vector<int>& wanted,
                                PADDLE_MOE_EXPERTS_PARAMETERS, bool measurement_mode,
                                bool save_pre_activations) {
+  expect_kept(routing_table, grad_out);
   expect_places(routing_table, tensors, counts);
   const Device device = device_of("hidden_states", tensors[0]);
   const paddle::Place& place = tensors[0].place();
@@ -472,6 +483,7 @@ DataTypes gate_dtypes() { return {paddle::DataType::FLOAT32}; }
 
 PaddleTensors gate_backward(const paddle::Tensor& hidden_states, const paddle::Tensor& gate_weight,
                             const paddle::Tensor& grad_logits, const std::vector<int>& wanted) {
+  expect_kept(hidden_states, grad_logits);
   const Device device = device_of("hidden_states", hidden_states);
   // Nobody looks at what is returned in place of an unwanted gradient, but Paddle refuses nothing at all.
   auto gradient = [&](const paddle::Tensor& tensor, bool is_wanted) {
@@ -513,6 +525,7 @@ PaddleTensors route_backward(const paddle::Tensor& logits,
                              const paddle::optional<paddle::Tensor>& correction_bias,
                              const paddle::Tensor& routing_table, const paddle::Tensor& grad_router_weights,
                              PADDLE_MOE_ROUTE_PARAMETERS) {
+  expect_kept(logits, grad_router_weights);
   const RouteProblem problem = resolve_route(view(logits), view(correction_bias), PADDLE_MOE_ROUTE_OPTIONS);
   const Device device = device_of("logits", logits);
   paddle::Tensor grad = paddle::empty(logits.shape(), paddle::DataType::FLOAT32, logits.place());
