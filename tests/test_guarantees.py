@@ -173,6 +173,28 @@ def test_calls_that_differ_only_in_an_option_do_not_share_a_result(backend):
         assert_close(backend.mixture_of_experts(**changed), expected_moe(changed))
 
 
+NO_SUCH_INSTRUCTION_SET = """
+import numpy as np
+from paddle_moe import core
+hidden, ids, router = np.ones((1, 256), "float32"), np.zeros((1, 1), "int32"), np.ones((1, 1), "float32")
+gate_up, down = np.ones((8, 256, 512), "float32"), np.ones((8, 256, 256), "float32")
+call = dict(down_bias=np.ones((8, 256), "float32"), wanted=["down_bias"])
+core.set_num_threads(4)
+for _ in range(50):
+    try:
+        core.mixture_of_experts_backward(hidden, hidden, ids, router, gate_up, down, **call)
+    except RuntimeError as error:
+        assert "PADDLE_MOE_ISA must be one of" in str(error)
+    else:
+        raise AssertionError("no error")
+"""
+
+
+def test_no_thread_waits_for_one_that_failed():
+    """The gradient of down_bias alone is the one call whose first kernel runs on a thread of the pool."""
+    checks.run_python("-c", NO_SUCH_INSTRUCTION_SET, timeout=60, PADDLE_MOE_ISA="abacus")
+
+
 # Prints the number of threads, and whether a call that uses them works.
 DEFAULT_THREADS = """
 import os, sys

@@ -654,6 +654,7 @@ size_t backward_workspace_size(const BackwardProblem& problem, int num_threads) 
 
 void mixture_of_experts_backward(const BackwardProblem& problem, int num_threads, void* workspace) {
   const PlainFloats plain;
+  kernels();  // so that it throws here where the choice of them fails, and not in a task that others wait for
   const Layout layout(problem, workspace, num_threads);
   const Problem& p = problem.forward;
   Progress progress{saved_begin(p), std::vector<bool>(p.num_experts(), false)};
