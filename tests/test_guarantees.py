@@ -195,6 +195,24 @@ def test_no_thread_waits_for_one_that_failed():
     checks.run_python("-c", NO_SUCH_INSTRUCTION_SET, timeout=60, PADDLE_MOE_ISA="abacus")
 
 
+CALLS_UNTIL_THE_END = """
+import threading, time
+import numpy as np
+from paddle_moe import core
+x, weight = np.ones((64, 256), "float32"), np.ones((256, 64), "float32")
+def call():
+    while True:
+        core.gate(x, weight)
+for _ in range(3):
+    threading.Thread(target=call, daemon=True).start()
+time.sleep(0.2)
+"""
+
+
+def test_the_interpreter_may_end_during_a_call():
+    checks.run_python("-c", CALLS_UNTIL_THE_END, timeout=60)
+
+
 # Prints the number of threads, and whether a call that uses them works.
 DEFAULT_THREADS = """
 import os, sys

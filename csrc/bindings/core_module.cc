@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -121,6 +122,26 @@ py::dtype numpy_dtype(DType dtype) {
                    : dtype == DType::kFloat8E4M3 ? "uint8"
                                                  : dtype_name(dtype));
 }
+
+// While it lives, this thread has given the interpreter's lock away. When the interpreter has ended
+// meanwhile, Python before 3.14 unwinds the stack of a thread that asks for the lock, and a destructor that
+// is unwound aborts the process. So such a thread waits for the end of the process, as with later Pythons.
+class WithoutInterpreterLock {
+ public:
+  WithoutInterpreterLock() : state_(PyEval_SaveThread()) {}
+  ~WithoutInterpreterLock() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {
+      for (;;) pause();
+    }
+  }
+  WithoutInterpreterLock(const WithoutInterpreterLock&) = delete;
+  WithoutInterpreterLock& operator=(const WithoutInterpreterLock&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
 
 // One array that the caller passed: what the kernels need to know of it, and what keeps it alive.
 struct Array {
@@ -421,7 +442,7 @@ class Gate {
                         &reader_);
     const Workspace scratch(workspace, dispatch::gate_workspace_size(reader_.device(), problem_), &reader_);
     {
-      py::gil_scoped_release release;
+      const WithoutInterpreterLock unlocked;
       dispatch::gate(reader_.device(), problem_, scratch.data(), logits.data<float>());
     }
     return logits.result();
@@ -445,7 +466,7 @@ class Gate {
     const Device device = reader_.device();
     const Workspace scratch(py::none(), dispatch::gate_backward_workspace_size(device, problem), &reader_);
     {
-      py::gil_scoped_release release;
+      const WithoutInterpreterLock unlocked;
       dispatch::gate_backward(device, problem, scratch.data());
     }
     return py::make_tuple(hidden_states ? hidden_states->result() : py::none(),
@@ -483,7 +504,7 @@ class Route {
     const Output table("out[0]", out_table, numpy_dtype(DType::kInt32), shape, &reader_);
     const Output weights("out[1]", out_weights, numpy_dtype(DType::kFloat32), shape, &reader_);
     {
-      py::gil_scoped_release release;
+      const WithoutInterpreterLock unlocked;
       dispatch::route(reader_.device(), problem_, table.data<int32_t>(), weights.data<float>());
     }
     return py::make_tuple(table.result(), weights.result());
@@ -497,7 +518,7 @@ class Route {
     const Output grad_logits("out", out, numpy_dtype(DType::kFloat32),
                              {problem_.num_tokens, problem_.num_experts}, &reader_);
     {
-      py::gil_scoped_release release;
+      const WithoutInterpreterLock unlocked;
       dispatch::route_backward(reader_.device(), problem, grad_logits.data<float>());
     }
     return grad_logits.result();
@@ -584,7 +605,7 @@ class Experts {
                    &reader_);
     }
     {
-      py::gil_scoped_release release;
+      const WithoutInterpreterLock unlocked;
       compute(scratch.data(), output.data(), amax ? amax->data<float>() : nullptr);
     }
     if (amax) return py::make_tuple(output.result(), amax->result());
@@ -669,7 +690,7 @@ class ExpertsBackward {
     if (!runs_) fail("outs must hold arrays, None or False, got True");
     const Workspace scratch(workspace, dispatch::backward_workspace_size(device_, problem_), reader_);
     {
-      py::gil_scoped_release release;
+      const WithoutInterpreterLock unlocked;
       dispatch::mixture_of_experts_backward(device_, problem_, scratch.data());
     }
     return results_;
@@ -734,7 +755,7 @@ PYBIND11_MODULE(_core, module) {
   };
   module.def("measure_flops", [=](bool bf16, int num_threads) {
     expect_positive("num_threads", num_threads);
-    py::gil_scoped_release release;
+    const WithoutInterpreterLock unlocked;
     return cpu::measure_flops(bf16 ? DType::kBFloat16 : DType::kFloat32, num_threads);
   });
   module.def("measure_read", [=](const py::array& data, int streams, int num_threads) {
@@ -742,7 +763,7 @@ PYBIND11_MODULE(_core, module) {
     expect_positive("num_threads", num_threads);
     const void* bytes = data.data();
     const size_t size = static_cast<size_t>(data.nbytes());
-    py::gil_scoped_release release;
+    const WithoutInterpreterLock unlocked;
     return cpu::measure_read(bytes, size, streams, num_threads);
   });
   module.def("isa_name", &cpu::isa_name);
