@@ -11,8 +11,8 @@ enum class WeightStorage {
   kInOut,  // [in, out]
   kOutIn,  // [out, in]
   kInt4,   // [out, 8 * ceil(in / 64)]: words of eight numbers along `in`
-  // [1, ceil(out / 16), in, 16]; of bfloat16 and 8 bits [1, ceil(out / 16), in / 2, 32], of int4 [1, ceil(out
-  // / 16), in / 8, 16]
+  // Panels: [1, ceil(out / 16), in, 16]; of bfloat16 and 8 bits [1, ceil(out / 16), in / 2, 32]; of int4
+  // [1, ceil(out / 16), in / 8, 16].
   kPrepacked,
 };
 

@@ -16,7 +16,6 @@
 // next expert, so that its rows are still in a cache and nobody waits for a task that has only just begun.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
