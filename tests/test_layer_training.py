@@ -484,6 +484,18 @@ def test_buckets_start_anew_when_they_are_full(monkeypatch):
     assert buckets == [[3], [2, 2], [9], [1, 1], [1]]
 
 
+def test_weights_that_layers_share_count_once(monkeypatch):
+    """Also where the second time comes in another bucket."""
+    monkeypatch.setattr(training, "_BUCKET_ELEMENTS", 2)
+    parallel = init_distributed()
+    parameter = paddle.create_parameter([2], "float32")
+    parameter.expert, parameter.grad = True, paddle.to_tensor([3.0, 4.0])
+    assert clip_gradients([parameter, parameter], 10.0, parallel).item() == 5
+    monkeypatch.setattr(parallel, "size", lambda group: 2)
+    average_gradients([parameter, parameter], parallel, replicas=("dp", "ep"))
+    assert parameter.grad.tolist() == [0.75, 1]
+
+
 def test_a_scaler_that_is_turned_off_steps_as_before():
     layer = make_layer()
     optimizer = paddle.optimizer.SGD(1.0, parameters=layer.parameters())
