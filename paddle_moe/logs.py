@@ -320,6 +320,8 @@ def _strict_json(value: Any) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_strict_json(item) for item in value]
     if hasattr(value, "tolist"):  # NumPy scalars and arrays, Paddle and PyTorch tensors
+        if hasattr(value, "astype") and re.search("bfloat|float8", str(value.dtype)):
+            value = value.astype("float32")  # Paddle would list their bits
         return _strict_json(value.tolist())
     return str(value)
 

@@ -198,6 +198,17 @@ def test_events_are_strict_json(get_logger):
     }
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn"])
+def test_tensors_in_events_are_numbers(get_logger, dtype):
+    paddle = pytest.importorskip("paddle")
+    if not hasattr(paddle, dtype):
+        pytest.skip(f"Paddle {paddle.__version__} has no {dtype}")
+    logger = get_logger(0, 0)
+    logger.event("numbers", one=paddle.full([], 1.5).astype(dtype), two=paddle.full([2], 1.5).astype(dtype))
+    event = read_events(logger.events_path)[-1]
+    assert (event["one"], event["two"]) == (1.5, [1.5, 1.5])
+
+
 def test_reserved_fields_and_closed_loggers(get_logger):
     logger = get_logger(0, 0)
     for field in ("tp_rank", "pid"):
