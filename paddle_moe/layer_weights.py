@@ -271,7 +271,7 @@ class ShardedWeights(nn.Layer):
         transposed because few tokens read them fastest so, beside buffers gate_up_scale, down_scale,
         shared_gate_up_scale and shared_down_scale. Router, gates and biases stay as they are. There is no way
         back. The weights are frozen; gradients go through them to hidden_states, router, gates and biases.
-        hidden_states may be of any dtype of the operators then; biases are converted to it.
+        hidden_states may be of any dtype of the operators then; biases and gates are converted.
         With TP, scales belong to a rank's slice. To load what was saved of it, a state_dict() or a checkpoint
         (on any grid with the same tp_size and, where there is a shared expert, the same ranks), make a layer,
         quantise it with the same arguments, and load. All ranks call it together.
