@@ -113,7 +113,7 @@ class Watchdog:
     def __init__(self, rank: int, timeout_seconds: float):
         self._counters = {slot: 0 for slot in SLOTS}
         with tempfile.TemporaryFile() as file:
-            file.truncate(_Shared.SIZE)
+            os.posix_fallocate(file.fileno(), 0, _Shared.SIZE)  # on a full disk an error, no SIGBUS later
             self._shared = _Shared(file.fileno())
             ours, theirs = socket.socketpair()
             options = {

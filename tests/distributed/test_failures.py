@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ import pytest
 from launcher import WORKERS, Job, environment, free_ports, launch, read_logs
 
 from paddle_moe import init_distributed
-from paddle_moe.watchdog import _Child, _Shared
+from paddle_moe.watchdog import Watchdog, _Child, _Shared
 
 TIMEOUT_SECONDS = 8  # of the ranks in workers/failures.py that reach it
 SOON_SECONDS = 20  # from the end of the first rank that fails to that of the last, on a busy machine
@@ -393,6 +394,21 @@ def test_ranks_that_disagree_are_named_in_their_order_whoever_comes_first():
     reason = "ep_size=1 on ranks [0, 1]; world_size=3, ep_size=3 on rank 2; start every rank"
     for said in join_and("", join=join):
         assert reason in said, said
+
+
+def test_the_memory_that_a_rank_shares_has_room_on_the_disk(monkeypatch):
+    """Else the rank would get a SIGBUS from the first collective on."""
+    make, kept = tempfile.TemporaryFile, []
+
+    def temporary_file():
+        file = make()
+        kept.append(os.dup(file.fileno()))
+        return file
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", temporary_file)
+    Watchdog(0, 5).leave()
+    assert 512 * os.fstat(kept[0]).st_blocks >= _Shared.SIZE
+    os.close(kept[0])
 
 
 ENTERS_AND_LEAVES = """
