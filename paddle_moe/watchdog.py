@@ -626,7 +626,12 @@ class _Coordinator:
             for rank, processes in sorted(processes_of.items())
             if len(processes) > 1
         )
-        return f"the ranks of this job do not agree: {values}{twice}; start every rank with the same sizes"
+        known = range(min(one.config["world_size"] for one in self.joined))
+        absent = [rank for rank in known if rank not in processes_of]
+        late = f"; {_ranks(absent)} had not come by then" if absent else ""
+        return (
+            f"the ranks of this job do not agree: {values}{twice}{late}; start every rank with the same sizes"
+        )
 
     def refuse(self) -> None:
         world_size = max((one.config["world_size"] for one in self.joined), default=0)

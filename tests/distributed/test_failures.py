@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import selectors
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 from launcher import WORKERS, Job, environment, free_ports, launch, read_logs
 
 from paddle_moe import init_distributed
-from paddle_moe.watchdog import Watchdog, _Child, _Shared
+from paddle_moe.watchdog import Watchdog, _Child, _Coordinator, _Member, _Shared
 
 TIMEOUT_SECONDS = 8  # of the ranks in workers/failures.py that reach it
 SOON_SECONDS = 20  # from the end of the first rank that fails to that of the last, on a busy machine
@@ -394,6 +395,19 @@ def test_ranks_that_disagree_are_named_in_their_order_whoever_comes_first():
     reason = "ep_size=1 on ranks [0, 1]; world_size=3, ep_size=3 on rank 2; start every rank"
     for said in join_and("", join=join):
         assert reason in said, said
+
+
+def test_ranks_that_come_after_the_refusal_are_named():
+    """Not all of them need to be wrong, nor need those that came."""
+    coordinator = _Coordinator(selectors.DefaultSelector(), 0, 5)
+    for rank in (0, 2):
+        config = {"world_size": 4, "ep_size": 2 + rank}
+        message = {"rank": rank, "config": config, "pid": 7, "host": "h"}
+        coordinator.joined.append(_Member(None, message, ""))
+    assert re.search(
+        r"ep_size=4 on rank 2; ranks \[1, 3\] had not come by then; ", coordinator.describe_configs()
+    )
+    coordinator.stop_listening()
 
 
 def test_the_memory_that_a_rank_shares_has_room_on_the_disk(monkeypatch):
