@@ -15,7 +15,7 @@ import pytest
 
 import paddle_moe
 from paddle_moe.console import progress_bar
-from paddle_moe.doctor import TESTED_PADDLE, TRIED_PADDLE, _check_paddle
+from paddle_moe.doctor import TESTED_PADDLE, TRIED_PADDLE, _check_core, _check_paddle
 from paddle_moe.logs import get_rank_logger
 
 PACKAGE = Path(paddle_moe.__file__).parent
@@ -208,11 +208,15 @@ def test_doctor_with_damaged_modules(copy_without_modules, tmp_path):
     assert checks["gloo groups"]["status"] == "info"
 
 
-def test_doctor_names_a_wrong_isa(tmp_path):
-    code, checks = doctor(tmp_path, PADDLE_MOE_ISA="abacus")
+def test_doctor_names_wrong_variables(tmp_path, monkeypatch):
+    code, checks = doctor(tmp_path, PADDLE_MOE_ISA="abacus", PADDLE_MOE_HUGE_PAGES="yes")
     assert code == 1
     assert "'abacus'" in checks["Core without Paddle"]["detail"]
-    assert "PADDLE_MOE_ISA" in checks["Core without Paddle"]["advice"]
+    assert "unset PADDLE_MOE_ISA" in checks["Core without Paddle"]["advice"]
+    assert checks["Huge pages"]["status"] == "failure"
+    assert "PADDLE_MOE_HUGE_PAGES must be 0 or 1, got 'yes'" in checks["Huge pages"]["detail"]
+    monkeypatch.setenv("PADDLE_MOE_NUM_THREADS", "many")
+    assert "unset PADDLE_MOE_NUM_THREADS" in _check_core()[0].advice
 
 
 @pytest.mark.parametrize(
