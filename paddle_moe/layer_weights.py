@@ -220,6 +220,10 @@ class ShardedWeights(nn.Layer):
         }
         return state
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._settle()  # pickle keeps no attributes of parameters
+
     def _apply(self, func, device, dtype, blocking, include_sublayers=True):
         """Conversions, also that of paddle.amp.decorate, leave the dtype of buffers and of float32 gates."""
         if dtype is not None and dtype_name(dtype) not in DTYPES:
