@@ -290,11 +290,12 @@ class Slice:
         for name in self.before:  # Paddle copies no attributes of parameters
             if hasattr(self.parameter, name):
                 setattr(twin.parameter, name, getattr(self.parameter, name))
+        twin.mark()  # nobody draws values for a copy, and unpatch() does not know it
         return twin
 
     def _set(self, **attributes: Any) -> None:
         for name, value in attributes.items():
-            self.before[name] = getattr(self.parameter, name, _MISSING)
+            self.before.setdefault(name, getattr(self.parameter, name, _MISSING))
             setattr(self.parameter, name, value)
 
     def restore(self, parallel: ParallelContext) -> None:
