@@ -472,12 +472,14 @@ class MoEBlock:
 
     def expect_parameters(self) -> None:
         if self.frozen is not None:
-            function = "prepack_experts()" if self.frozen == "prepacked" else "quantize_experts()"
             raise RuntimeError(
-                f"the experts of this {type(self).__name__} are {self.frozen} since {function}, which no "
-                "file of its package holds; load, save and restore before that, or keep the state_dict() of "
-                "each rank with paddle.save"
+                f"{self.how_frozen()}, which no file of its package holds; load, save and restore before "
+                "that, or keep the state_dict() of each rank with paddle.save"
             )
+
+    def how_frozen(self) -> str:
+        function = "prepack_experts()" if self.frozen == "prepacked" else "quantize_experts()"
+        return f"the experts of this {type(self).__name__} are {self.frozen} since {function}"
 
     def weights_to_freeze(self) -> dict[str, Tensor]:
         """By their names in the block."""

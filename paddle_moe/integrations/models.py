@@ -479,7 +479,11 @@ def _blocks_to_freeze(model: nn.Layer, function: str) -> dict[str, MoEBlock]:
     if not blocks:
         raise ValueError(f"model must be what accelerate() returned, got {type(model).__name__}")
     for block in blocks.values():
-        block.expect_parameters()
+        if block.frozen is not None:
+            raise RuntimeError(
+                f"{block.how_frozen()}, and there is no way back; load the model anew for {function}(), or "
+                "for quantize_experts(prepack=True), which does both"
+            )
         check_shards(function, 1 if block.parallel is None else block.parallel.size("grid"))
     return blocks
 
