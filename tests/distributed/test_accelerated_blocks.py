@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from functools import partial
 
 import numpy as np
@@ -91,6 +92,16 @@ def test_quantized_experts(kind, stacked, tmp_path):
         half = twin(x.astype("bfloat16"))
         assert half.dtype == paddle.bfloat16
         assert relative_l2(half.astype("float32").numpy(), output) < 0.03
+
+
+@pytest.mark.parametrize("change", [None, integration.quantize_experts, integration.prepack_experts])
+def test_pickled_blocks(change):
+    model = accelerate(paddle.nn.Sequential(Block(5, 12, shared=10)))
+    if change is not None:
+        change(model)
+    twin, x = pickle.loads(pickle.dumps(model)), draw_tokens(7, model[0])
+    assert type(twin[0]) is type(model[0])
+    assert_same_bits(twin(x).numpy(), model(x).numpy())
 
 
 @pytest.mark.parametrize("stacked", [False, True])
