@@ -452,8 +452,9 @@ class _Child:
         self.close(self.coordinator_channel)
         self.done = True
         text = f"rank {self.rank} ends: {reason}"
-        with contextlib.suppress(OSError):  # a full disk must not keep the rank alive
-            os.write(2, f"\npaddle_moe: {text}\n".encode())
+        # Neither a full disk nor the name of a file that is no text must keep the rank alive.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\npaddle_moe: {text}\n".encode(errors="backslashreplace"))
             self.write_log(text)
         deadline = time.monotonic() + (_GRACE_SECONDS if self.failed else 0.0)  # it may be printing its error
         while os.getppid() == self.parent and time.monotonic() < deadline:
@@ -469,7 +470,7 @@ class _Child:
         now = time.time()
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) + f",{int(now * 1000) % 1000:03d}"
         position = " ".join(f"{name} {rank}" for name, rank in self.log["place"].items())
-        with open(self.log["log"], "a", encoding="utf-8") as file:
+        with open(self.log["log"], "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{stamp} [ERROR] {position}: {text}\n")
         self.write_event("error", message=text)
 

@@ -240,6 +240,19 @@ def test_ranks_that_meet_in_different_calls():
         assert "finished" not in said
 
 
+def test_a_reason_that_is_no_text_ends_the_ranks_too(tmp_path):
+    """As with the name of a file whose bytes are not in UTF-8."""
+    log = tmp_path / "log"
+    code = (
+        f"watchdog.log_to({str(log)!r}, {str(tmp_path / 'events')!r}, {{'rank': rank}})\n"
+        "if rank == 1: watchdog.fail(OSError('caf\\udce9')); os._exit(1)\n"
+        "watchdog.exchange(None, 'barrier')"
+    )
+    said, _ = join_and(code, ranks=(0, 1))
+    reason = "rank 0 ends: rank 1 failed: OSError: caf\\udce9\n"
+    assert said.endswith(f"paddle_moe: {reason}") and reason in log.read_text()
+
+
 def test_a_path_that_differs_between_hosts():
     code = "print(watchdog.exchange(rank, 'loading', f'/host{rank}/files'))"
     assert join_and(code) == ["[0, 1, 2]\nfinished\n"] * 3
