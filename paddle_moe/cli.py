@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         benchmark.add_arguments(bench)
 
     chosen = parser.parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):  # names of files and messages may hold what it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = chosen.run(chosen)
         sys.stdout.flush()

@@ -242,7 +242,7 @@ class _TextFile(logging.FileHandler):
     """It flushes after every record."""
 
     def __init__(self, files: _RankFiles):
-        super().__init__(files.log_path, encoding="utf-8")
+        super().__init__(files.log_path, encoding="utf-8", errors="backslashreplace")
         self._files = files
 
     def handleError(self, record: logging.LogRecord) -> None:

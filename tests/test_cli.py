@@ -59,6 +59,7 @@ def log_directory(tmp_path):
             )
             if (ep_rank, tp_rank) == (1, 0):
                 logger.error("overflow in expert 3")
+                logger.warning("no file caf\udce9")
             logger.close()
     return directory
 
@@ -67,8 +68,9 @@ def log_directory(tmp_path):
 
 
 def test_logs_prints_tables_and_writes_a_picture(log_directory, tmp_path):
-    done = run_command(tmp_path, "logs", log_directory)
+    done = run_command(tmp_path, "logs", log_directory, PYTHONIOENCODING="utf-8:strict")
     assert done.returncode == 0, done.stderr
+    assert "Warning  ep_rank 1 tp_rank 0: no file caf\\udce9" in done.stdout
     assert "Error  ep_rank 1 tp_rank 0: overflow in expert 3" in done.stdout
     assert "#2: 7" in done.stdout and "2.00" in done.stdout  # busiest expert, imbalance 7 / 3.5
     assert "\x1b" not in done.stdout  # no terminal, no colours

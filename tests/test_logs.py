@@ -223,13 +223,16 @@ def test_warnings_and_errors_become_events(get_logger):
     logger = get_logger(0, 0)
     logger.info("not an event")
     logger.warning("slow by %d%%", 10)
+    logger.warning("no file caf\udce9")  # a name that is no text
     try:
         raise KeyError("weights")
     except KeyError:
         logger.exception("cannot load")
     messages = [(event["event"], event.get("message")) for event in read_events(logger.events_path)[1:]]
-    assert messages == [("warning", "slow by 10%"), ("error", "cannot load (KeyError: 'weights')")]
-    assert "Traceback" in logger.log_path.read_text()
+    problems = [("warning", "slow by 10%"), ("warning", "no file caf\udce9")]
+    assert messages == [*problems, ("error", "cannot load (KeyError: 'weights')")]
+    said = logger.log_path.read_text()
+    assert "no file caf\\udce9\n" in said and "Traceback" in said
 
 
 def test_a_full_disk_does_not_end_the_job(get_logger, capsys):
