@@ -112,6 +112,7 @@ class Watchdog:
 
     def __init__(self, rank: int, timeout_seconds: float):
         self._counters = {slot: 0 for slot in SLOTS}
+        self._owner = os.getpid()  # a fork that ends says nothing of the rank
         with tempfile.TemporaryFile() as file:
             os.posix_fallocate(file.fileno(), 0, _Shared.SIZE)  # on a full disk an error, no SIGBUS later
             self._shared = _Shared(file.fileno())
@@ -119,7 +120,7 @@ class Watchdog:
             options = {
                 "rank": rank,
                 "timeout": timeout_seconds,
-                "parent": os.getpid(),
+                "parent": self._owner,
                 "socket": theirs.fileno(),
                 "shared": file.fileno(),
             }
@@ -198,10 +199,14 @@ class Watchdog:
 
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks that this one ends with `error`."""
+        if os.getpid() != self._owner:
+            return
         self._channel.send(type="failed", error=f"{type(error).__name__}: {_first_line(error)}")
 
     def leave(self) -> None:
         """Tells the other ranks that this one has finished; what happens to it next is not their concern."""
+        if os.getpid() != self._owner:
+            return
         self._channel.send(type="leave")
         self._channel.wait_for_end(_GRACE_SECONDS)
 

@@ -253,6 +253,15 @@ def test_a_reason_that_is_no_text_ends_the_ranks_too(tmp_path):
     assert said.endswith(f"paddle_moe: {reason}") and reason in log.read_text()
 
 
+def test_a_fork_that_ends_says_nothing_of_its_rank():
+    code = (
+        "child = os.fork()\n"
+        "if child == 0: watchdog.fail(ValueError('no rank')); watchdog.leave(); os._exit(0)\n"
+        "os.waitpid(child, 0)\nprint(watchdog.exchange(rank, 'barrier'))"
+    )
+    assert join_and(code) == ["[0, 1, 2]\nfinished\n"] * 3
+
+
 def test_a_path_that_differs_between_hosts():
     code = "print(watchdog.exchange(rank, 'loading', f'/host{rank}/files'))"
     assert join_and(code) == ["[0, 1, 2]\nfinished\n"] * 3
