@@ -193,6 +193,8 @@ class RankLogger(logging.Logger):
 
     def _close_at_exit(self) -> None:
         # The interpreter keeps the exception that ended it here; a prompt keeps the last one that it showed.
+        if self._files.pid != os.getpid():  # a fork that ends
+            return
         exception = getattr(sys, "last_value", None)
         if exception is not None and not hasattr(sys, "ps1"):
             self.error(": ".join(filter(None, (f"ended by {type(exception).__name__}", str(exception)))))

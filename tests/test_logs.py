@@ -303,6 +303,19 @@ def test_a_killed_process_leaves_its_lines(tmp_path):
 
 def test_an_uncaught_exception_is_in_the_log(tmp_path):
     done = run_python(
+def test_a_fork_that_ends_is_not_the_end_of_the_rank(tmp_path):
+    run_python(
+        "import os, sys\n"
+        "from paddle_moe.logs import get_rank_logger\n"
+        f"logger = get_rank_logger(0, 0, log_dir={str(tmp_path)!r})\n"
+        "if os.fork() == 0: sys.exit(0)\n"
+        "os.wait()\n"
+        "os._exit(0)\n"
+    )
+    (rank,) = summarize(tmp_path).ranks
+    assert not rank.finished
+
+
         "from paddle_moe.logs import get_rank_logger\n"
         f"get_rank_logger(0, 0, log_dir={str(tmp_path)!r})\n"
         "raise ValueError('bad shard')\n"
