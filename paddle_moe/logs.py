@@ -104,6 +104,7 @@ def get_rank_logger(
         logger._files = None
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
+    logger.disabled = False  # as logging.config leaves those that it finds
     logger._open(_resolve_log_dir(log_dir), f"{prefix}_{replica}ep_rank_{ep_rank}_tp_rank_{tp_rank}")
     return logger
 
@@ -192,9 +193,9 @@ class RankLogger(logging.Logger):
         atexit.register(self._close_at_exit)
 
     def _close_at_exit(self) -> None:
-        # The interpreter keeps the exception that ended it here; a prompt keeps the last one that it showed.
         if self._files.pid != os.getpid():  # a fork that ends
             return
+        # The interpreter keeps the exception that ended it here; a prompt keeps the last one that it showed.
         exception = getattr(sys, "last_value", None)
         if exception is not None and not hasattr(sys, "ps1"):
             self.error(": ".join(filter(None, (f"ended by {type(exception).__name__}", str(exception)))))
