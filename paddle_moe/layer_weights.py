@@ -207,6 +207,7 @@ class ShardedWeights(nn.Layer):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin._full_name = unique_name.generate(f"{self._full_name}_deepcopy")  # which logs tell layers by
         twin._settle()  # Paddle copies no attributes of parameters
         for before in twin._before_prepacking.values():  # a name belongs to one parameter
             before["name"] += unique_name.generate("_deepcopy")

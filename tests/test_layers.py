@@ -288,9 +288,12 @@ def test_events(tmp_path):
     assert call["tokens_per_expert"] == np.bincount(ids.numpy().ravel(), minlength=EXPERTS).tolist()
     assert (call["num_tokens"], call["experts_min"]) == (TOKENS, 0)
     assert call["kernel_ms"] > 0 and call["collective_ms"] >= 0 and call["layer"]
+    twin = copy.deepcopy(layer)
     layer.logger = None
     layer(paddle.to_tensor(x))
     assert len(logger.events_path.read_text().splitlines()) == len(events)
+    twin(paddle.to_tensor(x))
+    assert json.loads(logger.events_path.read_text().splitlines()[-1])["layer"] != call["layer"]
 
 
 @pytest.mark.parametrize("full_graph", [True, False])
