@@ -60,7 +60,7 @@ def _logs(arguments: argparse.Namespace) -> int:
 
     try:
         summary = logs.summarize(logs.load_events(arguments.directory))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"paddle_moe logs: {error}", file=sys.stderr)
         return USAGE_ERROR
     picture = Path(arguments.out or Path(arguments.directory) / "moe_logs.png")

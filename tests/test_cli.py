@@ -86,9 +86,10 @@ def test_logs_as_json(log_directory, tmp_path):
     assert (tmp_path / "p.png").exists() and not (log_directory / "moe_logs.png").exists()
 
 
-@pytest.mark.parametrize("name", ["missing", "empty"])
+@pytest.mark.parametrize("name", ["missing", "empty", "unreadable"])
 def test_logs_of_a_directory_without_logs(name, tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "unreadable" / "x_ep_rank_0_tp_rank_0.jsonl").mkdir(parents=True)
     done = run_command(tmp_path, "logs", name)
     assert done.returncode == 2 and done.stdout == ""
     assert name in done.stderr and "Traceback" not in done.stderr
