@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from launcher import WORKERS, Job, environment, free_ports, launch, read_logs
 
@@ -151,6 +152,13 @@ def test_rank_outside_the_world(monkeypatch):
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
     with pytest.raises(RuntimeError, match="PADDLE_TRAINER_ID must be between 0 and .* = 3, got 4"):
         init_distributed(2, 2)
+
+
+def test_a_limit_of_numpy(monkeypatch):
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    monkeypatch.setattr("paddle_moe.distributed.Watchdog", lambda rank, limit: sys.exit(json.dumps(limit)))
+    with pytest.raises(SystemExit, match="5.0"):
+        init_distributed(2, timeout_seconds=np.int64(5))
 
 
 def test_ranks_with_different_sizes(run):
