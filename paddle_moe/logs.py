@@ -323,8 +323,8 @@ def _strict_json(value: Any) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_strict_json(item) for item in value]
     if hasattr(value, "tolist"):  # NumPy scalars and arrays, Paddle and PyTorch tensors
-        if hasattr(value, "astype") and re.search("bfloat|float8", str(value.dtype)):
-            value = value.astype("float32")  # Paddle would list their bits
+        if hasattr(value, "astype") and re.search("bfloat|float8|float96|float128", str(value.dtype)):
+            value = value.astype("float64")  # Paddle would list their bits, NumPy its own numbers
         return _strict_json(value.tolist())
     return str(value)
 
