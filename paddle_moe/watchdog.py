@@ -303,6 +303,7 @@ class _Child:
                 self.done = True
             return
         if os.getppid() != self.parent:  # a forked child of the rank may keep our socket open
+            self.hear_rank()  # its last words
             self.on_parent_gone()
         elif self.join is not None:
             self.connect(now)
