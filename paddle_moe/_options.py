@@ -121,7 +121,8 @@ def last_expert(name: str, value: Any) -> int:
 
 
 def thread_count(name: str, value: Any) -> int:
-    if not 0 <= integer(name, value) <= _core.MAX_THREADS:
+    value = integer(name, value)
+    if not 0 <= value <= _core.MAX_THREADS:
         raise ValueError(f"{name} must be from 0 (the default) to {_core.MAX_THREADS}, got {value}")
     return value
 

@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         benchmark.add_arguments(bench)
 
     chosen = parser.parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):  # names of files and messages may hold what it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = chosen.run(chosen)
         sys.stdout.flush()
@@ -58,7 +60,7 @@ def _logs(arguments: argparse.Namespace) -> int:
 
     try:
         summary = logs.summarize(logs.load_events(arguments.directory))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"paddle_moe logs: {error}", file=sys.stderr)
         return USAGE_ERROR
     picture = Path(arguments.out or Path(arguments.directory) / "moe_logs.png")

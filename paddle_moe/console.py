@@ -104,7 +104,7 @@ def progress_bar(description: str | None, total: int, unit: str = "") -> Iterato
     )
 
     amounts = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
-    columns = [TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn()]
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), *amounts, TimeRemainingColumn()]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total)
         yield lambda amount, description=None: progress.update(task, advance=amount, description=description)

@@ -459,7 +459,8 @@ def init_distributed(
         RuntimeError: a variable of the launcher is no number, or no rank of its world; a rank does not come
             within timeout_seconds; or a group fails its self-test.
     """
-    if positive("timeout_seconds", timeout_seconds) == math.inf:
+    timeout_seconds = positive("timeout_seconds", timeout_seconds)
+    if timeout_seconds == math.inf:
         raise ValueError("timeout_seconds must be finite, got inf")
     sizes = {"ep_size": ep_size, "tp_size": tp_size, "dp_size": dp_size}
     ep_size, tp_size, dp_size = checked(dict.fromkeys(sizes, integer), sizes)

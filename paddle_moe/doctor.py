@@ -137,8 +137,8 @@ def _check_core() -> tuple[Check, dict[str, Any] | None]:
 
 def _judge_result(name: str, file: Path, facts: dict[str, Any] | None, error: str) -> Check:
     if facts is None:
-        if "PADDLE_MOE_ISA" in error:
-            advice = "unset PADDLE_MOE_ISA, or set it to a name from that list"
+        if variable := re.search(r"PADDLE_MOE_\w+", error):
+            advice = f"unset {variable[0]}, or set it to what this says"
         elif "SIGILL" in error:
             advice = "this processor lacks an instruction; set PADDLE_MOE_ISA=generic and report it"
         else:
@@ -184,7 +184,10 @@ def _check_threads(facts: dict[str, Any] | None) -> Check:
 def _check_huge_pages() -> Check:
     from paddle_moe.huge_pages import why_not
 
-    reason = why_not()
+    try:
+        reason = why_not()
+    except ValueError as error:
+        return Check("Huge pages", "failure", str(error), "unset it, or set it to one of these")
     if reason is None:
         return Check("Huge pages", "ok", "the memory of weights on the CPU is put into them")
     advice = "few tokens take longer; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 may help, see docs/cpu_weights.md"

@@ -207,6 +207,7 @@ class ShardedWeights(nn.Layer):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin._full_name = unique_name.generate(f"{self._full_name}_deepcopy")  # which logs tell layers by
         twin._settle()  # Paddle copies no attributes of parameters
         for before in twin._before_prepacking.values():  # a name belongs to one parameter
             before["name"] += unique_name.generate("_deepcopy")
@@ -219,6 +220,10 @@ class ShardedWeights(nn.Layer):
             for name, before in self._before_prepacking.items()
         }
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._settle()  # pickle keeps no attributes of parameters
 
     def _apply(self, func, device, dtype, blocking, include_sublayers=True):
         """Conversions, also that of paddle.amp.decorate, leave the dtype of buffers and of float32 gates."""
@@ -271,7 +276,7 @@ class ShardedWeights(nn.Layer):
         transposed because few tokens read them fastest so, beside buffers gate_up_scale, down_scale,
         shared_gate_up_scale and shared_down_scale. Router, gates and biases stay as they are. There is no way
         back. The weights are frozen; gradients go through them to hidden_states, router, gates and biases.
-        hidden_states may be of any dtype of the operators then; biases are converted to it.
+        hidden_states may be of any dtype of the operators then; biases and gates are converted.
         With TP, scales belong to a rank's slice. To load what was saved of it, a state_dict() or a checkpoint
         (on any grid with the same tp_size and, where there is a shared expert, the same ranks), make a layer,
         quantise it with the same arguments, and load. All ranks call it together.

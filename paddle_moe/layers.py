@@ -402,7 +402,13 @@ class FusedMoE(ShardedWeights):
         return layer
 
     def _logits(self, tokens: paddle.Tensor) -> paddle.Tensor:
-        return self.router.logits(tokens, self.gate_weight, self.gate_bias, self.training)
+        weight = self._gate_for(tokens, self.gate_weight)
+        return self.router.logits(tokens, weight, self.gate_bias, self.training)
+
+    def _gate_for(self, tokens: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
+        """The weight of a gate, where tokens may be of another dtype, as it goes with them."""
+        fits = self.quantized is None or weight.dtype == tokens.dtype
+        return weight if fits else weight.astype("float32")
 
     @functional.without_autocast
     def route(self, hidden_states: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
@@ -521,7 +527,8 @@ class FusedMoE(ShardedWeights):
         """The weight of the shared expert in each token, [T, 1] fp32."""
         if self.shared_gate_weight is None:
             return paddle.ones_like(hidden_states[:, :1], dtype="float32")
-        return nn.functional.sigmoid(functional.gate(hidden_states, self.shared_gate_weight))
+        weight = self._gate_for(hidden_states, self.shared_gate_weight)
+        return nn.functional.sigmoid(functional.gate(hidden_states, weight))
 
     def _shared_output(self, hidden_states: paddle.Tensor, share: paddle.Tensor) -> paddle.Tensor:
         """The shared expert as a mixture of one expert that every token goes to."""

@@ -104,6 +104,7 @@ def get_rank_logger(
         logger._files = None
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
+    logger.disabled = False  # as logging.config leaves those that it finds
     logger._open(_resolve_log_dir(log_dir), f"{prefix}_{replica}ep_rank_{ep_rank}_tp_rank_{tp_rank}")
     return logger
 
@@ -192,6 +193,8 @@ class RankLogger(logging.Logger):
         atexit.register(self._close_at_exit)
 
     def _close_at_exit(self) -> None:
+        if self._files.pid != os.getpid():  # a fork that ends
+            return
         # The interpreter keeps the exception that ended it here; a prompt keeps the last one that it showed.
         exception = getattr(sys, "last_value", None)
         if exception is not None and not hasattr(sys, "ps1"):
@@ -242,7 +245,7 @@ class _TextFile(logging.FileHandler):
     """It flushes after every record."""
 
     def __init__(self, files: _RankFiles):
-        super().__init__(files.log_path, encoding="utf-8")
+        super().__init__(files.log_path, encoding="utf-8", errors="backslashreplace")
         self._files = files
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -320,6 +323,8 @@ def _strict_json(value: Any) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_strict_json(item) for item in value]
     if hasattr(value, "tolist"):  # NumPy scalars and arrays, Paddle and PyTorch tensors
+        if hasattr(value, "astype") and re.search("bfloat|float8|float96|float128", str(value.dtype)):
+            value = value.astype("float64")  # Paddle would list their bits, NumPy its own numbers
         return _strict_json(value.tolist())
     return str(value)
 

@@ -137,10 +137,12 @@ def limit_capacity(
     capacity = paddle.ceil(capacity_factor * paddle.ones_like(ids).sum().astype("float64") / num_experts)
     stays = (sorted_ids >= 0) & (place_in_expert.astype("float64") < capacity)
     stays = paddle.scatter(paddle.zeros_like(ids), order, stays.astype("int64")).reshape([-1, top_k])
-    dropped = paddle.full_like(routing_table, -1)
+    dropped, dtype = paddle.full_like(routing_table, -1), router_weights.dtype
+    if dtype_name(dtype) in ("bfloat16", "float16"):  # of which the CPU selects none
+        router_weights = router_weights.astype("float32")
     return (
         paddle.where(stays > 0, routing_table, dropped),
-        paddle.where(stays > 0, router_weights, paddle.zeros_like(router_weights)),
+        paddle.where(stays > 0, router_weights, paddle.zeros_like(router_weights)).astype(dtype),
     )
 
 

@@ -50,6 +50,7 @@ _DTYPE_NAMES = {  # as safetensors writes them: as Paddle does
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 _CASTS = ("lossless", "any", "none")
 _SHOWN_PROBLEMS = 40
+_SENT_PROBLEMS = 4000  # by all ranks together, about a megabyte: the watchdogs cannot pass on many of these
 
 
 def joined(prefix: str, name: str) -> str:
@@ -145,16 +146,21 @@ class CheckpointError(ValueError):
     """Files do not fit what is to be loaded from them. Nothing was assigned, on any rank.
 
     Attributes:
-        problems: one Problem for each key, of all ranks.
+        problems: one Problem for each key, of all ranks; of several ranks at most some thousands.
     """
 
-    def __init__(self, path: Any, problems: Sequence[Problem]):
+    def __init__(self, path: Any, problems: Sequence[Problem], more: bool = False):
         self.problems = list(problems)
+        self._arguments = path, self.problems, more
         lines = [f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
         if len(self.problems) > _SHOWN_PROBLEMS:
             lines.append(f"  and {len(self.problems) - _SHOWN_PROBLEMS} more")
         number = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        number += " and more" if more else ""
         super().__init__("\n".join([f"{path} was not loaded, {number}:", *lines]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
 
 
 def exchange(parallel: ParallelContext | None, value: Any, what: str, path: Any) -> list[Any]:
@@ -174,11 +180,12 @@ def at_files(parallel: ParallelContext | None) -> contextlib.AbstractContextMana
 
 def raise_together(path: Any, problems: Sequence[Problem], parallel: ParallelContext | None) -> None:
     """Raises a CheckpointError on all ranks if there is a problem on any of them."""
-    sent = [[one.file, one.key, one.expected, one.found] for one in problems]
-    everyone = exchange(parallel, sent, "checking", path)
-    merged = {Problem(*fields): None for one in everyone for fields in one}
+    limit = len(problems) if parallel is None else max(1, _SENT_PROBLEMS // parallel.world_size)
+    sent = [[one.file, one.key, one.expected, one.found] for one in problems[:limit]]
+    everyone = exchange(parallel, [sent, len(problems) > limit], "checking", path)
+    merged = {Problem(*fields): None for one, _ in everyone for fields in one}
     if merged:
-        raise CheckpointError(path, list(merged))
+        raise CheckpointError(path, list(merged), any(more for _, more in everyone))
 
 
 # ---------------------------------------------------------------- files

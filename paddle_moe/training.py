@@ -62,7 +62,7 @@ def average_gradients(
     num_replicas = math.prod(expect_parallel(parallel).size(group) for group in replicas)
     if num_replicas == 1:
         return
-    trained = [parameter for parameter in parameters if not parameter.stop_gradient]
+    trained = [parameter for parameter in _distinct(parameters) if not parameter.stop_gradient]
     for parameter in trained:
         _expect_dense(parameter, _gradient_of(parameter))
     for experts in (False, True):
@@ -84,6 +84,11 @@ def average_gradients(
                 narrow = width_of[id(parameter)] == parameter.element_size()
                 average = average.reshape(parameter.shape)
                 _set_gradient(parameter, average.astype(parameter.dtype) if narrow else average)
+
+
+def _distinct(parameters: Iterable[paddle.Tensor]) -> list[paddle.Tensor]:
+    """Each once: layers that share a weight have it twice between them."""
+    return list({id(parameter): parameter for parameter in parameters}.values())
 
 
 def _gradient_of(parameter: paddle.Tensor) -> paddle.Tensor | None:
@@ -190,7 +195,7 @@ def clip_gradients(
     Raises:
         ValueError: as ClipGradByGlobalNorm.
     """
-    params_grads = [(parameter, _gradient_of(parameter)) for parameter in parameters]
+    params_grads = [(parameter, _gradient_of(parameter)) for parameter in _distinct(parameters)]
     clipped, norm = _clipped(params_grads, positive("clip_norm", clip_norm), expect_parallel(parallel))
     for parameter, gradient in clipped:
         if gradient is not None:

@@ -112,14 +112,15 @@ class Watchdog:
 
     def __init__(self, rank: int, timeout_seconds: float):
         self._counters = {slot: 0 for slot in SLOTS}
+        self._owner = os.getpid()  # a fork that ends says nothing of the rank
         with tempfile.TemporaryFile() as file:
-            file.truncate(_Shared.SIZE)
+            os.posix_fallocate(file.fileno(), 0, _Shared.SIZE)  # on a full disk an error, no SIGBUS later
             self._shared = _Shared(file.fileno())
             ours, theirs = socket.socketpair()
             options = {
                 "rank": rank,
                 "timeout": timeout_seconds,
-                "parent": os.getpid(),
+                "parent": self._owner,
                 "socket": theirs.fileno(),
                 "shared": file.fileno(),
             }
@@ -198,10 +199,14 @@ class Watchdog:
 
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks that this one ends with `error`."""
+        if os.getpid() != self._owner:
+            return
         self._channel.send(type="failed", error=f"{type(error).__name__}: {_first_line(error)}")
 
     def leave(self) -> None:
         """Tells the other ranks that this one has finished; what happens to it next is not their concern."""
+        if os.getpid() != self._owner:
+            return
         self._channel.send(type="leave")
         self._channel.wait_for_end(_GRACE_SECONDS)
 
@@ -298,6 +303,7 @@ class _Child:
                 self.done = True
             return
         if os.getppid() != self.parent:  # a forked child of the rank may keep our socket open
+            self.hear_rank()  # its last words
             self.on_parent_gone()
         elif self.join is not None:
             self.connect(now)
@@ -452,8 +458,9 @@ class _Child:
         self.close(self.coordinator_channel)
         self.done = True
         text = f"rank {self.rank} ends: {reason}"
-        with contextlib.suppress(OSError):  # a full disk must not keep the rank alive
-            os.write(2, f"\npaddle_moe: {text}\n".encode())
+        # Neither a full disk nor the name of a file that is no text must keep the rank alive.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\npaddle_moe: {text}\n".encode(errors="backslashreplace"))
             self.write_log(text)
         deadline = time.monotonic() + (_GRACE_SECONDS if self.failed else 0.0)  # it may be printing its error
         while os.getppid() == self.parent and time.monotonic() < deadline:
@@ -469,7 +476,7 @@ class _Child:
         now = time.time()
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) + f",{int(now * 1000) % 1000:03d}"
         position = " ".join(f"{name} {rank}" for name, rank in self.log["place"].items())
-        with open(self.log["log"], "a", encoding="utf-8") as file:
+        with open(self.log["log"], "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{stamp} [ERROR] {position}: {text}\n")
         self.write_event("error", message=text)
 
@@ -626,7 +633,12 @@ class _Coordinator:
             for rank, processes in sorted(processes_of.items())
             if len(processes) > 1
         )
-        return f"the ranks of this job do not agree: {values}{twice}; start every rank with the same sizes"
+        known = range(min(one.config["world_size"] for one in self.joined))
+        absent = [rank for rank in known if rank not in processes_of]
+        late = f"; {_ranks(absent)} had not come by then" if absent else ""
+        return (
+            f"the ranks of this job do not agree: {values}{twice}{late}; start every rank with the same sizes"
+        )
 
     def refuse(self) -> None:
         world_size = max((one.config["world_size"] for one in self.joined), default=0)

@@ -30,6 +30,10 @@ class Shard(NamedTuple):
     def rank(self) -> int:
         return self.ep_rank * self.tp_size + self.tp_rank
 
+    @property
+    def world_size(self) -> int:
+        return self.ep_size * self.tp_size
+
     def size(self, group: str) -> int:
         return {"ep": self.ep_size, "tp": self.tp_size, "grid": self.ep_size * self.tp_size}[group]
 

@@ -599,3 +599,12 @@ def test_strides_that_a_kernel_cannot_read_are_named():
 def test_bad_thread_counts_are_named(module, n, message):
     with pytest.raises(ValueError, match=exactly(message)):
         module.set_num_threads(n)
+
+
+@pytest.mark.parametrize("module", [paddle_moe, core], ids=["paddle", "core"])
+def test_thread_counts_may_be_those_of_numpy(module):
+    try:
+        module.set_num_threads(np.int64(2))
+        assert module.get_num_threads() == 2
+    finally:
+        module.set_num_threads(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import random
 import re
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -452,6 +454,25 @@ def test_another_model(tmp_path):
     assert ("weight", "all of d0 0..11, d1 0..6", "nothing") in found
     assert ("head.weight", "no tensor of this name", "a tensor [12, 7] in F32") in found
     np.testing.assert_array_equal(model.weight.numpy(), before)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.problems) == (str(caught.value), caught.value.problems)
+
+
+def test_problems_of_many_ranks_fit_into_a_message():
+    """More than some megabytes would end the watchdogs, and with them the job."""
+    problems = [tensor_files.Problem("file", f"key {number}", "x" * 100, "nothing") for number in range(9000)]
+    sent = []
+
+    def exchange(value, what, detail):
+        sent.append(value)
+        return [value] * 500
+
+    ranks = SimpleNamespace(world_size=500, exchange=exchange)
+    with pytest.raises(CheckpointError, match="^here was not loaded, 8 problems and more:") as caught:
+        tensor_files.raise_together("here", problems, ranks)
+    assert 500 * len(json.dumps(sent)) < 2**20 and caught.value.problems == problems[:8]
+    with pytest.raises(CheckpointError, match="^here was not loaded, 9000 problems:"):
+        tensor_files.raise_together("here", problems, None)
 
 
 def test_another_dtype(tmp_path):

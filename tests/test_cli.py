@@ -15,7 +15,7 @@ import pytest
 
 import paddle_moe
 from paddle_moe.console import progress_bar
-from paddle_moe.doctor import TESTED_PADDLE, TRIED_PADDLE, _check_paddle
+from paddle_moe.doctor import TESTED_PADDLE, TRIED_PADDLE, _check_core, _check_paddle
 from paddle_moe.logs import get_rank_logger
 
 PACKAGE = Path(paddle_moe.__file__).parent
@@ -59,6 +59,7 @@ def log_directory(tmp_path):
             )
             if (ep_rank, tp_rank) == (1, 0):
                 logger.error("overflow in expert 3")
+                logger.warning("no file caf\udce9")
             logger.close()
     return directory
 
@@ -67,8 +68,9 @@ def log_directory(tmp_path):
 
 
 def test_logs_prints_tables_and_writes_a_picture(log_directory, tmp_path):
-    done = run_command(tmp_path, "logs", log_directory)
+    done = run_command(tmp_path, "logs", log_directory, PYTHONIOENCODING="utf-8:strict")
     assert done.returncode == 0, done.stderr
+    assert "Warning  ep_rank 1 tp_rank 0: no file caf\\udce9" in done.stdout
     assert "Error  ep_rank 1 tp_rank 0: overflow in expert 3" in done.stdout
     assert "#2: 7" in done.stdout and "2.00" in done.stdout  # busiest expert, imbalance 7 / 3.5
     assert "\x1b" not in done.stdout  # no terminal, no colours
@@ -84,9 +86,10 @@ def test_logs_as_json(log_directory, tmp_path):
     assert (tmp_path / "p.png").exists() and not (log_directory / "moe_logs.png").exists()
 
 
-@pytest.mark.parametrize("name", ["missing", "empty"])
+@pytest.mark.parametrize("name", ["missing", "empty", "unreadable"])
 def test_logs_of_a_directory_without_logs(name, tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "unreadable" / "x_ep_rank_0_tp_rank_0.jsonl").mkdir(parents=True)
     done = run_command(tmp_path, "logs", name)
     assert done.returncode == 2 and done.stdout == ""
     assert name in done.stderr and "Traceback" not in done.stderr
@@ -208,11 +211,15 @@ def test_doctor_with_damaged_modules(copy_without_modules, tmp_path):
     assert checks["gloo groups"]["status"] == "info"
 
 
-def test_doctor_names_a_wrong_isa(tmp_path):
-    code, checks = doctor(tmp_path, PADDLE_MOE_ISA="abacus")
+def test_doctor_names_wrong_variables(tmp_path, monkeypatch):
+    code, checks = doctor(tmp_path, PADDLE_MOE_ISA="abacus", PADDLE_MOE_HUGE_PAGES="yes")
     assert code == 1
     assert "'abacus'" in checks["Core without Paddle"]["detail"]
-    assert "PADDLE_MOE_ISA" in checks["Core without Paddle"]["advice"]
+    assert "unset PADDLE_MOE_ISA" in checks["Core without Paddle"]["advice"]
+    assert checks["Huge pages"]["status"] == "failure"
+    assert "PADDLE_MOE_HUGE_PAGES must be 0 or 1, got 'yes'" in checks["Huge pages"]["detail"]
+    monkeypatch.setenv("PADDLE_MOE_NUM_THREADS", "many")
+    assert "unset PADDLE_MOE_NUM_THREADS" in _check_core()[0].advice
 
 
 @pytest.mark.parametrize(
@@ -269,8 +276,8 @@ def test_progress_in_a_terminal_is_a_bar(monkeypatch, capsys):
     console = rich.Console(file=screen, force_terminal=True, width=100)
     monkeypatch.setattr("paddle_moe.console.rich_console", lambda: console)
     with progress_bar("loading", 10, "bytes") as advance:
-        advance(10, "loaded")
-    assert "loaded" in screen.getvalue() and "10/10 bytes" in screen.getvalue()
+        advance(10, "loaded [/run]")  # no markup
+    assert "loaded [/run]" in screen.getvalue() and "10/10 bytes" in screen.getvalue()
     assert capsys.readouterr().out == ""
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import subprocess
+import sys
 
 import numpy as np
 import paddle
@@ -484,6 +486,18 @@ def test_buckets_start_anew_when_they_are_full(monkeypatch):
     assert buckets == [[3], [2, 2], [9], [1, 1], [1]]
 
 
+def test_weights_that_layers_share_count_once(monkeypatch):
+    """Also where the second time comes in another bucket."""
+    monkeypatch.setattr(training, "_BUCKET_ELEMENTS", 2)
+    parallel = init_distributed()
+    parameter = paddle.create_parameter([2], "float32")
+    parameter.expert, parameter.grad = True, paddle.to_tensor([3.0, 4.0])
+    assert clip_gradients([parameter, parameter], 10.0, parallel).item() == 5
+    monkeypatch.setattr(parallel, "size", lambda group: 2)
+    average_gradients([parameter, parameter], parallel, replicas=("dp", "ep"))
+    assert parameter.grad.tolist() == [0.75, 1]
+
+
 def test_a_scaler_that_is_turned_off_steps_as_before():
     layer = make_layer()
     optimizer = paddle.optimizer.SGD(1.0, parameters=layer.parameters())
@@ -496,7 +510,7 @@ def test_a_scaler_that_is_turned_off_steps_as_before():
     np.testing.assert_array_equal(layer.down_weight.numpy(), expected)
 
 
-# ---------------------------------------------------------------- what Paddle refuses on a CPU
+# ---------------------------------------------------------------- what Paddle refuses
 
 
 def test_group_sharded_parallel():
@@ -506,3 +520,35 @@ def test_group_sharded_parallel():
     for level in ("os", "os_g", "p_g_os"):
         with pytest.raises(AssertionError, match="only support gpu, xpu and custom_device now"):
             group_sharded_parallel(layer, optimizer, level)
+
+
+PYLAYER = """
+import paddle
+
+class Same(paddle.autograd.PyLayer):
+    @staticmethod
+    def forward(ctx, one, other):
+        return one.clone(), other.clone()
+
+    @staticmethod
+    def backward(ctx, one, other):
+        return one, other
+
+inputs = [paddle.to_tensor([2.0], stop_gradient=False) for _ in range(2)]
+one, other = Same.apply(*inputs)
+loss = one * other
+"""
+
+
+@pytest.mark.skipif(paddle.__version__ < "3.3", reason="of earlier versions nothing is said")
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        ("paddle.grad(loss, inputs[:1])", "should return None"),
+        ("loss.backward(retain_graph=True); loss.backward()", "Segmentation fault"),
+    ],
+)
+def test_gradients_through_a_pylayer(call, says):
+    """When this fails, docs/training.md may say that they work where experts are spread over ranks."""
+    done = subprocess.run([sys.executable, "-c", PYLAYER + call], capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and says in done.stdout + done.stderr

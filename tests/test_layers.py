@@ -263,7 +263,7 @@ def test_wrong_arguments_are_named(tmp_path):
 
 
 def test_a_pickled_layer_has_no_logger(tmp_path):
-    """The process that unpickles it has no such files open."""
+    """The process that unpickles it has no such files open; the rest is there."""
     layer = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, logger=get_rank_logger(0, 0, log_dir=tmp_path))
     (tmp_path / "layer").write_bytes(pickle.dumps(layer))
     x = paddle.to_tensor(tokens())
@@ -271,7 +271,8 @@ def test_a_pickled_layer_has_no_logger(tmp_path):
     code = "import pickle, sys, numpy as np, paddle\n"
     code += "layer = pickle.load(open(sys.argv[1] + '/layer', 'rb'))\n"
     code += "out = layer(paddle.to_tensor(np.load(sys.argv[1] + '/x.npy')))\n"
-    code += "assert layer.logger is None; np.save(sys.argv[1] + '/out.npy', out.numpy())"
+    code += "assert layer.logger is None and layer.gate_weight.is_gate\n"
+    code += "np.save(sys.argv[1] + '/out.npy', out.numpy())"
     run_python("-c", code, str(tmp_path), timeout=300)
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), layer(x).numpy())
     assert copy.deepcopy(layer).logger is copy.copy(layer).logger is layer.logger
@@ -287,9 +288,12 @@ def test_events(tmp_path):
     assert call["tokens_per_expert"] == np.bincount(ids.numpy().ravel(), minlength=EXPERTS).tolist()
     assert (call["num_tokens"], call["experts_min"]) == (TOKENS, 0)
     assert call["kernel_ms"] > 0 and call["collective_ms"] >= 0 and call["layer"]
+    twin = copy.deepcopy(layer)
     layer.logger = None
     layer(paddle.to_tensor(x))
     assert len(logger.events_path.read_text().splitlines()) == len(events)
+    twin(paddle.to_tensor(x))
+    assert json.loads(logger.events_path.read_text().splitlines()[-1])["layer"] != call["layer"]
 
 
 @pytest.mark.parametrize("full_graph", [True, False])

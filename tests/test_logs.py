@@ -176,6 +176,7 @@ def test_events_are_strict_json(get_logger):
         integer=np.int64(2**40),
         array=np.arange(3, dtype=np.int32),
         array_with_nan=np.array([1.5, np.nan]),
+        wide=np.longdouble(1.5),
         nested={1: (np.bool_(True), None)},
         path=Path("x"),
         text="line\u2028break \ud800",
@@ -192,10 +193,22 @@ def test_events_are_strict_json(get_logger):
         "integer": 2**40,
         "array": [0, 1, 2],
         "array_with_nan": [1.5, "nan"],
+        "wide": 1.5,
         "nested": {"1": [True, None]},
         "path": "x",
         "text": "line\u2028break \ud800",
     }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn"])
+def test_tensors_in_events_are_numbers(get_logger, dtype):
+    paddle = pytest.importorskip("paddle")
+    if not hasattr(paddle, dtype):
+        pytest.skip(f"Paddle {paddle.__version__} has no {dtype}")
+    logger = get_logger(0, 0)
+    logger.event("numbers", one=paddle.full([], 1.5).astype(dtype), two=paddle.full([2], 1.5).astype(dtype))
+    event = read_events(logger.events_path)[-1]
+    assert (event["one"], event["two"]) == (1.5, [1.5, 1.5])
 
 
 def test_reserved_fields_and_closed_loggers(get_logger):
@@ -210,15 +223,20 @@ def test_reserved_fields_and_closed_loggers(get_logger):
 
 def test_warnings_and_errors_become_events(get_logger):
     logger = get_logger(0, 0)
+    logger.disabled = True  # by logging.config.dictConfig
+    assert get_logger(0, 0) is logger
     logger.info("not an event")
     logger.warning("slow by %d%%", 10)
+    logger.warning("no file caf\udce9")  # a name that is no text
     try:
         raise KeyError("weights")
     except KeyError:
         logger.exception("cannot load")
     messages = [(event["event"], event.get("message")) for event in read_events(logger.events_path)[1:]]
-    assert messages == [("warning", "slow by 10%"), ("error", "cannot load (KeyError: 'weights')")]
-    assert "Traceback" in logger.log_path.read_text()
+    problems = [("warning", "slow by 10%"), ("warning", "no file caf\udce9")]
+    assert messages == [*problems, ("error", "cannot load (KeyError: 'weights')")]
+    said = logger.log_path.read_text()
+    assert "no file caf\\udce9\n" in said and "Traceback" in said
 
 
 def test_a_full_disk_does_not_end_the_job(get_logger, capsys):
@@ -285,6 +303,19 @@ def test_a_killed_process_leaves_its_lines(tmp_path):
     assert "last words" in (tmp_path / "test_logs_ep_rank_0_tp_rank_1.log").read_text()
     (rank,) = summarize(tmp_path).ranks
     assert rank.rows == 7 and not rank.finished
+
+
+def test_a_fork_that_ends_is_not_the_end_of_the_rank(tmp_path):
+    run_python(
+        "import os, sys\n"
+        "from paddle_moe.logs import get_rank_logger\n"
+        f"logger = get_rank_logger(0, 0, log_dir={str(tmp_path)!r})\n"
+        "if os.fork() == 0: sys.exit(0)\n"
+        "os.wait()\n"
+        "os._exit(0)\n"
+    )
+    (rank,) = summarize(tmp_path).ranks
+    assert not rank.finished
 
 
 def test_an_uncaught_exception_is_in_the_log(tmp_path):

@@ -265,12 +265,14 @@ def test_capacity_rounds_up_and_keeps_everything_that_fits():
     assert empty.shape == [0, 1]
 
 
-def test_capacity_gradient_is_that_of_the_slots_that_stay():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_capacity_gradient_is_that_of_the_slots_that_stay(dtype):
     ids = paddle.zeros([3, 1], "int32")
-    weights = paddle.to_tensor([[0.1], [0.5], [0.3]], stop_gradient=False)
+    weights = paddle.to_tensor([[0.1], [0.5], [0.3]], dtype, stop_gradient=False)
     _, kept = limit_capacity(ids, weights, 1, 0.5)
-    (kept * paddle.to_tensor([[1.0], [2.0], [3.0]])).sum().backward()
-    assert weights.grad.flatten().tolist() == [0, 2, 3]
+    assert kept.dtype == weights.dtype
+    (kept.astype("float32") * paddle.to_tensor([[1.0], [2.0], [3.0]])).sum().backward()
+    assert weights.grad.astype("float32").flatten().tolist() == [0, 2, 3]
 
 
 def test_capacity_errors():

@@ -589,7 +589,7 @@ def test_quantize_refuses():
 @per_kind
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layer(kind, dtype):
-    layer = FusedMoE.from_dense(**dense_weights(dtype, **EVERYTHING), top_k=TOP_K)
+    layer = FusedMoE.from_dense(**dense_weights(dtype, **EVERYTHING), top_k=TOP_K, gate_dtype=dtype)
     x = paddle.to_tensor(tokens(dtype))
     with paddle.no_grad():
         exact = layer(x).astype("float32").numpy()
@@ -602,7 +602,7 @@ def test_layer(kind, dtype):
         assert_same_bits(layer(x).astype("float32").numpy(), exact)  # the other is left alone
         again = copy.deepcopy(twin)(x)
         assert bool((again == output).all())
-        # Tokens of another dtype than the biases of the layer.
+        # Tokens of another dtype than the biases and gates of the layer.
         other = "bfloat16" if dtype == "float32" else "float32"
         converted = twin(x.astype(other))
         assert converted.dtype == getattr(paddle, other)

@@ -290,11 +290,12 @@ class Slice:
         for name in self.before:  # Paddle copies no attributes of parameters
             if hasattr(self.parameter, name):
                 setattr(twin.parameter, name, getattr(self.parameter, name))
+        twin.mark()  # nobody draws values for a copy, and unpatch() does not know it
         return twin
 
     def _set(self, **attributes: Any) -> None:
         for name, value in attributes.items():
-            self.before[name] = getattr(self.parameter, name, _MISSING)
+            self.before.setdefault(name, getattr(self.parameter, name, _MISSING))
             setattr(self.parameter, name, value)
 
     def restore(self, parallel: ParallelContext) -> None:
@@ -471,12 +472,14 @@ class MoEBlock:
 
     def expect_parameters(self) -> None:
         if self.frozen is not None:
-            function = "prepack_experts()" if self.frozen == "prepacked" else "quantize_experts()"
             raise RuntimeError(
-                f"the experts of this {type(self).__name__} are {self.frozen} since {function}, which no "
-                "file of its package holds; load, save and restore before that, or keep the state_dict() of "
-                "each rank with paddle.save"
+                f"{self.how_frozen()}, which no file of its package holds; load, save and restore before "
+                "that, or keep the state_dict() of each rank with paddle.save"
             )
+
+    def how_frozen(self) -> str:
+        function = "prepack_experts()" if self.frozen == "prepacked" else "quantize_experts()"
+        return f"the experts of this {type(self).__name__} are {self.frozen} since {function}"
 
     def weights_to_freeze(self) -> dict[str, Tensor]:
         """By their names in the block."""

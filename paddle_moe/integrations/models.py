@@ -34,7 +34,17 @@ Holdings = dict[str, tuple[Tensor, Part, Part]]  # by name: a tensor, the part i
 
 @functools.cache
 def _accelerated(block: type[MoEBlock], stock: type[nn.Layer]) -> type[nn.Layer]:
-    return type(stock.__name__, (block, stock), {"__module__": block.__module__, "_stock": stock})
+    members = {"__module__": block.__module__, "_stock": stock, "__reduce_ex__": _reduced}
+    return type(stock.__name__, (block, stock), members)
+
+
+def _reduced(layer: MoEBlock, protocol: int) -> tuple:
+    """For pickle, which does not find such a class by its name."""
+    return _new, type(layer).__bases__, *object.__reduce_ex__(layer, protocol)[2:]
+
+
+def _new(block: type[MoEBlock], stock: type[nn.Layer]) -> MoEBlock:
+    return object.__new__(_accelerated(block, stock))
 
 
 class Integration:
@@ -479,7 +489,11 @@ def _blocks_to_freeze(model: nn.Layer, function: str) -> dict[str, MoEBlock]:
     if not blocks:
         raise ValueError(f"model must be what accelerate() returned, got {type(model).__name__}")
     for block in blocks.values():
-        block.expect_parameters()
+        if block.frozen is not None:
+            raise RuntimeError(
+                f"{block.how_frozen()}, and there is no way back; load the model anew for {function}(), or "
+                "for quantize_experts(prepack=True), which does both"
+            )
         check_shards(function, 1 if block.parallel is None else block.parallel.size("grid"))
     return blocks
 

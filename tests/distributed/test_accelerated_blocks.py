@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from functools import partial
 
 import numpy as np
@@ -93,6 +94,16 @@ def test_quantized_experts(kind, stacked, tmp_path):
         assert relative_l2(half.astype("float32").numpy(), output) < 0.03
 
 
+@pytest.mark.parametrize("change", [None, integration.quantize_experts, integration.prepack_experts])
+def test_pickled_blocks(change):
+    model = accelerate(paddle.nn.Sequential(Block(5, 12, shared=10)))
+    if change is not None:
+        change(model)
+    twin, x = pickle.loads(pickle.dumps(model)), draw_tokens(7, model[0])
+    assert type(twin[0]) is type(model[0])
+    assert_same_bits(twin(x).numpy(), model(x).numpy())
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_experts_that_are_prepacked(kind, stacked):
@@ -116,7 +127,7 @@ def test_quantized_experts_that_are_prepacked(kind, stacked):
     assert relative_l2(*gradients[::-1]) < 1e-5
     scales = [value for name, value in model.named_buffers() if name.endswith("scale")]
     assert scales and all(scale.is_contiguous() for scale in scales)
-    with pytest.raises(RuntimeError, match=f"are {kind} since quantize_experts"):
+    with pytest.raises(RuntimeError, match=f"are {kind} since quantize_experts.*anew .*prepack=True"):
         integration.prepack_experts(model)
     odd = accelerate(paddle.nn.Sequential(Block(5, 11)))
     with pytest.raises(ValueError, match="down_weight of a rank must have .* got 11"):

@@ -7,20 +7,23 @@ import functools
 import json
 import os
 import re
+import selectors
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from launcher import WORKERS, Job, environment, free_ports, launch, read_logs
 
 from paddle_moe import init_distributed
-from paddle_moe.watchdog import _Child, _Shared
+from paddle_moe.watchdog import Watchdog, _Child, _Coordinator, _Member, _Shared
 
 TIMEOUT_SECONDS = 8  # of the ranks in workers/failures.py that reach it
 SOON_SECONDS = 20  # from the end of the first rank that fails to that of the last, on a busy machine
@@ -151,6 +154,13 @@ def test_rank_outside_the_world(monkeypatch):
         init_distributed(2, 2)
 
 
+def test_a_limit_of_numpy(monkeypatch):
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    monkeypatch.setattr("paddle_moe.distributed.Watchdog", lambda rank, limit: sys.exit(json.dumps(limit)))
+    with pytest.raises(SystemExit, match="5.0"):
+        init_distributed(2, timeout_seconds=np.int64(5))
+
+
 def test_ranks_with_different_sizes(run):
     reason = (
         r"ValueError: the ranks of this job do not agree: ep_size=2, tp_size=2, dp_size=1, world_size=4 on"
@@ -236,6 +246,28 @@ def test_ranks_that_meet_in_different_calls():
     for rank, said in enumerate(join_and(code)):
         assert re.search(f"paddle_moe: rank {rank} ends: {reason}", said), said
         assert "finished" not in said
+
+
+def test_a_reason_that_is_no_text_ends_the_ranks_too(tmp_path):
+    """As with the name of a file whose bytes are not in UTF-8."""
+    log = tmp_path / "log"
+    code = (
+        f"watchdog.log_to({str(log)!r}, {str(tmp_path / 'events')!r}, {{'rank': rank}})\n"
+        "if rank == 1: watchdog.fail(OSError('caf\\udce9')); os._exit(1)\n"
+        "watchdog.exchange(None, 'barrier')"
+    )
+    said, _ = join_and(code, ranks=(0, 1))
+    reason = "rank 0 ends: rank 1 failed: OSError: caf\\udce9\n"
+    assert said.endswith(f"paddle_moe: {reason}") and reason in log.read_text()
+
+
+def test_a_fork_that_ends_says_nothing_of_its_rank():
+    code = (
+        "child = os.fork()\n"
+        "if child == 0: watchdog.fail(ValueError('no rank')); watchdog.leave(); os._exit(0)\n"
+        "os.waitpid(child, 0)\nprint(watchdog.exchange(rank, 'barrier'))"
+    )
+    assert join_and(code) == ["[0, 1, 2]\nfinished\n"] * 3
 
 
 def test_a_path_that_differs_between_hosts():
@@ -393,6 +425,34 @@ def test_ranks_that_disagree_are_named_in_their_order_whoever_comes_first():
     reason = "ep_size=1 on ranks [0, 1]; world_size=3, ep_size=3 on rank 2; start every rank"
     for said in join_and("", join=join):
         assert reason in said, said
+
+
+def test_ranks_that_come_after_the_refusal_are_named():
+    """Not all of them need to be wrong, nor need those that came."""
+    coordinator = _Coordinator(selectors.DefaultSelector(), 0, 5)
+    for rank in (0, 2):
+        config = {"world_size": 4, "ep_size": 2 + rank}
+        message = {"rank": rank, "config": config, "pid": 7, "host": "h"}
+        coordinator.joined.append(_Member(None, message, ""))
+    assert re.search(
+        r"ep_size=4 on rank 2; ranks \[1, 3\] had not come by then; ", coordinator.describe_configs()
+    )
+    coordinator.stop_listening()
+
+
+def test_the_memory_that_a_rank_shares_has_room_on_the_disk(monkeypatch):
+    """Else the rank would get a SIGBUS from the first collective on."""
+    make, kept = tempfile.TemporaryFile, []
+
+    def temporary_file():
+        file = make()
+        kept.append(os.dup(file.fileno()))
+        return file
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", temporary_file)
+    Watchdog(0, 5).leave()
+    assert 512 * os.fstat(kept[0]).st_blocks >= _Shared.SIZE
+    os.close(kept[0])
 
 
 ENTERS_AND_LEAVES = """

@@ -372,15 +372,20 @@ def built_under_patch():
         model = Block(5, 6, shared=4)
         model.gate.weight.set_value(model.gate.weight + parallel.rank)
         broadcast_parameters(model.parameters(), parallel)
+        twin = copy.deepcopy(model)
     finally:
         integration.unpatch()
-    stock, slices = Block(5, 6, shared=4), slices_of(model)
+    stock = Block(5, 6, shared=4)
     expected = {name: one.numpy() for name, one in stock.named_parameters()}
-    for name, one in model.named_parameters():
-        if one.size:
-            value = part_of(expected[name], slices.get(id(one)))
-            np.testing.assert_array_equal(one.numpy(), value, err_msg=name)
-    assert all(one.is_distributed == (name != "gate.weight") for name, one in model.named_parameters())
+    for model in (model, twin, copy.deepcopy(twin)):
+        slices = slices_of(model)
+        for name, one in model.named_parameters():
+            if one.size:
+                value = part_of(expected[name], slices.get(id(one)))
+                np.testing.assert_array_equal(one.numpy(), value, err_msg=name)
+            assert one.is_distributed == (name != "gate.weight"), name
+        restore(model)
+        assert not any(one.is_distributed for one in model.parameters())
 
 
 @check
