@@ -22,6 +22,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -275,9 +276,11 @@ class Trainer:
             self.say(
                 f"WARNING: {flags[0]}: from here on the learning rate falls as for the new number of steps"
             )
-        state = paddle_moe.load_checkpoint(
-            self.checkpoint, self.model, self.optimizer, parallel=self.parallel, progress=self.is_first
-        )
+        with warnings.catch_warnings():  # Paddle's LinearWarmup warns of the state that it saved itself
+            warnings.filterwarnings("ignore", "There are some unused values in state_dict")
+            state = paddle_moe.load_checkpoint(
+                self.checkpoint, self.model, self.optimizer, parallel=self.parallel, progress=self.is_first
+            )
         self.losses = state["losses"]
         self.say(f"resumed from {self.checkpoint} at step {len(self.losses)}")
         if len(self.losses) >= self.arguments.steps:
