@@ -55,8 +55,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--measurement-mode", action="store_true", help="also compare the largest intermediates"
     )
-    parser.add_argument("--seed", type=int, default=2024)
-    parser.add_argument("--repeat", type=int, default=3, help="runs, of which the fastest is shown")
+    parser.add_argument("--seed", type=int, default=2024, help="of parameters and tokens (default 2024)")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="runs, of which the fastest is shown (default 3)"
+    )
     parser.add_argument(
         "--log-dir", default=None, help='directory of the rank logs; "launch": that of the launcher'
     )

@@ -22,6 +22,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--ep", type=int, default=1, help="ranks that share the experts")
     add("--tp", type=int, default=1, help="ranks that share the columns of each expert")
     add("--dp", type=int, default=1, help="replicas of the EP x TP grid, each with sequences of its own")
-    add("--steps", type=int, default=500)
+    add("--steps", type=int, default=500, help="of the optimizer, in all")
     add("--batch", type=int, default=16, help="sequences per step, of all replicas together")
     add("--sequence", type=int, default=128, help="bytes per sequence")
-    add("--layers", type=int, default=2)
-    add("--hidden", type=int, default=128)
-    add("--heads", type=int, default=2)
-    add("--experts", type=int, default=16)
-    add("--top-k", type=int, default=4)
+    add("--layers", type=int, default=2, help="transformer blocks")
+    add("--hidden", type=int, default=128, help="hidden size")
+    add("--heads", type=int, default=2, help="of the attention")
+    add("--experts", type=int, default=16, help="per block")
+    add("--top-k", type=int, default=4, help="experts per token")
     add("--ffn", type=int, default=512, help="intermediate size of an expert")
-    add("--learning-rate", type=float, default=2e-3)
+    add("--learning-rate", type=float, default=2e-3, help="the highest, after the warm-up")
     add("--balance-loss", type=float, default=0.01, help="weight of the load balancing loss")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights and sequences")
     add("--eager", action="store_true", help="a loop over the experts in plain Paddle, to compare with")
     add("--out", type=Path, default=Path("log/train_lm"), help="checkpoint, rank logs, picture")
     add("--save-every", type=int, default=100, help="steps between checkpoints")
@@ -275,9 +276,11 @@ class Trainer:
             self.say(
                 f"WARNING: {flags[0]}: from here on the learning rate falls as for the new number of steps"
             )
-        state = paddle_moe.load_checkpoint(
-            self.checkpoint, self.model, self.optimizer, parallel=self.parallel, progress=self.is_first
-        )
+        with warnings.catch_warnings():  # Paddle's LinearWarmup warns of the state that it saved itself
+            warnings.filterwarnings("ignore", "There are some unused values in state_dict")
+            state = paddle_moe.load_checkpoint(
+                self.checkpoint, self.model, self.optimizer, parallel=self.parallel, progress=self.is_first
+            )
         self.losses = state["losses"]
         self.say(f"resumed from {self.checkpoint} at step {len(self.losses)}")
         if len(self.losses) >= self.arguments.steps:
