@@ -68,7 +68,7 @@ static_assert(kPackedBytes >= kStreamedResults * kUnitBytes, "which hold a strea
 
 constexpr int64_t kLineBytes = 64;
 // Streamed groups of up to so many bytes are prefetched into L1, of which the smallest have twice that.
-constexpr int64_t kAheadInL1 = 16 * 1024;
+constexpr int64_t kAheadInL1 = 8 * 1024;
 // Of prepacked weights: bytes ahead that a panel is prefetched into L1 for few rows, which have up to so many
 // multiply-adds by vectors for a line, and into L2 for a single tile of more, half of them where the tile has
 // several panels; more tiles of rows prefetch what all of them use next. Up to so many bytes of activations

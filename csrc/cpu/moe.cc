@@ -9,7 +9,6 @@
 // GEMM of an expert for the first of the same expert, not for a barrier.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <memory>
 #include <vector>
 
