@@ -21,14 +21,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from glob import glob
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_clib import build_clib
 from setuptools.command.build_ext import build_ext
 
-try:
-    from setuptools.modified import newer_group
-except ImportError:  # setuptools < 69
-    from distutils.dep_util import newer_group
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise RuntimeError(
+        f"setuptools is {setuptools.__version__}, which cannot read pyproject.toml. Run "
+        "`pip install 'setuptools>=77'`, then `pip install --no-build-isolation .`"
+    )
+from setuptools.modified import newer_group  # noqa: E402
 
 try:
     import paddle
@@ -36,8 +39,9 @@ try:
     from paddle.utils.cpp_extension import CppExtension
 except ImportError as error:
     raise RuntimeError(
-        f"paddle_moe is compiled against the PaddlePaddle it will run with, but {error}. Install "
-        "paddlepaddle and pybind11 into this environment, then run `pip install --no-build-isolation .`"
+        f"paddle_moe is compiled against the PaddlePaddle it will run with, but {error}. Run `pip install "
+        "paddlepaddle 'setuptools>=77' wheel pybind11`, then `pip install --no-build-isolation .`: without "
+        "that option pip builds in an environment of its own, which has no Paddle"
     ) from error
 
 

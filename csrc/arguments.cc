@@ -166,8 +166,9 @@ Problem resolve(const Arguments& a) {
   p.weight_dtype = forms.dtype;
   p.prepacked = forms.prepacked();
   resolve_sizes(a, forms, &p);
-  forms.gate_up.check(a.gate_up_weights, p.hidden_size, p.intermediate_size);
+  // I is that of down, so down_weights that do not fit would be the fault of gate_up_weights.
   forms.down.check(a.down_weights, p.intermediate_size, p.hidden_size);
+  forms.gate_up.check(a.gate_up_weights, p.hidden_size, p.intermediate_size);
   const ScaleForm gate_up_scale("gate_up_scale", forms.gate_up, p.hidden_size, p.intermediate_size);
   const ScaleForm down_scale("down_scale", forms.down, p.intermediate_size, p.hidden_size);
   gate_up_scale.check(a.gate_up_scale, a.gate_up_weights);

@@ -36,11 +36,11 @@ void expect_rank(const Name& name, const Tensor& tensor, size_t rank, const std:
 }
 
 void expect_shape(const Name& name, const Tensor& tensor, const std::vector<int64_t>& expected,
-                  const std::string& meaning) {
+                  const std::string& meaning, const char* advice) {
   if (tensor.shape.size() != expected.size() ||
       !std::equal(expected.begin(), expected.end(), tensor.shape.begin(), agree)) {
     fail(name, " must have the shape ", meaning, " = ", shape_text(expected), ", got ",
-         shape_text(tensor.shape));
+         shape_text(tensor.shape), advice);
   }
 }
 

@@ -39,7 +39,7 @@ inline void unify(int64_t* size, int64_t other) {
 
 void expect_rank(const Name& name, const Tensor& tensor, size_t rank, const std::string& meaning);
 void expect_shape(const Name& name, const Tensor& tensor, const std::vector<int64_t>& expected,
-                  const std::string& meaning);
+                  const std::string& meaning, const char* advice = "");
 void expect_dtype(const Name& name, const Tensor& tensor, DType first, DType second = DType::kUnknown);
 void expect_contiguous(const Name& name, const Tensor& tensor, size_t first_dim = 0);
 

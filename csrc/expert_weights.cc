@@ -198,11 +198,22 @@ void WeightForm::check(const std::vector<Tensor>& arrays, int64_t in, int64_t ou
   const std::string letters = shape_in_letters();
   for (size_t i = 0; i < arrays.size(); ++i) {
     const Name name(argument, i, arrays.size());
-    expect_shape(name, arrays[i], expected, letters);
+    expect_shape(name, arrays[i], expected, letters, advice_on(arrays[i].shape, expected));
     expect_weight_dtype(name, arrays[i], dtype);
     if (storage == WeightStorage::kInt4) expect_contiguous(name, arrays[i], expected.size() - 1);
     if (storage == WeightStorage::kPrepacked) expect_contiguous(name, arrays[i], 1);
   }
+}
+
+// On a shape that is not the expected one, if it looks like that of a transpose.
+const char* WeightForm::advice_on(const std::vector<int64_t>& shape,
+                                  const std::vector<int64_t>& expected) const {
+  const size_t rank = expected.size();
+  const bool transposed = shape.size() == rank &&
+                          (shape[rank - 2] == expected[rank - 1] || shape[rank - 1] == expected[rank - 2]);
+  if (transposed && storage == WeightStorage::kInOut) return "; [out, in] needs permuted_weights=True";
+  if (transposed && storage == WeightStorage::kOutIn) return "; [in, out] needs permuted_weights=False";
+  return "";
 }
 
 Matrix WeightForm::matrix(const std::vector<Tensor>& arrays, int64_t expert, int64_t part,

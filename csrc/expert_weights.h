@@ -47,6 +47,7 @@ struct WeightForm {
  private:
   std::vector<int64_t> shape(int64_t in, int64_t out) const;
   std::string shape_in_letters() const;
+  const char* advice_on(const std::vector<int64_t>& shape, const std::vector<int64_t>& expected) const;
 };
 
 struct ExpertForms {

@@ -385,6 +385,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _positive_integers(text: str, separator: str) -> tuple[int, ...]:
+    """Those of a text; none if it holds anything else."""
+    parts = text.split(separator)
+    numbers = tuple(int(part) for part in parts if part.isdecimal() and int(part) > 0)
+    return numbers if len(numbers) == len(parts) else ()
+
+
 def _read(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[int, ...]], list[int], dict | None]:
     """Variants, shapes, tokens and the report to merge with; all that can be wrong fails before measuring.
 
@@ -399,19 +406,25 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[int, ...
     names = arguments.variants.split(",")
     if arguments.backward:
         names = [name for name in names if name not in WITHOUT_BACKWARD]
-    unknown = [*(set(names) - set(VARIANTS)), *(set(arguments.dtypes.split(",")) - set(TOLERANCE))]
-    try:
-        shapes = [tuple(int(n) for n in shape.split("x")) for shape in arguments.shapes.split(",")]
-        tokens = [int(n) for n in arguments.tokens.split(",")]
-    except ValueError:
-        shapes, tokens = [], [0]
-    bad_shapes = any(len(s) != 4 or min(s) < 1 or s[1] > s[0] for s in shapes)
-    if unknown or bad_shapes or min(tokens) < 1 or arguments.rounds < 1:
+    for option, given, choices in (
+        ("variants", names, VARIANTS),
+        ("dtypes", arguments.dtypes.split(","), TOLERANCE),
+    ):
+        if unknown := set(given) - set(choices):
+            raise ValueError(
+                f"--{option} must be from {', '.join(choices)}, got {', '.join(sorted(unknown))}"
+            )
+    shapes = [_positive_integers(shape, "x") for shape in arguments.shapes.split(",")]
+    if any(len(shape) != 4 or shape[1] > shape[0] for shape in shapes):
         raise ValueError(
-            f"--shapes must be like {DEFAULT_SHAPES}, with no more experts per token than experts, --tokens "
-            f"like 1,8, --rounds at least 1, --dtypes from {', '.join(TOLERANCE)}, --variants from "
-            f"{', '.join(VARIANTS)}" + (f"; got {', '.join(unknown)}" if unknown else "")
+            f"--shapes must be like {DEFAULT_SHAPES}, with no more experts per token than experts, got "
+            f"{arguments.shapes}"
         )
+    tokens = _positive_integers(arguments.tokens, ",")
+    if not tokens:
+        raise ValueError(f"--tokens must be like 1,8, got {arguments.tokens}")
+    if arguments.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
     quantised = [dtype for dtype in arguments.dtypes.split(",") if Case(*shapes[0], 1, dtype).is_quantised]
     if not names or quantised and set(names) <= set(WITHOUT_QUANTISED):
         what = "--backward" if not names else f"--dtypes {quantised[0]}"

@@ -326,8 +326,8 @@ class ParallelContext:
                 other, same = self._grid[values != usual].tolist(), self._grid[values == usual].tolist()
                 raise RuntimeError(
                     f"{name} differs between ranks that hold the same tokens: ranks {sorted(other)}"
-                    f" disagree with ranks {sorted(same)}; make the router deterministic, or route on one"
-                    " rank and broadcast"
+                    f" disagree with ranks {sorted(same)}; give all ranks the same tokens and the same router"
+                    ' without noise of its own, or use dispatch="alltoall" where they have other tokens'
                 )
 
     def log_failures_to(self, logger: RankLogger) -> None:

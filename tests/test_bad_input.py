@@ -134,7 +134,14 @@ MISUSES = [
     ("mixture_of_experts", {"gate_up_weights": [zeros(H, I)] * 7 + [zeros(H, I - 1)]},
      "gate_up_weights[7] must have the shape [H, I] = [8, 6], got [8, 5]"),
     ("mixture_of_experts", {"permuted_weights": True},
-     "gate_up_weights must have the shape [E_l, 2I, H] = [4, 16, 8], got [4, 8, 12]"),
+     "down_weights must have the shape [E_l, H, I] = [4, 8, 8], got [4, 6, 8]; [in, out] needs "
+     "permuted_weights=False"),
+    ("mixture_of_experts", {"gate_up_weights": zeros(E, 2 * I, H)},
+     "gate_up_weights must have the shape [E_l, H, 2I] = [4, 8, 12], got [4, 12, 8]; [out, in] needs "
+     "permuted_weights=True"),
+    ("mixture_of_experts", {"down_weights": zeros(E, H, I)},
+     "down_weights must have the shape [E_l, I, H] = [4, 8, 8], got [4, 8, 6]; [out, in] needs "
+     "permuted_weights=True"),
     ("mixture_of_experts", {"down_weights": zeros(E, I, H + 1)},
      "down_weights must have the shape [E_l, I, H] = [4, 6, 8], got [4, 6, 9]"),
     ("mixture_of_experts", {"gate_up_bias": zeros(E, I)},

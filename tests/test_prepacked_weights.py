@@ -206,7 +206,7 @@ def test_refuses():
     with pytest.raises(ValueError, match="gate_up_weights must have the dtype bfloat16, got float32"):
         core.mixture_of_experts(**without(case, hidden_states=bf16["hidden_states"]))
     with pytest.raises(
-        ValueError, match=r"gate_up_weights must have the shape .* H / 2, 32\] = \[5, 12, 32, 32\]"
+        ValueError, match=r"down_weights must have the shape .* I / 2, 32\] = \[5, 4, 48, 32\]"
     ):
         panels = {name: case[name].astype(np.uint16) for name in ("gate_up_weights", "down_weights")}
         core.mixture_of_experts(**without(bf16, **panels))

@@ -238,7 +238,7 @@ GOOD_SPECS = {
         (wrong_activation, {}, "activation must be one of silu, "),
         (no_tensor, {}, "router_weights must be a paddle.Tensor, got NoneType"),
         (good_call, {"hidden_states": InputSpec([None, H + 1], "float32")},
-         "gate_up_weights must have the shape [E_l, H, 2I] = [4, 17, 24], got [4, 16, 24]"),
+         "down_weights must have the shape [E_l, I, H] = [4, 12, 17], got [4, 12, 16]"),
         (good_call, {"hidden_states": InputSpec([None, H], "float64")},
          "hidden_states must have the dtype float32, bfloat16 or float16, got float64"),
         (good_call, {"routing_table": InputSpec([None, K], "float32")},
