@@ -467,6 +467,10 @@ def main(arguments: argparse.Namespace) -> int:
 
         paddle_moe.set_num_threads(arguments.threads)
     limits = Limits(core.get_num_threads())
+    print(
+        "Medians over the rounds. x floor: by the least time that the limits of the machine allow, and its "
+        "spread; x ours: by the time of paddle_moe.\n"
+    )
     results = []
     for shape in shapes:
         for dtype in arguments.dtypes.split(","):
