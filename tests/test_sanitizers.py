@@ -69,7 +69,7 @@ def run_ctest(build: str, names: Sequence[str], seconds: int) -> None:
 
 
 def run_checks(build: str, *sources: Path, prefix: str = "") -> None:
-    run_ctest(build, [prefix + source.stem for source in sources], seconds=120)
+    run_ctest(build, [prefix + source.stem for source in sources], seconds=300)
 
 
 @pytest.mark.timeout(1800)  # .ci/run gives it what other tests leave

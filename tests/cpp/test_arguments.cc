@@ -57,7 +57,8 @@ void experts(const Layer& l) {  // T=6 H=10 I=4 E=3 K=2, fused list
           [](Arguments& a) { a.gate_up_weights[2].shape = {10, 7}; });
   refuses(l, "gate_up_weights[1]", {"float32", "bfloat16"},
           [](Arguments& a) { a.gate_up_weights[1].dtype = DType::kBFloat16; });
-  refuses(l, "gate_up_weights", {}, [](Arguments& a) { a.permuted_weights = true; });
+  refuses(l, "down_weights[0]", {"[10, 10]", "[4, 10]", "permuted_weights=False"},
+          [](Arguments& a) { a.permuted_weights = true; });
   refuses(l, "down_weights", {"empty"}, [](Arguments& a) { a.down_weights.clear(); });
   refuses(l, "down_weights[0]", {"[I, H]"}, [](Arguments& a) { a.down_weights[0].shape = {40}; });
   refuses(l, "down_weights[1]", {"[4, 10]", "[5, 10]"},
