@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import subprocess
-import sys
 
 import numpy as np
 import paddle
@@ -520,35 +518,3 @@ def test_group_sharded_parallel():
     for level in ("os", "os_g", "p_g_os"):
         with pytest.raises(AssertionError, match="only support gpu, xpu and custom_device now"):
             group_sharded_parallel(layer, optimizer, level)
-
-
-PYLAYER = """
-import paddle
-
-class Same(paddle.autograd.PyLayer):
-    @staticmethod
-    def forward(ctx, one, other):
-        return one.clone(), other.clone()
-
-    @staticmethod
-    def backward(ctx, one, other):
-        return one, other
-
-inputs = [paddle.to_tensor([2.0], stop_gradient=False) for _ in range(2)]
-one, other = Same.apply(*inputs)
-loss = one * other
-"""
-
-
-@pytest.mark.skipif(paddle.__version__ < "3.3", reason="of earlier versions nothing is said")
-@pytest.mark.parametrize(
-    "call, says",
-    [
-        ("paddle.grad(loss, inputs[:1])", "should return None"),
-        ("loss.backward(retain_graph=True); loss.backward()", "Segmentation fault"),
-    ],
-)
-def test_gradients_through_a_pylayer(call, says):
-    """When this fails, docs/training.md may say that they work where experts are spread over ranks."""
-    done = subprocess.run([sys.executable, "-c", PYLAYER + call], capture_output=True, text=True, timeout=100)
-    assert done.returncode != 0 and says in done.stdout + done.stderr

@@ -67,7 +67,8 @@ constexpr int64_t kPackedBytes = 2 * kBlockUnits * 2 * kPackedColumns * kUnitByt
 static_assert(kPackedBytes >= kStreamedResults * kUnitBytes, "which hold a streamed task's running sums");
 
 constexpr int64_t kLineBytes = 64;
-// Streamed groups of up to so many bytes are prefetched into L1, of which the smallest have twice that.
+// Streamed groups of up to so many bytes are prefetched into L1, beside the one before and the sums of a row,
+// which take as much each. The smallest L1 have four times that.
 constexpr int64_t kAheadInL1 = 8 * 1024;
 // Of prepacked weights: bytes ahead that a panel is prefetched into L1 for few rows, which have up to so many
 // multiply-adds by vectors for a line, and into L2 for a single tile of more, half of them where the tile has
