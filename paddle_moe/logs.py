@@ -58,6 +58,11 @@ _FILE_NAME = re.compile(
 )
 _RESERVED_FIELDS = ("time", "ep_rank", "tp_rank", "dp_rank", "event", "pid")
 
+# Around all writing here. A fork waits for it: a child would wait for ever for a lock, or for the buffer of a
+# file, that a thread held which it does not have.
+_lock = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
 
 # ---------------------------------------------------------------- writing
 
@@ -209,7 +214,6 @@ class _RankFiles:
         _finish_last_line(log_path)
         _finish_last_line(events_path)
         self.pid = os.getpid()
-        self._lock = threading.Lock()
         self._said = False
         self._events = open(events_path, "a", encoding="utf-8")
         text = _TextFile(self)
@@ -218,7 +222,7 @@ class _RankFiles:
 
     def write_event(self, event: dict) -> None:
         line = json.dumps(_strict_json(event), allow_nan=False)
-        with self._lock, self.surviving():
+        with _lock, self.surviving():
             self._events.write(line + "\n")
             self._events.flush()
 
@@ -247,6 +251,9 @@ class _TextFile(logging.FileHandler):
     def __init__(self, files: _RankFiles):
         super().__init__(files.log_path, encoding="utf-8", errors="backslashreplace")
         self._files = files
+
+    def createLock(self) -> None:
+        self.lock = _lock
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]

@@ -318,6 +318,33 @@ def test_a_fork_that_ends_is_not_the_end_of_the_rank(tmp_path):
     assert not rank.finished
 
 
+@pytest.mark.parametrize("suffix, write", [("log", "info"), ("jsonl", "event")])
+def test_a_fork_while_another_thread_writes(suffix, write, tmp_path):
+    """The file is a pipe, so that the thread writes until somebody reads."""
+    done = run_python(
+        "import os, signal, threading, time\n"
+        "from paddle_moe.logs import get_rank_logger\n"
+        f"pipe = {str(tmp_path / f'test_logs_ep_rank_0_tp_rank_0.{suffix}')!r}\n"
+        "os.mkfifo(pipe)\n"
+        "reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)\n"
+        f"write = get_rank_logger(0, 0, log_dir={str(tmp_path)!r}).{write}\n"
+        "def read():\n"
+        "    time.sleep(0.3)\n"
+        "    while os.read(reader, 1 << 16): pass\n"
+        "os.set_blocking(reader, True)\n"
+        "threading.Thread(target=write, args=['long' * 100_000]).start()\n"
+        "time.sleep(0.5)\n"
+        "threading.Thread(target=read, daemon=True).start()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signal.alarm(20)\n"
+        "    write('of the child')\n"
+        "    os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1])\n"
+    )
+    assert done.stdout == "0\n", done.stderr
+
+
 def test_an_uncaught_exception_is_in_the_log(tmp_path):
     done = run_python(
         "from paddle_moe.logs import get_rank_logger\n"
