@@ -458,9 +458,11 @@ class _Child:
         self.close(self.coordinator_channel)
         self.done = True
         text = f"rank {self.rank} ends: {reason}"
-        # Neither a full disk nor the name of a file that is no text must keep the rank alive.
+        # Neither a full disk, nor a stderr that nobody reads, nor a name of a file that is no text must keep
+        # the rank alive.
         with contextlib.suppress(OSError):
             os.write(2, f"\npaddle_moe: {text}\n".encode(errors="backslashreplace"))
+        with contextlib.suppress(OSError):
             self.write_log(text)
         deadline = time.monotonic() + (_GRACE_SECONDS if self.failed else 0.0)  # it may be printing its error
         while os.getppid() == self.parent and time.monotonic() < deadline:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -259,6 +260,22 @@ def test_a_reason_that_is_no_text_ends_the_ranks_too(tmp_path):
     said, _ = join_and(code, ranks=(0, 1))
     reason = "rank 0 ends: rank 1 failed: OSError: caf\\udce9\n"
     assert said.endswith(f"paddle_moe: {reason}") and reason in log.read_text()
+
+
+def test_the_reason_is_in_the_log_when_nobody_reads_stderr(tmp_path):
+    log, events = tmp_path / "log", tmp_path / "events"
+    script = (
+        "import os, time\nfrom paddle_moe.watchdog import Watchdog\n"
+        "reader, writer = os.pipe()\nos.dup2(writer, 2)\nos.close(reader)\n"
+        "watchdog = Watchdog(0, 0.5)\n"
+        "watchdog.join('127.0.0.1', watchdog.listen(0), {'world_size': 1})\n"
+        f"watchdog.log_to({str(log)!r}, {str(events)!r}, {{'rank': 0}})\n"
+        "with watchdog.waiting('ep', 'all_reduce'): time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert "rank 0 ends: rank 0 waited" in log.read_text()
+    assert [json.loads(line)["event"] for line in events.read_text().splitlines()] == ["error", "stop"]
 
 
 def test_a_fork_that_ends_says_nothing_of_its_rank():
