@@ -336,9 +336,10 @@ class ParallelContext:
         Raises:
             RuntimeError: the logger was closed.
         """
-        self.logs_failures = True
+        files = str(logger.log_path), str(logger.events_path)
         if self._watchdog is not None:
-            self._watchdog.log_to(str(logger.log_path), str(logger.events_path), logger.place)
+            self._watchdog.log_to(*files, logger.place)
+        self.logs_failures = True  # not before: another logger may be named after an error
 
     def shutdown(self) -> None:
         """Leaves the job: what happens to this rank next does not end the others. Also done at exit."""

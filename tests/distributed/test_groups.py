@@ -9,6 +9,7 @@ import pytest
 from launcher import WORKERS, launch
 
 from paddle_moe.distributed import init_distributed, rank_grid
+from paddle_moe.logs import get_rank_logger
 
 
 def test_grid_of_two_by_two():
@@ -72,6 +73,15 @@ def test_one_rank_needs_no_launcher():
         init_distributed(2)
     with pytest.raises(ValueError, match="timeout_seconds must be positive, got 0"):
         init_distributed(timeout_seconds=0)
+
+
+def test_a_closed_logger_gets_no_failures(tmp_path):
+    logger = get_rank_logger(0, 0, log_dir=tmp_path)
+    logger.close()
+    with init_distributed() as context:
+        with pytest.raises(RuntimeError, match="moe_ep_rank_0_tp_rank0 is closed"):
+            context.log_failures_to(logger)
+        assert not context.logs_failures
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "5", None, True])
