@@ -88,6 +88,7 @@ def save_picture(summary: Summary, path: str | os.PathLike) -> None:
         RuntimeError: matplotlib is not installed.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -97,21 +98,24 @@ def save_picture(summary: Summary, path: str | os.PathLike) -> None:
 
     load_height = 3.4 if len(summary.layers) <= 1 else 1.2 + 0.28 * min(max(len(summary.layers), 6), 64)
     time_height = 1.1 + 0.34 * min(max(len(summary.ranks), 3), 64)
-    figure = Figure(
-        figsize=(11, 0.9 + load_height + time_height), dpi=140, facecolor="white", layout="constrained"
-    )
-    FigureCanvasAgg(figure)
-    load_axes, time_axes = figure.subplots(2, 1, height_ratios=(load_height, time_height))
-    figure.suptitle(_headline(summary), x=0.012, ha="left", fontsize=13, fontweight="bold")
-    if not summary.layers:
-        load_axes.text(0.5, 0.5, "no moe_call event", ha="center", va="center", transform=load_axes.transAxes)
-        load_axes.set_axis_off()
-    elif len(summary.layers) == 1:
-        _draw_bars(load_axes, summary.layers[0])
-    else:
-        _draw_heat_map(figure, load_axes, summary.layers)
-    _draw_times(time_axes, summary.ranks)
-    figure.savefig(path, format="png")
+    with rc_context({"text.parse_math": False, "text.usetex": False}):  # a $ in a layer's name is a $
+        figure = Figure(
+            figsize=(11, 0.9 + load_height + time_height), dpi=140, facecolor="white", layout="constrained"
+        )
+        FigureCanvasAgg(figure)
+        load_axes, time_axes = figure.subplots(2, 1, height_ratios=(load_height, time_height))
+        figure.suptitle(_headline(summary), x=0.012, ha="left", fontsize=13, fontweight="bold")
+        if not summary.layers:
+            load_axes.text(
+                0.5, 0.5, "no moe_call event", ha="center", va="center", transform=load_axes.transAxes
+            )
+            load_axes.set_axis_off()
+        elif len(summary.layers) == 1:
+            _draw_bars(load_axes, summary.layers[0])
+        else:
+            _draw_heat_map(figure, load_axes, summary.layers)
+        _draw_times(time_axes, summary.ranks)
+        figure.savefig(path, format="png")
 
 
 def _headline(summary: Summary) -> str:

@@ -669,6 +669,13 @@ def test_bars_have_the_height_of_their_load(tmp_path):
     assert areas[0] / areas[1] == pytest.approx(2, rel=0.1)
 
 
+@pytest.mark.parametrize("names", [["moe_$0_x_$1"], ["a$\\frac$b", "c^$"]], ids=["bars", "heat map"])
+def test_names_of_layers_are_no_formulas(names, tmp_path):
+    write_events(tmp_path, 0, 0, start(1.0), *(call([1, 2], 0, layer=name) for name in names))
+    save_picture(summarize(tmp_path), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
 def test_picture_and_tables_of_a_job_that_did_nothing(tmp_path, capsys):
     write_events(
         tmp_path, 0, 0, start(1.0, rank=0, world_size=2), {"event": "error", "message": "no weights"}
