@@ -8,8 +8,10 @@ BUILD_HINT = (
 )
 
 try:
-    from paddle_moe import _core
+    import paddle_moe._core as _core  # `from paddle_moe` would blame a circular import
 except ImportError as error:
+    if isinstance(error, ModuleNotFoundError) and error.name == "paddle_moe._core":
+        raise RuntimeError(f"the compiled module paddle_moe._core is missing; {BUILD_HINT}") from None
     raise RuntimeError(
         f"the compiled module paddle_moe._core cannot be imported ({error}); {BUILD_HINT}"
     ) from error

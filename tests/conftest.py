@@ -10,7 +10,12 @@ import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import checks` works from any directory and import mode
-import checks  # noqa: E402
+try:
+    import checks  # noqa: E402
+
+    from paddle_moe import core  # noqa: F401
+except (ModuleNotFoundError, RuntimeError) as error:
+    sys.exit(f"the tests cannot start: {error}; scripts/test.sh installs and compiles what they need")
 
 # The same examples on every run and machine; HYPOTHESIS_PROFILE=explore looks for new ones.
 hypothesis.settings.register_profile(

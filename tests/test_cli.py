@@ -201,6 +201,27 @@ def test_doctor_without_compiled_modules(copy_without_modules, tmp_path):
     assert done.stdout.endswith("2 failed\n")
 
 
+def test_the_first_words_without_compiled_modules(copy_without_modules, tmp_path):
+    """Of an import, and of the tests."""
+    test = Path(__file__).with_name("test_style.py")
+    for command, before in (
+        (["-c", "import paddle_moe.core"], "RuntimeError: "),
+        (["-m", "pytest", "-p", "no:cacheprovider", str(test)], "the tests cannot start: "),
+    ):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(copy_without_modules.parent)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 1 and done.stdout == ""
+        assert "ImportError" not in done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith(f"{before}the compiled module paddle_moe._core is missing; build with `pip ")
+
+
 def test_doctor_with_damaged_modules(copy_without_modules, tmp_path):
     for module in PACKAGE.glob("*.so"):
         (copy_without_modules / module.name).write_bytes(b"\x7fELF, but no more")
