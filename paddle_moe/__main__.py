@@ -2,4 +2,4 @@ import sys
 
 from paddle_moe.cli import main
 
-sys.exit(main())
+sys.exit(main(program="python -m paddle_moe"))

@@ -1,4 +1,4 @@
-"""The command line: `python -m paddle_moe logs | doctor | bench`.
+"""The command line: `paddle_moe logs | doctor | bench`, or `python -m paddle_moe`.
 
 Each command imports what it needs when it runs, so that `doctor` still works where something is broken.
 """
@@ -15,12 +15,13 @@ from pathlib import Path
 USAGE_ERROR = 2  # the exit code that argparse uses too
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 good, 1 something failed, 2 wrong usage."""
+def main(arguments: Sequence[str] | None = None, program: str = "paddle_moe") -> int:
+    """Runs one command and returns its exit code: 0 good, 1 something failed, 2 wrong usage.
+
+    `program` is what the usage calls it.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(
-        prog="python -m paddle_moe", description="Tools of the paddle_moe package."
-    )
+    parser = argparse.ArgumentParser(prog=program, description="Tools of the paddle_moe package.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     logs = commands.add_parser("logs", help="merge the logs of all ranks into a table and a picture")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import paddle_moe
+from paddle_moe.cli import main as command_line
 from paddle_moe.console import progress_bar
 from paddle_moe.doctor import TESTED_PADDLE, TRIED_PADDLE, _check_core, _check_paddle
 from paddle_moe.logs import get_rank_logger
@@ -123,6 +124,12 @@ def test_wrong_usage(arguments, tmp_path):
     done = run_command(tmp_path, *arguments)
     assert done.returncode == 2
     assert "usage: python -m paddle_moe" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_usage_of_the_console_script(capsys):
+    with pytest.raises(SystemExit):
+        command_line(["nonsense"])
+    assert capsys.readouterr().err.startswith("usage: paddle_moe ")
 
 
 def test_help_is_quick(tmp_path):
