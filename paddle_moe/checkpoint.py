@@ -26,7 +26,7 @@ import re
 import secrets
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
@@ -182,16 +182,22 @@ def _listed(optimizer: Any) -> list[paddle.optimizer.Optimizer]:
 
 
 def _optimizer_holdings(
-    optimizers: Sequence[paddle.optimizer.Optimizer], holdings: Mapping[str, _Holding], tp_rank: int
+    optimizers: Sequence[paddle.optimizer.Optimizer],
+    holdings: Mapping[str, _Holding],
+    tp_rank: int,
+    stored: Collection[str] = (),
 ) -> dict[str, _Holding]:
-    """The same for what the optimizers keep, by `parameter.accumulator`."""
+    """The same for what the optimizers keep, by `parameter.accumulator`.
+
+    stored: parameters of which files have such a state. Frozen ones among them may be trained again later.
+    """
     owned = Counter(parameter.name for one in optimizers for parameter in parameters_of(one))
     twice = [name for name, number in owned.items() if number > 1]
     if twice:
         raise ValueError(f"optimizer: each parameter must be in one of them, and {twice} are in more")
     kept: dict[str, _Holding] = {}
     for optimizer in optimizers:
-        kept.update(_kept_by(optimizer, holdings, tp_rank))
+        kept.update(_kept_by(optimizer, holdings, tp_rank, stored))
     return kept
 
 
@@ -202,14 +208,21 @@ def create_moments(optimizer: paddle.optimizer.Optimizer, parameters: list[paddl
 
 
 def _kept_by(
-    optimizer: paddle.optimizer.Optimizer, holdings: Mapping[str, _Holding], tp_rank: int
+    optimizer: paddle.optimizer.Optimizer,
+    holdings: Mapping[str, _Holding],
+    tp_rank: int,
+    stored: Collection[str],
 ) -> dict[str, _Holding]:
     """Creates what the first step would create, so that the state does not depend on which parameters have
     had a gradient yet on which rank.
     """
-    trained = [parameter for parameter in parameters_of(optimizer) if not parameter.stop_gradient]
-    create_moments(optimizer, trained)
     name_of = {tensor.name: name for name, (tensor, _, _) in holdings.items() if tensor is not None}
+    trained = [
+        parameter
+        for parameter in parameters_of(optimizer)
+        if not parameter.stop_gradient or name_of.get(parameter.name) in stored
+    ]
+    create_moments(optimizer, trained)
     foreign = [parameter.name for parameter in trained if parameter.name not in name_of]
     if foreign:
         raise ValueError(
@@ -546,22 +559,24 @@ def load_checkpoint(
     model = _unwrapped(model)
     path, parallel = Path(path), parallel_of(model, parallel)
     holdings = _holdings(model)
-    kept = {"weight_map": holdings}
+    files, hints = TensorFiles(path), []
+    kept = [(files, holdings)]
     if optimizers := _listed(optimizer):
-        kept["optimizer_map"] = _optimizer_holdings(optimizers, holdings, parallel.tp_rank if parallel else 0)
-    plans = []
-    for map_name, held in kept.items():
-        files = TensorFiles(path, map_name)
-        plans.append(
-            _plan(path, files, held, [name for name, (one, _, _) in holdings.items() if one is None])
-        )
+        files = TensorFiles(path, "optimizer_map")
+        stored = {_owner(_KEY.fullmatch(key)["name"]) for key in files.keys()}
+        held = _optimizer_holdings(optimizers, holdings, parallel.tp_rank if parallel else 0, stored)
+        kept.append((files, held))
+        if not files.problems:
+            hints = _frozen_on_one_side(holdings, set(map(_owner, held)), stored)
+    elsewhere = [name for name, (one, _, _) in holdings.items() if one is None]
+    plans = [_plan(path, files, held, elsewhere) for files, held in kept]
     index = files.index
     problems = _check_index(path, index, optimizers) if index or not files.problems else []
     random_state = None
     if optimizers:
         raise_together(path, problems, parallel)  # the state of another optimizer has other names throughout
         # A rank that does not see the index must not go on alone.
-        raise_together(path, [*problems, *(one for plan in plans for one in plan.problems)], parallel)
+        raise_together(path, [*hints, *(one for plan in plans for one in plan.problems)], parallel)
         random_state, problems = _read_random_state(path, index, parallel)
     execute(plans, path, parallel, problems=problems, progress=f"loading {path}" if progress else None)
     if optimizers:
@@ -580,6 +595,26 @@ def load_checkpoint(
         else:
             random_state()
     return index.get("state")
+
+
+def _owner(name: str) -> str:
+    """The parameter of a `parameter.accumulator`."""
+    return name.rpartition(".")[0]
+
+
+def _frozen_on_one_side(
+    holdings: Mapping[str, _Holding], here: Collection[str], stored: Collection[str]
+) -> list[Problem]:
+    """What to do where only the files, or only the optimizers, have a state of a parameter of the model."""
+    problems = []
+    for name, (tensor, _, _) in holdings.items():
+        if name in here and name not in stored:
+            expected = "what an optimizer keeps for it (to begin anew, set its stop_gradient while you load)"
+            problems.append(Problem(INDEX_NAME, name, expected, "nothing: it was not trained"))
+        elif name in stored and name not in here and tensor is not None:
+            expected = "it in an optimizer (it may be frozen), as when this was saved"
+            problems.append(Problem(INDEX_NAME, name, expected, "it in none"))
+    return problems
 
 
 def _stored_schedules(index: Mapping[str, Any], number: int) -> list[Any]:

@@ -124,6 +124,47 @@ def test_training_goes_on_as_if_never_interrupted(tmp_path):
     assert [step(model, optimizer) for _ in range(3)] == expected
 
 
+def test_a_parameter_that_is_frozen_when_it_is_saved_or_loaded(tmp_path):
+    def make(*frozen):
+        paddle.seed(5)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+        for name in frozen:
+            model.state_dict()[name].stop_gradient = True
+        return model, paddle.optimizer.AdamW(0.1, parameters=model.parameters())
+
+    def steps(model, optimizer, number=2):
+        for _ in range(number):
+            model(paddle.ones([2, 4])).square().mean().backward()
+            optimizer.step()
+            optimizer.clear_grad()
+        return [tensor.numpy() for tensor in model.state_dict().values()]
+
+    model, optimizer = make()
+    steps(model, optimizer)
+    model[0].weight.stop_gradient = True
+    steps(model, optimizer)
+    save_checkpoint(tmp_path, model, optimizer)
+    other, its_optimizer = make("0.weight")
+    load_checkpoint(tmp_path, other, its_optimizer)
+    for one in (model, other):  # its moments are those of when it was frozen
+        one[0].weight.stop_gradient = False
+    for expected, found in zip(steps(model, optimizer), steps(other, its_optimizer)):
+        np.testing.assert_array_equal(found, expected)
+    rest = paddle.optimizer.AdamW(0.1, parameters=other.parameters()[1:])
+    with pytest.raises(CheckpointError, match=r" 0.weight: expected it in an optimizer \(it may be frozen\)"):
+        load_checkpoint(tmp_path, other, rest)
+
+    save_checkpoint(tmp_path, *make("0.weight"))
+    model, optimizer = make()
+    with pytest.raises(CheckpointError, match="0.weight: .* set its stop_gradient while you load"):
+        load_checkpoint(tmp_path, model, optimizer)
+    model, optimizer = make("0.weight")
+    load_checkpoint(tmp_path, model, optimizer)
+    model[0].weight.stop_gradient = False
+    for expected, found in zip(steps(*make()), steps(model, optimizer)):
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     "change",
     [
