@@ -154,10 +154,13 @@ class _Combine(PyLayer):
     @staticmethod
     def forward(ctx, partial, anchor, exchange):
         ctx.exchange, ctx.fixed = exchange, partial.stop_gradient
+        ctx.save_for_backward(anchor)
         return exchange.combine(partial)[0].astype(partial.dtype)
 
     @staticmethod
     def backward(ctx, out):
+        # recompute(use_reentrant=False) runs the forward again here, also on a rank that keeps nothing else.
+        ctx.saved_tensor()
         rows = ctx.exchange.send(out)
         return None if ctx.fixed else rows, paddle.zeros([1], "float32")
 
