@@ -194,12 +194,16 @@ def test_several_optimizers(tmp_path):
 
 def test_a_learning_rate_without_a_schedule(tmp_path):
     model = nn.Linear(2, 2)
+    model.bias.stop_gradient = True
     optimizer, other = (paddle.optimizer.AdamW(rate, parameters=model.parameters()) for rate in (0.1, 0.7))
     save_checkpoint(tmp_path, model, optimizer)
     load_checkpoint(tmp_path, model, other)
     assert other.get_lr() == 0.1
     file = tmp_path / "model.safetensors.index.json"
     index = json.loads(file.read_text())
+    assert {name.partition(".")[0] for name in index["optimizer_map"]} == {
+        "weight"
+    }  # the bias does not train
     del index["learning_rate"]  # as earlier versions wrote it
     file.write_text(json.dumps(index))
     other.set_lr(0.7)
@@ -482,6 +486,17 @@ def test_pieces_must_tile_a_tensor(pieces, found):
     problems = list(tensor_files._check_cover("here", "tensor", whole, sources))
     assert len(problems) == (found is not None)
     assert not problems or re.search(f"tensor: expected {found}", str(problems[0]))
+
+
+def test_keys_of_parts_that_lie_outside():
+    file = SimpleNamespace(file=Path("file"))
+    files = {"w[d0=1:4]": file, "w[d0=0:5]": file, "w[d1=0:1]": file, "other[d0=0:9]": file}
+    sources, problems = checkpoint.stored_parts(files, {"w": Part.whole([4])})
+    assert [str(one) for one in problems] == [
+        "file: w[d0=0:5]: expected d0 up to 4, found d0=0:5",
+        "file: w[d1=0:1]: expected d1 up to 0, found d1=0:1",
+    ]
+    assert sources[0] == tensor_files.Source("w[d0=1:4]", "w", Part("d0", {"d0": (1, 4)}))
 
 
 def test_problems_of_many_ranks_fit_into_a_message():
