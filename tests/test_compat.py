@@ -240,12 +240,12 @@ def test_dispatch_of_no_tokens():
     np.testing.assert_array_equal(totals.numpy(), np.zeros(EXPERTS))
 
 
-@pytest.mark.parametrize("group_moe", [False, True])
-def test_dispatch_of_nan_has_scale_zero(group_moe):
-    gating = np.zeros((2, EXPERTS), np.float32)
+@pytest.mark.parametrize("mode", [{}, {"group_moe": True}, {"topk_only_mode": True}])
+def test_dispatch_of_nan_has_scale_zero(mode):
+    gating = np.full((2, EXPERTS), 0.25, np.float32)
     gating[1, 3] = np.nan
     rows, totals, indices, scales, ids = incubate.moe_dispatch(
-        paddle.ones([2, HIDDEN]), tensors(gating), TOP_K, group_moe
+        paddle.ones([2, HIDDEN]), tensors(gating), TOP_K, **mode
     )
     np.testing.assert_array_equal(ids.numpy()[1], 0)
     np.testing.assert_array_equal(scales.numpy()[1], 0)

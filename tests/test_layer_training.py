@@ -429,8 +429,9 @@ def test_a_norm_without_clipping(clip_norm):
     for parameter, value, grad in zip(parameters, values, before):
         np.testing.assert_array_equal(parameter.numpy(), value - grad)
     for bad in (0, float("nan"), "1", None, True):
-        with pytest.raises(ValueError, match="clip_norm must be"):
-            ClipGradByGlobalNorm(bad, parallel)
+        for clip in (ClipGradByGlobalNorm, functools.partial(clip_gradients, parameters)):
+            with pytest.raises(ValueError, match="clip_norm must be"):
+                clip(bad, parallel)
 
 
 def test_clipping_keeps_float64_and_refuses_sparse_gradients():

@@ -58,8 +58,9 @@ if "quick" not in sys.argv:
 
     # bfloat16 too: added one by one, small numbers would be lost beside a large one.
     beside = paddle.full([4], 1.0 if rank else 256.0, "bfloat16")
+    beside.stop_gradient = False  # no gradient flows through it
     expected = paddle.full([4], 256.0 + (world_size - 1)).astype("bfloat16")
-    assert (context.all_reduce(beside, "grid", fp32=True) == expected).all(), beside
+    assert (context.all_reduce(beside, "grid", fp32=True) == expected).all() and beside.is_leaf, beside
 
     # A large tensor, many calls, and every call the same bits.
     noise = np.random.default_rng(rank).standard_normal(100_000).astype(np.float32)
