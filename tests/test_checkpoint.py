@@ -27,6 +27,7 @@ from safetensors.paddle import save_file
 import paddle_moe
 from paddle_moe import CheckpointError, checkpoint, load_checkpoint, save_checkpoint, tensor_files
 from paddle_moe.checkpoint import create_moments
+from paddle_moe.params import Part
 
 
 def save(path, dtype="float32", with_optimizer=True, **options):
@@ -63,6 +64,8 @@ def test_weights_stored_either_way_load_into_either(permuted, tmp_path):
     other_optimizer = make_optimizer(other)
     load_checkpoint(tmp_path, other, other_optimizer)
     assert_loaded(other, other_optimizer, Model(seed=3, permuted_weights=permuted))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["version"] == (1 if permuted else 2)  # earlier readers know [in, out] alone
 
 
 def test_saving_does_not_cut_views_off_what_they_view(tmp_path):
@@ -232,12 +235,16 @@ def test_several_optimizers(tmp_path):
 
 def test_a_learning_rate_without_a_schedule(tmp_path):
     model = nn.Linear(2, 2)
+    model.bias.stop_gradient = True
     optimizer, other = (paddle.optimizer.AdamW(rate, parameters=model.parameters()) for rate in (0.1, 0.7))
     save_checkpoint(tmp_path, model, optimizer)
     load_checkpoint(tmp_path, model, other)
     assert other.get_lr() == 0.1
     file = tmp_path / "model.safetensors.index.json"
     index = json.loads(file.read_text())
+    assert {name.partition(".")[0] for name in index["optimizer_map"]} == {
+        "weight"
+    }  # the bias does not train
     del index["learning_rate"]  # as earlier versions wrote it
     file.write_text(json.dumps(index))
     other.set_lr(0.7)
@@ -250,6 +257,8 @@ def test_other_tools_can_read_it(tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     names = set(model.state_dict()) - {"tied.weight"}
     assert index["weight_map"].keys() == names
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert index["metadata"] == {"format": "paddle_moe", "version": 1, "total_size": size}
     for key, file in index["weight_map"].items():
         with safe_open(tmp_path / file, framework="paddle") as opened:
             assert opened.get_tensor(key).numpy().tobytes() == model.state_dict()[key].numpy().tobytes()
@@ -499,6 +508,38 @@ def test_another_model(tmp_path):
     assert (str(again), again.problems) == (str(caught.value), caught.value.problems)
 
 
+@pytest.mark.parametrize(
+    ("pieces", "found"),
+    [
+        ([(0, 3), (1, 2)], "each element once, found some in 0 and in 1"),  # as many elements as there are
+        ([(0, 2), (1, 3)], "each element once, found some in 0 and in 1"),
+        ([(0, 1), (2, 4)], r"all of d0 0..3, found 3 of 4 elements, in 0, 1"),
+        ([(2, 4), (0, 2)], None),
+        (None, "one tensor, found 0"),
+    ],
+)
+def test_pieces_must_tile_a_tensor(pieces, found):
+    whole = Part.whole([] if pieces is None else [4])
+    sources = [
+        tensor_files.Source(str(index), "tensor", Part("d0", {"d0": piece}))
+        for index, piece in enumerate(pieces or ())
+    ]
+    problems = list(tensor_files._check_cover("here", "tensor", whole, sources))
+    assert len(problems) == (found is not None)
+    assert not problems or re.search(f"tensor: expected {found}", str(problems[0]))
+
+
+def test_keys_of_parts_that_lie_outside():
+    file = SimpleNamespace(file=Path("file"))
+    files = {"w[d0=1:4]": file, "w[d0=0:5]": file, "w[d1=0:1]": file, "other[d0=0:9]": file}
+    sources, problems = checkpoint.stored_parts(files, {"w": Part.whole([4])})
+    assert [str(one) for one in problems] == [
+        "file: w[d0=0:5]: expected d0 up to 4, found d0=0:5",
+        "file: w[d1=0:1]: expected d1 up to 0, found d1=0:1",
+    ]
+    assert sources[0] == tensor_files.Source("w[d0=1:4]", "w", Part("d0", {"d0": (1, 4)}))
+
+
 def test_problems_of_many_ranks_fit_into_a_message():
     """More than some megabytes would end the watchdogs, and with them the job."""
     problems = [tensor_files.Problem("file", f"key {number}", "x" * 100, "nothing") for number in range(9000)]
@@ -572,6 +613,10 @@ def test_another_optimizer(tmp_path):
         ("7", "expected an index in JSON, found AttributeError"),
         ("{}", "metadata.format: expected paddle_moe, found None"),
         ('{"metadata": [], "weight_map": {}}', "metadata.format: expected paddle_moe, found None"),
+        (
+            '{"metadata": {"format": "paddle_moe", "version": 3}, "weight_map": {}}',
+            "metadata.version: expected 1 or 2, found 3",
+        ),
     ],
 )
 def test_nothing_to_load(index, problem, with_optimizer, tmp_path):
@@ -617,9 +662,10 @@ def test_what_is_no_model(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_parameters_that_other_layers_split(tmp_path):
+@pytest.mark.parametrize("flag", ["is_distributed", "shard_group"])  # what FusedMoE gives its own
+def test_parameters_that_other_layers_split(flag, tmp_path):
     model = nn.Linear(2, 2)
-    model.weight.is_distributed = True
+    setattr(model.weight, flag, True)
     with pytest.raises(
         ValueError, match="weight is split over ranks, which is supported in FusedMoE layers and in blocks"
     ):

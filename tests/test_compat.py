@@ -45,6 +45,10 @@ def test_mixture_of_experts(layout, permuted):
     )
     assert amax is None and output.shape == [3, 3, HIDDEN]
     assert_close(output.numpy().reshape(TOKENS, HIDDEN), expected)
+    with pytest.raises(ValueError, match="chunk_size must be .* got -1"):
+        paddlenlp_ops.mixture_of_experts(
+            cube, *rows.values(), *weights.values(), permuted, "gelu", 0, EXPERTS - 1, False, -1
+        )
 
 
 def test_slices_of_experts_add_up():
@@ -76,33 +80,35 @@ def test_fused_gate_moe(normalise, bias_shape, dtype):
     x = to_storage(rng.standard_normal((TOKENS, HIDDEN)), dtype)
     gate = rng.standard_normal((HIDDEN, EXPERTS)).astype(np.float32)
     bias = None if bias_shape is None else rng.standard_normal(EXPERTS).astype(np.float32)
+    permuted = normalise
+    experts = weights["gate_up_weights"][2:5], weights["down_weights"][2:5]
     expected = reference.fused_gate_moe(
         x,
         gate,
-        weights["gate_up_weights"][2:5],
-        weights["down_weights"][2:5],
+        *experts,
         TOP_K,
+        activation="gelu",
         correction_bias=bias,
         renormalize=normalise,
         experts_min=2,
         experts_max=4,
         round_intermediate=dtype,
     )
-    output = paddlenlp_ops.fused_gate_moe(
+    arguments = (
         tensors(x),
         tensors(gate),
         None if bias is None else tensors(bias).reshape(bias_shape),
-        tensors(weights["gate_up_weights"][2:5]),
-        tensors(weights["down_weights"][2:5]),
+        *(tensors(np.ascontiguousarray(one.swapaxes(1, 2)) if permuted else one) for one in experts),
         TOP_K,
         normalise,
-        False,
-        "silu",
+        permuted,
+        "gelu",
         2,
         4,
-        64,
     )
-    assert_close(output.numpy(), expected)
+    assert_close(paddlenlp_ops.fused_gate_moe(*arguments, 64).numpy(), expected)
+    with pytest.raises(ValueError, match="chunk_size must be .* got -1"):
+        paddlenlp_ops.fused_gate_moe(*arguments, -1)
 
 
 def test_positional_order():
@@ -234,12 +240,12 @@ def test_dispatch_of_no_tokens():
     np.testing.assert_array_equal(totals.numpy(), np.zeros(EXPERTS))
 
 
-@pytest.mark.parametrize("group_moe", [False, True])
-def test_dispatch_of_nan_has_scale_zero(group_moe):
-    gating = np.zeros((2, EXPERTS), np.float32)
+@pytest.mark.parametrize("mode", [{}, {"group_moe": True}, {"topk_only_mode": True}])
+def test_dispatch_of_nan_has_scale_zero(mode):
+    gating = np.full((2, EXPERTS), 0.25, np.float32)
     gating[1, 3] = np.nan
     rows, totals, indices, scales, ids = incubate.moe_dispatch(
-        paddle.ones([2, HIDDEN]), tensors(gating), TOP_K, group_moe
+        paddle.ones([2, HIDDEN]), tensors(gating), TOP_K, **mode
     )
     np.testing.assert_array_equal(ids.numpy()[1], 0)
     np.testing.assert_array_equal(scales.numpy()[1], 0)

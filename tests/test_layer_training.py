@@ -155,6 +155,7 @@ def test_defaults(function, option, default):
 def test_capacity_in_training_only(policy):
     layer, x = make_layer(capacity_factor=0.7, drop_policy=policy), trained_tokens()
     output, ids, weights = layer(x, return_routing=True)
+    np.testing.assert_array_equal(layer.route(x)[0].numpy(), ids.numpy())
     layer.eval()
     free_output, free_ids, free_weights = layer(x, return_routing=True)
     kept = limit_capacity(free_ids, free_weights, EXPERTS, 0.7, policy)
@@ -428,8 +429,9 @@ def test_a_norm_without_clipping(clip_norm):
     for parameter, value, grad in zip(parameters, values, before):
         np.testing.assert_array_equal(parameter.numpy(), value - grad)
     for bad in (0, float("nan"), "1", None, True):
-        with pytest.raises(ValueError, match="clip_norm must be"):
-            ClipGradByGlobalNorm(bad, parallel)
+        for clip in (ClipGradByGlobalNorm, functools.partial(clip_gradients, parameters)):
+            with pytest.raises(ValueError, match="clip_norm must be"):
+                clip(bad, parallel)
 
 
 def test_clipping_keeps_float64_and_refuses_sparse_gradients():
@@ -441,6 +443,9 @@ def test_clipping_keeps_float64_and_refuses_sparse_gradients():
     np.testing.assert_array_equal(linear.weight.grad.numpy(), before)
     clip_gradients(linear.parameters(), norm.item() / 2, parallel)
     np.testing.assert_allclose(linear.weight.grad.numpy(), before / 2, rtol=1e-6)
+    half = paddle.nn.Linear(1, 301).to(dtype="bfloat16")  # 301 is none of its numbers
+    half.weight.sum().backward()
+    assert clip_gradients([half.weight], 1e9, parallel).item() == pytest.approx(301**0.5)
     embedding = paddle.nn.Embedding(5, 3, sparse=True)
     embedding(paddle.to_tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match=f"the gradient of {embedding.weight.name} is sparse"):
@@ -451,11 +456,13 @@ def test_clipping_of_the_gradients_that_fleet_keeps_in_float32():
     layer = make_layer(dtype="bfloat16")
     model = MixPrecisionLayer(layer, dtype="bfloat16")
     (model(trained_tokens().astype("bfloat16")).astype("float32") ** 2).sum().backward()
-    before = [parameter.main_grad.numpy() for parameter in layer.parameters()]
+    kept = [parameter.main_grad for parameter in layer.parameters()]  # parts of a buffer, under fleet
+    before = [grad.numpy() for grad in kept]
     norm = clip_gradients(layer.parameters(), 0.5, init_distributed())
     assert norm.item() == pytest.approx(sum((grad**2).sum() for grad in before) ** 0.5, rel=1e-5)
-    for parameter, grad in zip(layer.parameters(), before):
-        np.testing.assert_allclose(parameter.main_grad.numpy(), grad * (0.5 / norm.item()), rtol=1e-5)
+    for parameter, place, grad in zip(layer.parameters(), kept, before):
+        np.testing.assert_allclose(place.numpy(), grad * (0.5 / norm.item()), rtol=1e-5)
+        assert parameter.main_grad is place
 
 
 def test_what_is_no_context_and_no_group():

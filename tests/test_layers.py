@@ -32,6 +32,7 @@ from layer_cases import (
 from paddle_moe import functional
 from paddle_moe.layers import FusedMoE
 from paddle_moe.logs import get_rank_logger
+from paddle_moe.params import random_expert, random_gate_weight
 from paddle_moe.reference import to_float64
 
 # ---------------------------------------------------------------- one process
@@ -400,6 +401,15 @@ def test_drawn_weights_are_the_slices_of_the_dense_layer(shard, dtype):
     options = dict(shared_intermediate_size=SHARED, shared_gate=True, dtype=dtype, seed=5)
     dense = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, **options)
     drawn = FusedMoE(HIDDEN, INTER, EXPERTS, TOP_K, parallel=shard, **options)
+    expected = {"gate_weight": random_gate_weight(5, HIDDEN, EXPERTS)}
+    expected["gate_up_weight"], expected["down_weight"] = map(
+        np.stack, zip(*(random_expert(5, expert, HIDDEN, INTER) for expert in range(EXPERTS)))
+    )
+    shared = random_expert(5, EXPERTS, HIDDEN, SHARED)  # as if it were the next one
+    expected["shared_gate_up_weight"], expected["shared_down_weight"] = (one[None] for one in shared)
+    for name, value in expected.items():
+        value = paddle.to_tensor(value).astype(getattr(dense, name).dtype)
+        np.testing.assert_array_equal(getattr(dense, name).numpy(), value.numpy(), err_msg=name)
     cut = FusedMoE.from_dense(
         dense.gate_weight,
         dense.gate_up_weight,

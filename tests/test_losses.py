@@ -261,6 +261,9 @@ def test_capacity_rounds_up_and_keeps_everything_that_fits():
     assert kept.flatten().tolist() == [0, 0, -1, -1, -1]
     everything, same = limit_capacity(ids, weights, 4, 4.0)
     assert everything.tolist() == ids.tolist() and same.tolist() == weights.tolist()
+    # 1.2 * 25 / 5 is 6 in float64, and more in float32.
+    kept, _ = limit_capacity(paddle.zeros([25, 1], "int32"), paddle.ones([25, 1]), 5, 1.2)
+    assert (kept == 0).sum() == 6
     empty, _ = limit_capacity(ids[:0], weights[:0], 4, 1.0)
     assert empty.shape == [0, 1]
 
@@ -305,6 +308,8 @@ def test_correction_bias_moves_by_the_sign():
     assert balanced_correction_bias(bias, paddle.to_tensor([7, 7, 7]), 0.25).tolist() == [0.5] * 3
     # 10 / 3 is no float: an expert that is one above is still above, one at the mean stays.
     assert balanced_correction_bias(bias, paddle.to_tensor([5, 5, 5 + 2**40]), 0.25).tolist()[2] == 0.25
+    counts = paddle.to_tensor([0, 0, 1 + 2**30], "int32")  # three times that is more than 32 bits hold
+    assert balanced_correction_bias(bias, counts, 0.25).tolist() == [0.75, 0.75, 0.25]
     with pytest.raises(ValueError, match="update_speed must be positive, got 0"):
         balanced_correction_bias(bias, paddle.to_tensor([1, 2, 3]), 0)
     with pytest.raises(ValueError, match=r"counts must have the shape of correction_bias, \[3\], got \[1\]"):

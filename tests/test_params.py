@@ -182,9 +182,16 @@ def test_experts_of_another_hidden_size():
         shard_experts(*weights, permuted_weights=True)
 
 
-@pytest.mark.parametrize("bias", [np.zeros((3, 4)), [np.zeros(4)]])
-def test_a_down_bias_of_another_length(bias):
-    with pytest.raises(ValueError, match="down_bias must hold 2 experts like down_weights, got [13]"):
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (np.zeros((3, 4)), "down_bias must hold 2 experts like down_weights, got 3"),
+        ([np.zeros(4)], "down_bias must hold 2 experts like down_weights, got 1"),
+        ([np.zeros(4), np.zeros(5)], r"down_bias must have the size 4 in dimension -1, .* shape \[5\]"),
+    ],
+)
+def test_a_down_bias_of_another_length(bias, message):
+    with pytest.raises(ValueError, match=message):
         shard_experts(np.zeros((2, 4, 6)), np.zeros((2, 3, 4)), down_bias=bias)
 
 

@@ -359,6 +359,7 @@ def test_layer(kind, granularity, tmp_path):
         with autocast("O1", "bfloat16"):
             assert relative_l2(layer(x).astype("float32").numpy(), expected) < 1e-2
         assert layer.unpack_() is layer and not layer.prepacked and layer.quantized == kind
+        assert all(value.is_contiguous() for value in layer.buffers())
         assert_same_bits(layer(x).numpy(), expected)
     after = state_of(layer)
     assert after.keys() == before.keys()

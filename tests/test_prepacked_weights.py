@@ -399,6 +399,10 @@ def test_prepack_refuses():
             lambda: unpack(pack(matrix, parts=1).astype("bfloat16"), 6, parts=1),
             r"rows, 32\], got \[1, 1, 4, 16\]",
         ),
+        (
+            lambda: unpack(pack(matrix, parts=2), 5, parts=2),
+            r"weight must have the shape .*, got \[1, 2, 4, 16\]",
+        ),
     ):
         with pytest.raises(ValueError, match=text):
             call()

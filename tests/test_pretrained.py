@@ -13,7 +13,7 @@ from layer_cases import EXPERTS, HIDDEN, INTER, SHARED, TOP_K, dense_weights, gr
 from safetensors import safe_open
 from safetensors.paddle import save_file
 
-from paddle_moe import FusedMoE, load_moe_weights, save_moe_weights
+from paddle_moe import FusedMoE, load_moe_weights, save_moe_weights, tensor_files
 from paddle_moe.reference import to_float64, to_storage
 from paddle_moe.tensor_files import CheckpointError
 
@@ -187,18 +187,19 @@ def test_a_save_leaves_what_is_in_the_directory(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_paddle_matrices_the_other_way_round(tmp_path):
-    dense = dense_weights(shared=True)
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_paddle_matrices_the_other_way_round(family, tmp_path):
+    """Those of Linear layers; the stacked ones of gpt-oss have no other way."""
+    dense = dense_weights(**OPTIONS[family])
     expected = FusedMoE.from_dense(**dense, top_k=TOP_K)
     tensors = {
-        key: array.T if key.endswith(".weight") else array
-        for key, array in published("deepseek_v2", dense).items()
+        key: array.T if key.endswith(".weight") else array for key, array in published(family, dense).items()
     }
     write(tmp_path / "model", tensors)
     layer = empty_like(expected)
-    load_moe_weights(tmp_path / "model", {BLOCK["deepseek_v2"]: layer}, "deepseek_v2", transposed=False)
+    load_moe_weights(tmp_path / "model", {BLOCK[family]: layer}, family, transposed=False)
     assert_equal_bits(layer, expected)
-    save_moe_weights(tmp_path / "again", {BLOCK["deepseek_v2"]: layer}, "deepseek_v2", transposed=False)
+    save_moe_weights(tmp_path / "again", {BLOCK[family]: layer}, family, transposed=False)
     for key, array in read(tmp_path / "again").items():
         np.testing.assert_array_equal(array, tensors[key], err_msg=key)
 
@@ -249,6 +250,16 @@ def test_casts(tmp_path):
     load_moe_weights(tmp_path / "wide", {BLOCK["mixtral"]: half}, "mixtral", cast="any")
     rounded = paddle.to_tensor(dense_weights()["down"]).astype("bfloat16")
     np.testing.assert_array_equal(half.down_weight.numpy(), rounded.numpy())
+
+    numbers = np.arange(6.0)
+    others = {"norm": to_storage(numbers, "bfloat16"), "count": numbers.astype(np.int8)}
+    write(tmp_path / "others", {**published("mixtral", dense), **others})
+    double = paddle.zeros([6], "float64")
+    arguments = tmp_path / "others", {BLOCK["mixtral"]: half}, "mixtral"
+    load_moe_weights(*arguments, others={"norm": (double, False)})
+    np.testing.assert_array_equal(double.numpy(), numbers)
+    with pytest.raises(CheckpointError, match="count: expected float64, found int8"):
+        load_moe_weights(*arguments, others={"count": (double, False)}, cast="any")
 
 
 # ---------------------------------------------------------------- quantised files
@@ -351,6 +362,7 @@ def test_mxfp4_of_gpt_oss(dtype, ep_size, tp_size, tmp_path):
     dense, tensors = quantised_gpt_oss(dtype)
     write(tmp_path / "model", tensors)
     load_on_grid(tmp_path / "model", "gpt_oss", dense, "lossless", grid(ep_size, tp_size))
+    assert np.isnan(tensor_files._E8M0[255])  # the one scale that those files lack
 
 
 @pytest.mark.parametrize("ep_size, tp_size", GRIDS)
@@ -478,6 +490,13 @@ def lie_in_the_index(path, tensors):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def misplace_in_the_index(path, tensors):
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()) - {index["weight_map"][EXPERT_2]})
+    index["weight_map"][EXPERT_2] = files[0]
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def break_the_index(path, tensors):
     (path / "model.safetensors.index.json").write_text('{"weight_map": [')
 
@@ -516,6 +535,7 @@ def double_in_a_header(path, tensors):
             lie_in_the_index,
             "experts.9.up_proj.weight: expected the tensor that .* places there, found nothing",
         ),
+        (misplace_in_the_index, f"{EXPERT_2}: expected the tensor in this file, found it in model-0000"),
         (
             break_the_index,
             "model.safetensors.index.json: .*: expected an index in JSON, found JSONDecodeError",

@@ -12,10 +12,12 @@ import pytest
 from checkpoint_cases import assert_loaded, make_optimizer
 from checks import assert_same_bits, relative_l2
 from launcher import WORKERS, launch
+from layer_cases import Shard
 from small_blocks import HIDDEN, Beside, Block, accelerate, draw_tokens, integration, restore, to_checkpoint
 from training_cases import autocast, native_operators
 
-from paddle_moe import load_checkpoint, save_checkpoint
+from paddle_moe import checkpoint, load_checkpoint, save_checkpoint
+from paddle_moe.integrations.blocks import MoEBlock
 
 GRID = ("graphs_of_one_shape", "half_precision", "all_to_all", "steps_of_an_optimizer", "recomputed")
 GRID += ("checkpointed", "saved_by_replicas", "built_under_patch", "quantized", "prepacked")
@@ -221,6 +223,35 @@ def test_sizes_of_a_grid_that_are_no_integers():
     assert type(model) is Block
 
 
+def test_blocks_that_compute_something_else_are_left_alone():
+    class Other(Block):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match="model must have a mixture-of-experts block that integrations"):
+        accelerate(Other(2, 4))
+    for _ in range(2):
+        integration.patch()
+        try:
+            built = [Block(2, 4), Other(2, 4)]
+        finally:
+            integration.unpatch()
+        assert [isinstance(one, MoEBlock) for one in built] == [True, False]
+    assert type(Block(2, 4)) is Block
+
+
+@pytest.mark.parametrize("kind", ["beta1_pow_acc", "as_others_may_call_it"])
+def test_single_values_of_an_optimizer_are_whole(kind):
+    """Also those of a shard that is a single value itself: one of the four columns of the shared expert."""
+    model = accelerate(Block(5, 6, shared=4, bias=True), parallel=Shard(0, 2, 0, 2))
+    optimizer = paddle.optimizer.AdamW(parameters=model.parameters())
+    optimizer._beta1_pow_acc_str = kind
+    kept = checkpoint._optimizer_holdings([optimizer], checkpoint._holdings(model), 0)
+    found = {name: kept[f"shared.up_proj.bias.{name}"] for name in ("moment1", kind)}
+    assert [one.part.shape for one in found.values()] == [[1], [1]]
+    assert [one.whole.shape for one in found.values()] == [[4], [1]]
+
+
 def test_hooks_of_a_copy_are_its_own():
     model = integration.quantize_experts(accelerate(Block(2, 4)))
     twin = copy.deepcopy(model)
@@ -256,15 +287,21 @@ def test_quantized_experts_say_what_they_cannot_do(tmp_path):
             refused()
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_experts_that_cannot_be_quantized_are_left_alone(stacked):
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [
+        ("1.experts.3.down_proj.weight", "1.experts.3.down_proj.weight"),
+        ("1.experts.down_proj", r"1.experts.down_proj\[2\]"),
+        ("1.shared.up_proj.weight", "1.shared.up_proj.weight"),
+    ],
+)
+def test_experts_that_cannot_be_quantized_are_left_alone(stored, name):
+    stacked = stored == "1.experts.down_proj"
     model = paddle.nn.Sequential(Block(2, 4), Block(5, 12, shared=9, stacked=stacked))
     accelerate(model)
-    bad = model[1].experts.down_proj if stacked else model[1].experts[3].down_proj.weight
     with paddle.no_grad():
-        bad[(2, 1, 0) if stacked else (2, 1)] = float("nan")
+        model.state_dict()[stored][(2, 1, 0) if stacked else (2, 1)] = float("nan")
     before = {name: value.numpy() for name, value in model.state_dict().items()}
-    name = r"1.experts.down_proj\[2\]" if stacked else "1.experts.3.down_proj.weight"
     with pytest.raises(ValueError, match=f"^{name} must be finite, got infinity or NaN in it"):
         integration.quantize_experts(model)
     after = model.state_dict()

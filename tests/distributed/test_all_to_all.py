@@ -13,6 +13,8 @@ from launcher import WORKERS, launch
 from layer_cases import Shard
 
 from paddle_moe.all_to_all import all_to_all_experts, meeting_order
+from paddle_moe.deep_ep import DeepEPExchange
+from paddle_moe.distributed import init_distributed
 from paddle_moe.params import shard_range
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3}
@@ -121,6 +123,21 @@ def test_a_routing_that_does_not_fit_is_refused_before_anything_is_sent(table, w
     x = paddle.zeros([4, 6], "bfloat16")
     with pytest.raises(ValueError, match=message):
         all_to_all_experts(x, *routing, lambda rows, *_: rows, [(0, 1), (1, 2)], Shard(0, 2, 0, 1))
+
+
+def test_what_no_exchange_can_do_is_refused():
+    routing, x = (paddle.zeros([4, 2], "int32"), paddle.zeros([4, 2])), paddle.zeros([4, 6])
+    for ranges in ([(0, 1)], [(0, 1), (1, 2), (2, 3)]):
+        with pytest.raises(ValueError, match=f"for each of the 2 EP ranks, got {len(ranges)}"):
+            all_to_all_experts(x, *routing, lambda rows, *_: rows, ranges, Shard(0, 2, 0, 1))
+    with init_distributed() as alone:
+        for wrong in (lambda rows: rows[:, :3], lambda rows: rows.astype("float64")):
+            with pytest.raises(ValueError, match="experts must return the shape and dtype of its rows"):
+                all_to_all_experts(x, *routing, lambda rows, *_, wrong=wrong: wrong(rows), [(0, 1)], alone)
+    with pytest.raises(ValueError, match="DeepEP all EP ranks must own equally many experts, got 2, 1"):
+        DeepEPExchange(routing[0], [(0, 2), (2, 3)], Shard(0, 2, 0, 1))
+    with pytest.raises(ValueError, match="hidden_states must be bfloat16 with DeepEP, got .*float32"):
+        DeepEPExchange(routing[0], [(0, 1), (1, 2)], Shard(0, 2, 0, 1)).send(x)
 
 
 @pytest.mark.parametrize("size", range(1, 18))

@@ -18,7 +18,9 @@ import paddle
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from checkpoint_cases import assert_loaded, fill_moments, make_optimizer
 from checks import part_of, relative_l2
+from paddle.distributed.communication.group import Group
 from paddle.distributed.fleet.utils import recompute
+from safetensors import safe_open
 from small_blocks import HIDDEN, Beside, Block, accelerate, integration, restore, to_checkpoint
 
 from paddle_moe import (
@@ -111,6 +113,15 @@ def graphs_of_one_shape():
                 expected.square().sum().backward()
                 assert_close(x.grad, x_alone.grad.numpy(), 1e-5, "x")
                 assert_gradients(model, gradients_of(stock), 1e-5)
+    os.environ["PADDLE_MOE_CHECK"] = "1"
+    try:
+        model(draw(9, parallel.rank == 1))
+    except RuntimeError as error:
+        assert "ranks [1] disagree with" in str(error), error
+    else:
+        raise AssertionError("ranks that route other tokens were not told")
+    finally:
+        del os.environ["PADDLE_MOE_CHECK"]
 
 
 @check
@@ -257,18 +268,25 @@ def checkpointed():
 @check
 def saved_by_replicas():
     """A model that every rank has whole is written once, in turns; `parallel` says who the ranks are."""
-    path = Path(os.environ["PADDLE_LOG_DIR"]) / "whole"
-    expected, model = (Block(3, 6) for _ in range(2))
-    accelerate(expected)
-    integration.save_checkpoint(expected, path, layout="paddle", parallel=parallel)
-    for parameter in model.parameters():
-        parameter.set_value(paddle.zeros_like(parameter))
-    accelerate(model)
-    integration.load_checkpoint(model, path, layout="paddle", parallel=parallel)
-    for name, tensor in expected.state_dict().items():
-        assert (tensor == model.state_dict()[name]).all(), name
-    size = 1 if FLEET else parallel.size("grid")
-    assert len(list(path.glob("*.safetensors"))) == size, list(path.iterdir())
+    alone = Group(0, 0, [parallel.rank])
+    of_two_grids = ParallelContext.from_groups(alone, parallel.tp_group, dp_group=parallel.ep_group)
+    for number, ranks in enumerate((parallel, of_two_grids)):
+        path = Path(os.environ["PADDLE_LOG_DIR"]) / f"whole_{number}"
+        expected, model = (Block(3, 6) for _ in range(2))
+        accelerate(expected)
+        integration.save_checkpoint(expected, path, layout="paddle", parallel=ranks)
+        for parameter in model.parameters():
+            parameter.set_value(paddle.zeros_like(parameter))
+        accelerate(model)
+        integration.load_checkpoint(model, path, layout="paddle", parallel=ranks)
+        for name, tensor in expected.state_dict().items():
+            assert (tensor == model.state_dict()[name]).all(), name
+        keys = []
+        for file in path.glob("*.safetensors"):
+            with safe_open(file, framework="np") as opened:
+                keys.append(list(opened.keys()))
+        assert len(keys) == ranks.size("grid") and all(keys), keys
+        assert sorted(sum(keys, [])) == sorted(expected.state_dict())
 
 
 @check
@@ -347,10 +365,11 @@ def prepacked():
             assert relative_l2(model(x).numpy(), plain(x).numpy()) < 1e-5
         flags = [buffer.no_sync for name, buffer in model.named_buffers() if "proj" in name]
         assert flags and all(flags)
-    # All ranks refuse what one of them has: 10 columns over two of a TP group, 12 over the four of the grid.
+    # All ranks refuse what one of them has: 9 columns over two of a TP group are 5 and 4, 15 over the four of
+    # the grid are 4, 4, 4 and 3.
     for sizes, what in (
-        (dict(intermediate=10), "down_weight"),
-        (dict(intermediate=12, shared=12), "shared_down"),
+        (dict(intermediate=9), "down_weight"),
+        (dict(intermediate=12, shared=15), "shared_down"),
     ):
         model = Block(5, sizes["intermediate"], shared=sizes.get("shared", 0))
         accelerate(model, parallel=parallel)

@@ -56,6 +56,12 @@ if "quick" not in sys.argv:
     expected = np.float16(sum(40000 if sign else -30000 for sign in signs))
     assert (context.all_reduce(large, "grid").numpy() == expected).all(), large
 
+    # bfloat16 too: added one by one, small numbers would be lost beside a large one.
+    beside = paddle.full([4], 1.0 if rank else 256.0, "bfloat16")
+    beside.stop_gradient = False  # no gradient flows through it
+    expected = paddle.full([4], 256.0 + (world_size - 1)).astype("bfloat16")
+    assert (context.all_reduce(beside, "grid", fp32=True) == expected).all() and beside.is_leaf, beside
+
     # A large tensor, many calls, and every call the same bits.
     noise = np.random.default_rng(rank).standard_normal(100_000).astype(np.float32)
     first = context.all_reduce(paddle.to_tensor(noise), "grid").numpy()
@@ -116,6 +122,7 @@ if "quick" not in sys.argv:
         assert (adopted.ep_rank, adopted.tp_rank) == (context.ep_rank, context.tp_rank)
         check_sums(adopted)
         adopted.barrier()
+        assert adopted.exchange(10 * rank, "testing") == [10 * other for other in range(world_size)]
         fails_with(RuntimeError, "ranks [1]", adopted.check_same_routing, table + (rank == 1))
     if ep_size > 1 and tp_size > 1:
         fails_with(

@@ -165,10 +165,11 @@ def dropped_all_reduces():
     """Each all-reduce of a step, left out on all ranks: the comparison notices."""
     for reduce in ("two", "one"):
         layer, dense = make_layer(parallel, reduce=reduce), make_layer()
-        all_reduce, seen, left_out = parallel.all_reduce, [], None
+        all_reduce, seen, left_out, in_fp32 = parallel.all_reduce, [], None, []
 
         def faulty(tensor, group, *arguments, **options):
             seen.append(group)
+            in_fp32.append(options["fp32"])
             drop = len(seen) - 1 == left_out
             return tensor if drop else all_reduce(tensor, group, *arguments, **options)
 
@@ -178,6 +179,13 @@ def dropped_all_reduces():
             # The output, then the gradients of hidden_states, router_weights and the shared gate.
             groups = ["ep", "tp"] if reduce == "two" else ["grid"]
             assert seen == groups * 4, seen
+            assert not any(in_fp32)
+            in_fp32.clear()
+            wide = make_layer(parallel, reduce=reduce, fp32_reduce=True)
+            assert_same_gradients(wide, dense, trained_tokens())
+            # The output is in float32 already.
+            assert in_fp32 == [False] * len(groups) + [True] * len(groups * 3), in_fp32
+            del seen[len(groups) * 4 :]
             for left_out in [index for index, group in enumerate(seen) if sizes()[group] > 1]:
                 seen.clear()
                 try:
@@ -275,13 +283,20 @@ def amax():
 
 @check
 def flags():
-    layer = make_layer(parallel)
-    for name, parameter in layer.named_parameters():
-        assert getattr(parameter, "is_gate", False) == (name in ("gate_weight", "gate_bias"))
-        sharded = name not in ("gate_weight", "gate_bias", "shared_gate_weight") and ep_size * tp_size > 1
-        assert parameter.is_distributed == sharded, name
-        assert getattr(parameter, "no_sync", False) == getattr(parameter, "expert", False) == sharded, name
-        assert not sharded or parameter.color == {"color": "moe_expert", "group": parallel.dp_group}
+    gates = ("gate_weight", "gate_bias")
+    for dispatch in ("replicated", "alltoall"):
+        for name, parameter in make_layer(parallel, dispatch=dispatch).named_parameters():
+            assert getattr(parameter, "is_gate", False) == (name in gates)
+            # Of an all-to-all each EP rank has the shared expert, cut by TP alone.
+            by_tp = dispatch == "alltoall" and name.startswith("shared_")
+            shards = tp_size if by_tp else ep_size * tp_size
+            sharded = name not in (*gates, "shared_gate_weight") and shards > 1
+            assert parameter.is_distributed == getattr(parameter, "no_sync", False) == sharded, name
+            group = getattr(parameter, "shard_group", None)
+            assert group == (("tp" if by_tp else "grid") if sharded else None), name
+            expert = sharded and not by_tp
+            assert getattr(parameter, "expert", False) == expert, name
+            assert not expert or parameter.color == {"color": "moe_expert", "group": parallel.dp_group}
 
 
 @check
