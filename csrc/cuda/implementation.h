@@ -2,16 +2,15 @@
 // on the host.
 #pragma once
 
-#include <algorithm>
-
+#include "chunks.h"
 #include "cuda/common.cuh"
 #include "cuda/grouped_gemm.h"
 
 namespace paddle_moe {
 namespace cuda {
 
-constexpr int64_t kMinBlockM = 16;                    // of all implementations
-constexpr int64_t kMaxChunkSlots = int64_t{1} << 30;  // positions are 32-bit
+constexpr int64_t kMinBlockM = 16;                 // of all implementations
+constexpr int64_t kChunkBytes = int64_t{4} << 30;  // of rows, where chunk_size is left to us
 
 inline void expect(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
@@ -47,18 +46,6 @@ inline Implementation choose_implementation(const Problem& p, const void* rows, 
     return {block_m_sm90, grouped_gemm_sm90};
 #endif
   return {block_m_sm80, grouped_gemm_sm80};
-}
-
-// Where chunk_size is left to us, chunks are as large as this many bytes of rows allow: every chunk reads the
-// weights anew, so fewer are better.
-constexpr int64_t kChunkBytes = int64_t{4} << 30;
-constexpr int64_t kMinChunkTokens = 64;
-
-inline int64_t chunk_tokens(const Problem& p, int64_t bytes_per_token) {
-  const int64_t wanted =
-      p.chunk_size > 0 ? p.chunk_size : std::max(kMinChunkTokens, kChunkBytes / bytes_per_token);
-  return std::min(
-      {wanted, std::max<int64_t>(1, p.num_tokens), std::max<int64_t>(1, kMaxChunkSlots / p.top_k)});
 }
 
 inline const void* advance(const void* data, int64_t elements, DType dtype) {

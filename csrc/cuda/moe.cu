@@ -24,7 +24,7 @@ struct Layout {
         rows_stride(round_up(p.hidden_size, 8)) {
     const int64_t element = static_cast<int64_t>(dtype_size(p.dtype)), k = p.top_k;
     const int64_t bytes_per_token = k * (inter_stride * element + rows_stride * int64_t{sizeof(float)});
-    tokens = chunk_tokens(p, bytes_per_token);
+    tokens = chunk_tokens(p, bytes_per_token, kChunkBytes);
     // One tile size for all chunks. The last one may be smaller; the sums do not depend on it.
     block_m = implementation.block_m(p, tokens);
     const int64_t slots = tokens * k, experts_count = p.num_experts();

@@ -67,7 +67,8 @@ struct Layout {
     // First the gradients of the intermediate, then, when nobody needs them any more, of the hidden states.
     const int64_t row_elements =
         std::max(wanted.intermediate_grad ? inter_stride : 0, wanted.hidden ? hidden_stride : 0);
-    tokens = chunk_tokens(p, p.top_k * std::max<int64_t>(1, row_elements) * int64_t{sizeof(float)});
+    tokens =
+        chunk_tokens(p, p.top_k * std::max<int64_t>(1, row_elements) * int64_t{sizeof(float)}, kChunkBytes);
     block_m = implementation.block_m(p, tokens);
     const int64_t kept_slots = wanted.weights ? slots : std::min(slots, tokens * p.top_k);
     Arena arena(workspace);
