@@ -13,18 +13,9 @@ namespace cuda {
 constexpr int64_t kMinBlockM = 16;                 // of all implementations
 constexpr int64_t kChunkBytes = int64_t{4} << 30;  // of rows, where chunk_size is left to us
 
-inline void expect(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(error));
-  }
-}
-
 inline int compute_capability() {
-  int device = 0, major = 0, minor = 0;
-  expect(cudaGetDevice(&device), "cudaGetDevice");
-  expect(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  expect(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  return 10 * major + minor;
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
 // The implementation of the grouped GEMM that a problem gets on the current device.
