@@ -7,11 +7,14 @@
 #include <utility>
 
 #include "checks.h"
+#include "chunks.h"
 #include "expert_weights.h"
 #include "moe.h"
 
 namespace paddle_moe {
 namespace {
+
+constexpr int64_t kMaxExperts = std::numeric_limits<int32_t>::max();  // their ids are kept as int32
 
 bool is_float(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16;
@@ -40,6 +43,9 @@ void resolve_tokens(const Arguments& a, Problem* p) {
   if (p->top_k == 0)
     fail("routing_table must have at least one column (K >= 1), got the shape ",
          shape_text(a.routing_table.shape));
+  if (p->top_k > kMaxChunkSlots)
+    fail("routing_table must have at most ", kMaxChunkSlots, " columns, got the shape ",
+         shape_text(a.routing_table.shape));
   expect_shape("routing_table", a.routing_table, {p->num_tokens, p->top_k}, "[T, K]");
   expect_shape("router_weights", a.router_weights, {p->num_tokens, p->top_k}, "[T, K]");
   p->hidden_size = a.hidden_states.shape[1];
@@ -65,6 +71,15 @@ void resolve_sizes(const Arguments& a, const ExpertForms& forms, Problem* p) {
     fail(from_down ? "down_weights" : "gate_up_weights",
          " must have an intermediate dimension I >= 1, got the shape ",
          shape_text(from_down ? down.shape : gate_up.shape));
+  }
+  if (forms.num_experts > kMaxExperts || !fits({forms.num_experts, p->hidden_size, 2 * p->intermediate_size}))
+    fail("gate_up_weights must have at most ", kMaxElements, " elements in all, of at most ", kMaxExperts,
+         " experts, got E_l = ", forms.num_experts, ", H = ", p->hidden_size, ", I = ", p->intermediate_size);
+  const int64_t most_slots = kMaxElements / std::max<int64_t>(1, p->hidden_size + p->intermediate_size);
+  if (most_slots / std::max<int64_t>(1, p->num_tokens) < p->top_k) {
+    fail("routing_table must have at most ", most_slots, " elements where H + I is ",
+         p->hidden_size + p->intermediate_size, " (a T of 0 counts as 1), got the shape ",
+         shape_text(a.routing_table.shape), "; split the tokens among several calls");
   }
 }
 
@@ -246,6 +261,11 @@ GateProblem resolve_gate(const Tensor& hidden_states, const Tensor& gate_weight)
     fail("gate_weight must have at least one row and one column, got the shape ",
          shape_text(gate_weight.shape));
   }
+  if (!fits({p.num_tokens, p.num_experts})) {
+    fail("hidden_states must have at most ", kMaxElements / p.num_experts, " rows where gate_weight has ",
+         p.num_experts, " columns, got the shape ", shape_text(hidden_states.shape),
+         "; split the tokens among several calls");
+  }
   if (gate_weight.data == nullptr) return p;
   expect_contiguous("hidden_states", hidden_states, 1);
   p.hidden_states = hidden_states.data;
@@ -278,6 +298,9 @@ RouteProblem resolve_route(const Tensor& logits, const Tensor& correction_bias, 
   const int64_t num_experts = p.num_experts;
   if (num_experts == 0)
     fail("logits must have at least one column (E >= 1), got the shape ", shape_text(logits.shape));
+  if (num_experts > kMaxExperts)
+    fail("logits must have at most ", kMaxExperts, " columns, because ids are int32, got the shape ",
+         shape_text(logits.shape));
   if (!correction_bias.shape.empty()) {
     expect_shape("correction_bias", correction_bias, {num_experts}, "[E]");
     expect_dtype("correction_bias", correction_bias, DType::kFloat32);

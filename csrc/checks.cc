@@ -29,10 +29,23 @@ std::ostream& operator<<(std::ostream& text, const Name& name) {
 
 std::string shape_text(const std::vector<int64_t>& shape) { return list_text(shape, true); }
 
+bool fits(const std::vector<int64_t>& sizes) {
+  double product = 1;  // exact as far as it fits
+  for (const int64_t size : sizes) product *= static_cast<double>(std::max<int64_t>(1, size));
+  return product <= kMaxElements;
+}
+
+void expect_size(const Name& name, const Tensor& tensor) {
+  if (fits(tensor.shape)) return;
+  fail(name, " must have at most ", kMaxElements, " elements, where a size of 0 counts as 1, got the shape ",
+       shape_text(tensor.shape));
+}
+
 void expect_rank(const Name& name, const Tensor& tensor, size_t rank, const std::string& meaning) {
   if (tensor.shape.size() != rank) {
     fail(name, " must have ", rank, " dimensions ", meaning, ", got the shape ", shape_text(tensor.shape));
   }
+  expect_size(name, tensor);
 }
 
 void expect_shape(const Name& name, const Tensor& tensor, const std::vector<int64_t>& expected,

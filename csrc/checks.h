@@ -37,6 +37,15 @@ inline void unify(int64_t* size, int64_t other) {
   if (!known(*size)) *size = other;
 }
 
+// More than any memory holds; sizes in bytes of what is computed from so many still fit into 64 bits.
+constexpr int64_t kMaxElements = int64_t{1} << 48;
+
+// Whether the product is at most kMaxElements, where a size of 0, or not known yet, counts as 1.
+bool fits(const std::vector<int64_t>& sizes);
+
+// That its sizes can be multiplied with each other.
+void expect_size(const Name& name, const Tensor& tensor);
+// The same, and how many they are.
 void expect_rank(const Name& name, const Tensor& tensor, size_t rank, const std::string& meaning);
 void expect_shape(const Name& name, const Tensor& tensor, const std::vector<int64_t>& expected,
                   const std::string& meaning, const char* advice = "");

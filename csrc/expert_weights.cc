@@ -36,6 +36,8 @@ struct Counts {
 Counts count_experts(const std::vector<Tensor>& gate_up, const std::vector<Tensor>& down) {
   if (down.empty()) fail("down_weights must hold at least one tensor, got an empty list");
   if (gate_up.empty()) fail("gate_up_weights must hold at least one tensor, got an empty list");
+  expect_size({"gate_up_weights", 0, gate_up.size()}, gate_up[0]);  // those behind it have its shape
+  expect_size({"down_weights", 0, down.size()}, down[0]);
   Counts counts{};
   counts.prepacked = down[0].shape.size() == kPrepackedRank;
   if (counts.prepacked != (gate_up[0].shape.size() == kPrepackedRank)) {

@@ -55,6 +55,18 @@ def test_what_has_no_elements_is_checked_only():
         core.mixture_of_experts_backward(zeros(T, H), **arguments)
     with pytest.raises(ValueError, match=f"pre_activation_rows {text}"):
         core.pre_activation_rows(**arguments)
+    for size in (core.workspace_size, lambda **given: core.backward_workspace_size(zeros(T, H), **given)):
+        with pytest.raises(ValueError, match=f"workspace_size {text}"):
+            size(**arguments)
+    with pytest.raises(ValueError, match=f"workspace_size {text}"):
+        gate.workspace_size()
+
+
+def test_no_size_is_too_large_for_the_check_of_sizes():
+    arguments = experts_arguments() | {"hidden_states": zeros(0, H), "router_weights": zeros(0, 2**59)}
+    arguments["routing_table"] = zeros(0, 2**59, dtype="int32")
+    with pytest.raises(ValueError, match="routing_table must have at most 2814"):
+        core.mixture_of_experts(**arguments)
 
 
 @pytest.mark.parametrize("arguments", [(0, 1), (-1, 1), (1, 0)])

@@ -232,6 +232,16 @@ def test_tied_groups_go_to_the_lowest_group(backend, scoring, group_score):
 # ---------------------------------------------------------------- NaN, infinities
 
 
+@pytest.mark.parametrize("position", [0, 2], ids=["first", "last"])
+def test_a_group_of_opposite_infinities_has_no_sum_and_loses(backend, position):
+    bias = np.zeros(4, np.float32)
+    bias[position : position + 2] = np.inf, -np.inf
+    options = {"scoring": "sigmoid", "num_groups": 2, "group_score": "top2_sum", "correction_bias": bias}
+    logits = np.zeros((1, 4), np.float32)
+    assert_routed(backend.route(logits, 1, **options), logits, 1, **options)
+    assert backend.route(logits, 1, **options)[0].tolist() == [[2 - position]]
+
+
 def assert_no_expert(ids, weights):
     assert (ids == -1).all() and not weights.any() and not np.signbit(weights).any()
 

@@ -426,6 +426,7 @@ class Gate {
         problem_(resolve_gate(hidden_states_.view, gate_weight_.view)) {}
 
   size_t workspace_size() const {
+    reader_.expect_elements("workspace_size");
     return dispatch::gate_workspace_size(reader_.device(), problem_) + kAlignment;
   }
 
@@ -554,7 +555,10 @@ class Experts {
     problem_ = resolve(arguments_);
   }
 
-  size_t workspace_size() const { return dispatch::workspace_size(reader_.device(), problem_) + kAlignment; }
+  size_t workspace_size() const {
+    reader_.expect_elements("workspace_size");
+    return dispatch::workspace_size(reader_.device(), problem_) + kAlignment;
+  }
 
   int64_t pre_activation_rows() const {
     reader_.expect_elements("pre_activation_rows");
@@ -684,7 +688,10 @@ class ExpertsBackward {
     problem_ = resolve_backward(arguments, grad_out_.view, pre_activations_.view, gradients);
   }
 
-  size_t workspace_size() const { return dispatch::backward_workspace_size(device_, problem_) + kAlignment; }
+  size_t workspace_size() const {
+    reader_->expect_elements("workspace_size");
+    return dispatch::backward_workspace_size(device_, problem_) + kAlignment;
+  }
 
   py::list run(const py::object& workspace) const {
     if (!runs_) fail("outs must hold arrays, None or False, got True");

@@ -26,7 +26,7 @@ struct Layout {
         inter_stride(operand_stride(p.intermediate_size, operand)),
         down_stride(sums_stride(round_up(p.hidden_size, 2 * kPackedColumns) / 2)) {
     const int64_t bytes_per_token = p.top_k * (hidden_stride + inter_stride + down_stride) * kUnitBytes;
-    tokens = chunk_tokens(p, bytes_per_token);
+    tokens = chunk_tokens(p, bytes_per_token, kChunkBytes);
     Arena arena(workspace);
     const int64_t num_slots = tokens * p.top_k;
     slots = Slots(&arena, num_slots);

@@ -119,7 +119,8 @@ class Router {
         second = std::max(second, std::min(first, keys_[e]));
         first = std::max(first, keys_[e]);
       }
-      group_keys_[g] = p_.group_score == GroupScore::kTop2Sum && size > 1 ? first + second : first;
+      const float key = p_.group_score == GroupScore::kTop2Sum && size > 1 ? first + second : first;
+      group_keys_[g] = key == key ? key : kMinusInfinity;  // opposite infinities: the group loses
     }
     best_.find(group_keys_.data(), p_.num_groups, p_.topk_groups);
     kept_.assign(p_.num_groups, false);

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "chunks.h"
 #include "cpu/float_formats.h"
 #include "cpu/kernels.h"
 #include "cpu/workspace.h"
@@ -14,8 +15,7 @@
 namespace paddle_moe {
 namespace cpu {
 
-// Where chunk_size is left to us, chunks are as large as this many bytes of rows allow: every chunk reads the
-// weights anew, so fewer are better.
+// Of rows of a chunk, where chunk_size is left to us.
 constexpr int64_t kChunkBytes = int64_t{512} << 20;
 constexpr int64_t kRowsPerCopyTask = 32;
 constexpr int64_t kTokensPerCombineTask = 16;
@@ -69,13 +69,6 @@ inline int64_t useful_threads(const Problem& p, int64_t experts, int64_t rows) {
   const int64_t weights = 3 * p.hidden_size * p.intermediate_size;
   return 1 + std::max(experts * dtype_bytes(p.weight_dtype, weights) / kWeightBytesPerThread,
                       rows * weights / kMultipliesPerThread);
-}
-
-// The tokens of a chunk, from what one takes in the workspace and what all may take by default.
-inline int64_t chunk_tokens(const Problem& p, int64_t bytes_per_token, int64_t chunk_bytes = kChunkBytes) {
-  const int64_t chunk =
-      p.chunk_size > 0 ? p.chunk_size : std::max<int64_t>(64, chunk_bytes / bytes_per_token);
-  return std::min(chunk, std::max<int64_t>(1, p.num_tokens));
 }
 
 // Of a chunk; in the workspace.

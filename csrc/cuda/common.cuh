@@ -35,6 +35,20 @@ class Arena {
   int64_t used_ = 0;
 };
 
+inline void expect(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(error));
+  }
+}
+
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  expect(cudaGetDevice(&device), "cudaGetDevice");
+  expect(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
 // Starts `blocks` blocks, or nothing when there are none: a launch without blocks is an error in CUDA.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,

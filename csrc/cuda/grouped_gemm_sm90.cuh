@@ -326,8 +326,8 @@ void run(const GroupedGemm& gemm, const GemmWeights& weights, Stream stream) {
   // Fits 32 bits: the results of a tile are at least 8 KiB, so more tiles would not fit into any memory.
   const int64_t tiles = gemm.max_tiles * divide_up(gemm.columns, C::kColumns);
   launch("grouped_gemm_sm90", grouped_gemm_kernel<T, kBlockM, kStage, kOrder>,
-         std::min<int64_t>(num_multiprocessors(), tiles), C::kThreads, ring_bytes<C>(), stream, gemm,
-         weights.first_map, weights.up_map, weights.first.map, weights.up.map);
+         std::min<int64_t>(device_attribute(cudaDevAttrMultiProcessorCount), tiles), C::kThreads,
+         ring_bytes<C>(), stream, gemm, weights.first_map, weights.up_map, weights.first.map, weights.up.map);
 }
 
 template <class T, int kBlockM, Stage kStage>

@@ -2,29 +2,20 @@
 // on the host.
 #pragma once
 
-#include <algorithm>
-
+#include "chunks.h"
 #include "cuda/common.cuh"
 #include "cuda/grouped_gemm.h"
+#include "cuda/sort.h"
 
 namespace paddle_moe {
 namespace cuda {
 
-constexpr int64_t kMinBlockM = 16;                    // of all implementations
-constexpr int64_t kMaxChunkSlots = int64_t{1} << 30;  // positions are 32-bit
-
-inline void expect(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(error));
-  }
-}
+constexpr int64_t kMinBlockM = 16;                 // of all implementations
+constexpr int64_t kChunkBytes = int64_t{4} << 30;  // of rows, where chunk_size is left to us
 
 inline int compute_capability() {
-  int device = 0, major = 0, minor = 0;
-  expect(cudaGetDevice(&device), "cudaGetDevice");
-  expect(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  expect(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  return 10 * major + minor;
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
 // The implementation of the grouped GEMM that a problem gets on the current device.
@@ -49,24 +40,63 @@ inline Implementation choose_implementation(const Problem& p, const void* rows, 
   return {block_m_sm80, grouped_gemm_sm80};
 }
 
-// Where chunk_size is left to us, chunks are as large as this many bytes of rows allow: every chunk reads the
-// weights anew, so fewer are better.
-constexpr int64_t kChunkBytes = int64_t{4} << 30;
-constexpr int64_t kMinChunkTokens = 64;
-
-inline int64_t chunk_tokens(const Problem& p, int64_t bytes_per_token) {
-  const int64_t wanted =
-      p.chunk_size > 0 ? p.chunk_size : std::max(kMinChunkTokens, kChunkBytes / bytes_per_token);
-  return std::min(
-      {wanted, std::max<int64_t>(1, p.num_tokens), std::max<int64_t>(1, kMaxChunkSlots / p.top_k)});
-}
-
 inline const void* advance(const void* data, int64_t elements, DType dtype) {
   return static_cast<const char*>(data) + elements * static_cast<int64_t>(dtype_size(dtype));
 }
 
 inline void* advance(void* data, int64_t elements, DType dtype) {
   return static_cast<char*>(data) + elements * static_cast<int64_t>(dtype_size(dtype));
+}
+
+// With arrays from the arena for chunks of up to max_slots slots; the rest is for of_chunk().
+inline Sort take_sort(const Problem& p, int64_t max_slots, int block_m, Arena* arena) {
+  const int64_t experts = p.num_experts();
+  Sort sort;
+  sort.routing_table_dtype = p.routing_table_dtype;
+  sort.first_expert = p.first_expert;
+  sort.num_experts = static_cast<int32_t>(experts);
+  sort.block_m = block_m;
+  sort.local_expert = arena->take<int32_t>(max_slots);
+  sort.position = arena->take<int32_t>(max_slots);
+  sort.row_slot = arena->take<int32_t>(max_slots);
+  sort.expert_rows = arena->take<int32_t>(experts);
+  sort.first_row = arena->take<int32_t>(experts);
+  // For any implementation: the size of the workspace must not depend on the alignment of the arrays.
+  sort.tiles = arena->take<Tile>(max_tiles(max_slots, experts, kMinBlockM));
+  sort.num_tiles = arena->take<int32_t>(1);
+  sort.experts = arena->take<Expert>(experts);
+  sort.counts = arena->take<int32_t>(sort_scratch(max_slots, experts));
+  return sort;
+}
+
+inline Sort of_chunk(Sort sort, const Problem& p, int64_t first_token, int64_t num_tokens) {
+  sort.routing_table = advance(p.routing_table, first_token * p.top_k, p.routing_table_dtype);
+  sort.num_slots = static_cast<int32_t>(num_tokens * p.top_k);
+  return sort;
+}
+
+// The rows of a chunk times matrices of a table of experts: which ones, of what, is left to the caller.
+inline GroupedGemm gemm_of(const Sort& chunk, const Expert* table) {
+  GroupedGemm gemm;
+  gemm.row_slot = chunk.row_slot;
+  gemm.experts = table;
+  gemm.tiles = chunk.tiles;
+  gemm.num_tiles = chunk.num_tiles;
+  gemm.max_tiles = max_tiles(chunk.num_slots, chunk.num_experts, chunk.block_m);
+  gemm.block_m = chunk.block_m;
+  return gemm;
+}
+
+// The first GEMM; what becomes of gate and up is left to the caller.
+inline GroupedGemm gate_up_gemm(const Problem& p, const Sort& chunk, int64_t first_token) {
+  GroupedGemm gemm = gemm_of(chunk, chunk.experts);
+  gemm.depth = p.hidden_size;
+  gemm.columns = p.intermediate_size;
+  gemm.a = advance(p.hidden_states, first_token * p.hidden_states_stride, p.dtype);
+  gemm.a_stride = p.hidden_states_stride;
+  gemm.top_k = static_cast<int32_t>(p.top_k);
+  gemm.bias_dtype = p.bias_dtype;
+  return gemm;
 }
 
 }  // namespace cuda

@@ -11,7 +11,6 @@
 #include "cuda/combine.h"
 #include "cuda/common.cuh"
 #include "cuda/implementation.h"
-#include "cuda/sort.h"
 
 namespace paddle_moe {
 namespace cuda {
@@ -24,23 +23,12 @@ struct Layout {
         rows_stride(round_up(p.hidden_size, 8)) {
     const int64_t element = static_cast<int64_t>(dtype_size(p.dtype)), k = p.top_k;
     const int64_t bytes_per_token = k * (inter_stride * element + rows_stride * int64_t{sizeof(float)});
-    tokens = chunk_tokens(p, bytes_per_token);
-    // One tile size for all chunks. The last one may be smaller; the sums do not depend on it.
-    block_m = implementation.block_m(p, tokens);
-    const int64_t slots = tokens * k, experts_count = p.num_experts();
-    // For any implementation: the size of the workspace must not depend on the alignment of the arrays.
-    tiles_count = max_tiles(slots, experts_count, kMinBlockM);
+    tokens = chunk_tokens(p, bytes_per_token, kChunkBytes);
+    const int64_t slots = tokens * k;
     Arena arena(workspace);
-    experts = arena.take<Expert>(experts_count);
-    expert_rows = arena.take<int32_t>(experts_count);
-    first_row = arena.take<int32_t>(experts_count);
-    counts = arena.take<int32_t>(sort_scratch(slots, experts_count));
-    tiles = arena.take<Tile>(tiles_count);
-    num_tiles = arena.take<int32_t>(1);
+    // One tile size for all chunks. The last one may be smaller; the sums do not depend on it.
+    sort = take_sort(p, slots, implementation.block_m(p, tokens), &arena);
     blocks_done = arena.take<uint32_t>(1);
-    local_expert = arena.take<int32_t>(slots);
-    position = arena.take<int32_t>(slots);
-    row_slot = arena.take<int32_t>(slots);
     intermediate = arena.take<char>(slots * inter_stride * element);
     rows = arena.take<float>(slots * rows_stride);
     bytes = arena.used();
@@ -48,11 +36,8 @@ struct Layout {
 
   Implementation implementation;
   int64_t inter_stride, rows_stride;  // elements; whole 16-byte vectors
-  int64_t tokens, tiles_count;
-  int block_m;
-  Expert* experts;
-  Tile* tiles;
-  int32_t *expert_rows, *first_row, *counts, *num_tiles, *local_expert, *position, *row_slot;
+  int64_t tokens;
+  Sort sort;
   uint32_t* blocks_done;
   char* intermediate;
   float* rows;
@@ -62,23 +47,8 @@ struct Layout {
 // route: to be done first, for a chunk of all tokens and at most kSlotsOfOneBlock slots; or null.
 void run_chunk(const Problem& p, const Layout& w, int64_t first_token, int64_t num_tokens, Stream stream,
                void* out, uint32_t* amax, void* pre_activations, const RouteProblem* route = nullptr) {
-  const int64_t first_slot = first_token * p.top_k, num_slots = num_tokens * p.top_k;
-  Sort sort;
-  sort.routing_table = advance(p.routing_table, first_slot, p.routing_table_dtype);
-  sort.routing_table_dtype = p.routing_table_dtype;
-  sort.first_expert = p.first_expert;
-  sort.num_experts = static_cast<int32_t>(p.num_experts());
-  sort.num_slots = static_cast<int32_t>(num_slots);
-  sort.block_m = w.block_m;
-  sort.local_expert = w.local_expert;
-  sort.position = w.position;
-  sort.row_slot = w.row_slot;
-  sort.expert_rows = w.expert_rows;
-  sort.first_row = w.first_row;
-  sort.tiles = w.tiles;
-  sort.num_tiles = w.num_tiles;
-  sort.experts = w.experts;
-  sort.counts = w.counts;
+  const int64_t first_slot = first_token * p.top_k;
+  const Sort sort = of_chunk(w.sort, p, first_token, num_tokens);
   if (route != nullptr) {
     route_and_sort_slots(*route, static_cast<float*>(const_cast<void*>(p.router_weights)), w.blocks_done,
                          sort, p.experts, stream);
@@ -86,36 +56,25 @@ void run_chunk(const Problem& p, const Layout& w, int64_t first_token, int64_t n
     sort_slots(sort, p.experts, stream);
   }
 
-  GroupedGemm gemm;
-  gemm.depth = p.hidden_size;
-  gemm.columns = p.intermediate_size;
-  gemm.a = advance(p.hidden_states, first_token * p.hidden_states_stride, p.dtype);
-  gemm.a_stride = p.hidden_states_stride;
-  gemm.row_slot = w.row_slot;
-  gemm.top_k = static_cast<int32_t>(p.top_k);
-  gemm.experts = w.experts;
-  gemm.tiles = w.tiles;
-  gemm.num_tiles = w.num_tiles;
-  gemm.max_tiles = max_tiles(num_slots, p.num_experts(), w.block_m);
-  gemm.block_m = w.block_m;
-  gemm.out = w.intermediate;
-  gemm.out_stride = w.inter_stride;
-  gemm.activation = p.activation;
-  gemm.bias_dtype = p.bias_dtype;
-  gemm.amax = amax;
+  GroupedGemm gate_up = gate_up_gemm(p, sort, first_token);
+  gate_up.out = w.intermediate;
+  gate_up.out_stride = w.inter_stride;
+  gate_up.activation = p.activation;
+  gate_up.amax = amax;
   if (pre_activations != nullptr) {
-    gemm.pre_activations = advance(pre_activations, first_slot * 2 * p.intermediate_size, p.dtype);
+    gate_up.pre_activations = advance(pre_activations, first_slot * 2 * p.intermediate_size, p.dtype);
   }
-  w.implementation.run(Stage::kGateUp, p, gemm, stream);
+  w.implementation.run(Stage::kGateUp, p, gate_up, stream);
 
-  gemm.depth = p.intermediate_size;
-  gemm.columns = p.hidden_size;
-  gemm.a = w.intermediate;
-  gemm.a_stride = w.inter_stride;
-  gemm.row_slot = nullptr;
-  gemm.out = w.rows;
-  gemm.out_stride = w.rows_stride;
-  w.implementation.run(Stage::kDown, p, gemm, stream);
+  GroupedGemm down = gemm_of(sort, sort.experts);
+  down.depth = p.intermediate_size;
+  down.columns = p.hidden_size;
+  down.a = w.intermediate;
+  down.a_stride = w.inter_stride;
+  down.row_slot = nullptr;  // the intermediate lies in the order of the experts
+  down.out = w.rows;
+  down.out_stride = w.rows_stride;
+  w.implementation.run(Stage::kDown, p, down, stream);
 
   Combine sum;
   sum.num_tokens = num_tokens;
@@ -123,11 +82,11 @@ void run_chunk(const Problem& p, const Layout& w, int64_t first_token, int64_t n
   sum.top_k = static_cast<int32_t>(p.top_k);
   sum.rows = w.rows;
   sum.rows_stride = w.rows_stride;
-  sum.position = w.position;
-  sum.local_expert = w.local_expert;
+  sum.position = sort.position;
+  sum.local_expert = sort.local_expert;
   sum.router_weights = advance(p.router_weights, first_slot, p.router_weights_dtype);
   sum.router_weights_dtype = p.router_weights_dtype;
-  sum.experts = p.experts[0].down_bias != nullptr ? w.experts : nullptr;
+  sum.experts = p.experts[0].down_bias != nullptr ? sort.experts : nullptr;
   sum.bias_dtype = p.bias_dtype;
   sum.out = advance(out, first_token * p.hidden_size, p.dtype);
   combine(sum, p.dtype, stream);

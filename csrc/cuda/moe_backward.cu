@@ -20,7 +20,6 @@
 #include "cuda/backward.h"
 #include "cuda/combine.h"
 #include "cuda/implementation.h"
-#include "cuda/sort.h"
 
 namespace paddle_moe {
 namespace cuda {
@@ -56,7 +55,7 @@ struct Layout {
         inter_stride(round_up(b.forward.intermediate_size, 8)),
         hidden_stride(round_up(b.forward.hidden_size, 8)) {
     const Problem& p = b.forward;
-    const int64_t element = static_cast<int64_t>(dtype_size(p.dtype)), experts = p.num_experts();
+    const int64_t element = static_cast<int64_t>(dtype_size(p.dtype));
     if (p.num_tokens > kMaxChunkSlots / p.top_k) {
       throw std::invalid_argument("routing_table must have at most " + std::to_string(kMaxChunkSlots) +
                                   " elements in a backward on a GPU, got the shape [" +
@@ -67,19 +66,13 @@ struct Layout {
     // First the gradients of the intermediate, then, when nobody needs them any more, of the hidden states.
     const int64_t row_elements =
         std::max(wanted.intermediate_grad ? inter_stride : 0, wanted.hidden ? hidden_stride : 0);
-    tokens = chunk_tokens(p, p.top_k * std::max<int64_t>(1, row_elements) * int64_t{sizeof(float)});
-    block_m = implementation.block_m(p, tokens);
+    tokens =
+        chunk_tokens(p, p.top_k * std::max<int64_t>(1, row_elements) * int64_t{sizeof(float)}, kChunkBytes);
     const int64_t kept_slots = wanted.weights ? slots : std::min(slots, tokens * p.top_k);
     Arena arena(workspace);
-    for (Expert*& table : tables) table = arena.take<Expert>(experts);
-    expert_rows = arena.take<int32_t>(experts);
-    first_row = arena.take<int32_t>(experts);
-    counts = arena.take<int32_t>(sort_scratch(slots, experts));
-    tiles = arena.take<Tile>(max_tiles(slots, experts, kMinBlockM));
-    num_tiles = arena.take<int32_t>(1);
-    local_expert = arena.take<int32_t>(slots);
-    position = arena.take<int32_t>(slots);
-    row_slot = arena.take<int32_t>(slots);
+    sort = take_sort(p, slots, implementation.block_m(p, tokens), &arena);
+    for (Expert** table : {&down_transposed, &gate_up_transposed, &gradients})
+      *table = arena.take<Expert>(p.num_experts());
     if (recompute || wanted.gate_up_rows) {
       gate_up = arena.take<char>(kept_slots * 2 * p.intermediate_size * element);
     }
@@ -93,13 +86,10 @@ struct Layout {
   bool recompute;
   int64_t inter_stride, hidden_stride;  // elements; whole 16-byte vectors
   int64_t tokens;                       // of a chunk
-  int block_m;
-  // The forward's weights; as `down` and `up` what the GEMMs by rows multiply with: down transposed, and gate
-  // and up transposed; gradients.
-  enum Table { kForward, kDownTransposed, kGateUpTransposed, kGradients, kNumTables };
-  Expert* tables[kNumTables];
-  Tile* tiles;
-  int32_t *expert_rows, *first_row, *counts, *num_tiles, *local_expert, *position, *row_slot;
+  Sort sort;                            // `experts`: the forward's weights
+  // As `down` and `up` what the GEMMs by rows multiply with: down transposed, and gate and up transposed.
+  Expert *down_transposed, *gate_up_transposed;
+  Expert* gradients;
   // In the order of the slots; of all where weights have a gradient, else of a chunk.
   char* gate_up = nullptr;       // pre-activations that are computed again, then their gradients; [slots, 2I]
   char* intermediate = nullptr;  // weighted
@@ -118,7 +108,7 @@ class Backward {
       run_chunk(t, std::min(w_.tokens, p_.num_tokens - t));
     }
     if (!w_.wanted.weights) return;
-    if (w_.tokens != p_.num_tokens) sort(0, p_.num_tokens);
+    if (w_.tokens != p_.num_tokens) sort_slots(of_chunk(w_.sort, p_, 0, p_.num_tokens), p_.experts, stream_);
     sum_over_tokens();
   }
 
@@ -133,23 +123,28 @@ class Backward {
     }
     if (p_.num_tokens == 0) return;
     if (w_.wanted.intermediate_grad) {
-      store_experts(by_down_.experts, w_.tables[Layout::kDownTransposed], stream_);
+      store_experts(by_down_.experts, w_.down_transposed, stream_);
     }
     if (w_.wanted.hidden) {
-      store_experts(by_gate_up_.experts, w_.tables[Layout::kGateUpTransposed], stream_);
+      store_experts(by_gate_up_.experts, w_.gate_up_transposed, stream_);
     }
   }
 
   void run_chunk(int64_t first_token, int64_t num_tokens) const {
     const Wanted& wanted = w_.wanted;
-    const int64_t first_slot = first_token * p_.top_k, num_slots = num_tokens * p_.top_k;
+    const int64_t first_slot = first_token * p_.top_k;
     const int64_t kept_slot = wanted.weights ? first_slot : 0;
     void* gate_up =
         w_.gate_up ? advance(w_.gate_up, kept_slot * 2 * p_.intermediate_size, p_.dtype) : nullptr;
-    sort(first_token, num_tokens);
-    if (w_.recompute) recompute(first_token, num_slots, gate_up);
+    const Sort sort = of_chunk(w_.sort, p_, first_token, num_tokens);
+    sort_slots(sort, p_.experts, stream_);
+    if (w_.recompute) {
+      GroupedGemm g = gate_up_gemm(p_, sort, first_token);
+      g.pre_activations = gate_up;
+      w_.implementation.run(Stage::kGateUp, p_, g, stream_);
+    }
     if (wanted.intermediate_grad) {
-      GroupedGemm g = gemm(Layout::kDownTransposed, num_slots);
+      GroupedGemm g = gemm_of(sort, w_.down_transposed);
       g.depth = p_.hidden_size;
       g.columns = p_.intermediate_size;
       g.a = advance(b_.grad_out, first_token * b_.grad_out_stride, p_.dtype);
@@ -159,9 +154,9 @@ class Backward {
       g.out_stride = w_.inter_stride;
       w_.implementation.run(Stage::kDown, by_down_, g, stream_);
     }
-    if (wanted.activation) backward_through_activation(first_slot, num_slots, kept_slot, gate_up);
+    if (wanted.activation) backward_through_activation(first_slot, sort.num_slots, kept_slot, gate_up);
     if (wanted.hidden) {
-      GroupedGemm g = gemm(Layout::kGateUpTransposed, num_slots);
+      GroupedGemm g = gemm_of(sort, w_.gate_up_transposed);
       g.depth = p_.intermediate_size;
       g.parts = 2;
       g.columns = p_.hidden_size;
@@ -176,7 +171,7 @@ class Backward {
 
   void sum_over_tokens() const {
     const Wanted& wanted = w_.wanted;
-    store_experts(b_.experts, w_.tables[Layout::kGradients], stream_);
+    store_experts(b_.experts, w_.gradients, stream_);
     const int64_t h = p_.hidden_size, i = p_.intermediate_size;
     const int32_t top_k = static_cast<int32_t>(p_.top_k);
     const OperandRows hidden{p_.hidden_states, p_.hidden_states_stride, top_k};
@@ -191,59 +186,16 @@ class Backward {
     if (wanted.down_bias) bias(Weight::kDown, grad_out, h, p_.router_weights);
   }
 
-  void sort(int64_t first_token, int64_t num_tokens) const {
-    Sort sort;
-    sort.routing_table = advance(p_.routing_table, first_token * p_.top_k, p_.routing_table_dtype);
-    sort.routing_table_dtype = p_.routing_table_dtype;
-    sort.first_expert = p_.first_expert;
-    sort.num_experts = static_cast<int32_t>(p_.num_experts());
-    sort.num_slots = static_cast<int32_t>(num_tokens * p_.top_k);
-    sort.block_m = w_.block_m;
-    sort.local_expert = w_.local_expert;
-    sort.position = w_.position;
-    sort.row_slot = w_.row_slot;
-    sort.expert_rows = w_.expert_rows;
-    sort.first_row = w_.first_row;
-    sort.tiles = w_.tiles;
-    sort.num_tiles = w_.num_tiles;
-    sort.experts = w_.tables[Layout::kForward];
-    sort.counts = w_.counts;
-    sort_slots(sort, p_.experts, stream_);
-  }
-
-  GroupedGemm gemm(Layout::Table table, int64_t num_slots) const {
-    GroupedGemm gemm;
-    gemm.row_slot = w_.row_slot;
-    gemm.experts = w_.tables[table];
-    gemm.tiles = w_.tiles;
-    gemm.num_tiles = w_.num_tiles;
-    gemm.max_tiles = max_tiles(num_slots, p_.num_experts(), w_.block_m);
-    gemm.block_m = w_.block_m;
-    return gemm;
-  }
-
-  void recompute(int64_t first_token, int64_t num_slots, void* pre_activations) const {
-    GroupedGemm g = gemm(Layout::kForward, num_slots);
-    g.depth = p_.hidden_size;
-    g.columns = p_.intermediate_size;
-    g.a = advance(p_.hidden_states, first_token * p_.hidden_states_stride, p_.dtype);
-    g.a_stride = p_.hidden_states_stride;
-    g.top_k = static_cast<int32_t>(p_.top_k);
-    g.bias_dtype = p_.bias_dtype;
-    g.pre_activations = pre_activations;
-    w_.implementation.run(Stage::kGateUp, p_, g, stream_);
-  }
-
-  void backward_through_activation(int64_t first_slot, int64_t num_slots, int64_t kept_slot,
+  void backward_through_activation(int64_t first_slot, int32_t num_slots, int64_t kept_slot,
                                    void* gate_up) const {
     const Wanted& wanted = w_.wanted;
     ActivationBackward a;
-    a.num_slots = static_cast<int32_t>(num_slots);
+    a.num_slots = num_slots;
     a.top_k = static_cast<int32_t>(p_.top_k);
     a.intermediate_size = p_.intermediate_size;
     a.hidden_size = p_.hidden_size;
-    a.position = w_.position;
-    a.local_expert = w_.local_expert;
+    a.position = w_.sort.position;
+    a.local_expert = w_.sort.local_expert;
     a.pre_activations =
         w_.recompute ? gate_up : advance(b_.pre_activations, first_slot * 2 * p_.intermediate_size, p_.dtype);
     a.intermediate_grad = wanted.intermediate_grad ? w_.rows : nullptr;
@@ -253,7 +205,7 @@ class Backward {
     a.activation = p_.activation;
     a.grad_out = advance(b_.grad_out, first_slot / p_.top_k * b_.grad_out_stride, p_.dtype);
     a.grad_out_stride = b_.grad_out_stride;
-    a.experts = p_.experts[0].down_bias != nullptr ? w_.tables[Layout::kForward] : nullptr;
+    a.experts = p_.experts[0].down_bias != nullptr ? w_.sort.experts : nullptr;
     a.bias_dtype = p_.bias_dtype;
     a.gate_up_grad = wanted.gate_up_rows ? gate_up : nullptr;
     if (wanted.down) {
@@ -273,8 +225,8 @@ class Backward {
     sum.top_k = static_cast<int32_t>(p_.top_k);
     sum.rows = w_.rows;
     sum.rows_stride = w_.hidden_stride;
-    sum.position = w_.position;
-    sum.local_expert = w_.local_expert;
+    sum.position = w_.sort.position;
+    sum.local_expert = w_.sort.local_expert;
     sum.out = advance(b_.hidden_states, first_token * p_.hidden_size, p_.dtype);
     combine(sum, p_.dtype, stream_);
   }
@@ -288,10 +240,10 @@ class Backward {
     g.in_features = in_features;
     g.out_features = out_features;
     g.num_experts = static_cast<int32_t>(p_.num_experts());
-    g.row_slot = w_.row_slot;
-    g.first_row = w_.first_row;
-    g.expert_rows = w_.expert_rows;
-    g.gradients = w_.tables[Layout::kGradients];
+    g.row_slot = w_.sort.row_slot;
+    g.first_row = w_.sort.first_row;
+    g.expert_rows = w_.sort.expert_rows;
+    g.gradients = w_.gradients;
 #ifndef PADDLE_MOE_NO_SM90A  // not compiled for it
     const bool half = p_.dtype != DType::kFloat32;
     if (half && compute_capability() == 90 && weight_gradient_sm90(g, b_.experts, p_.dtype, stream_)) return;
@@ -307,10 +259,10 @@ class Backward {
     g.row_weights = row_weights;
     g.row_weights_dtype = p_.router_weights_dtype;
     g.num_experts = static_cast<int32_t>(p_.num_experts());
-    g.row_slot = w_.row_slot;
-    g.first_row = w_.first_row;
-    g.expert_rows = w_.expert_rows;
-    g.gradients = w_.tables[Layout::kGradients];
+    g.row_slot = w_.sort.row_slot;
+    g.first_row = w_.sort.first_row;
+    g.expert_rows = w_.sort.expert_rows;
+    g.gradients = w_.gradients;
     g.bias_dtype = p_.bias_dtype;
     bias_gradient(g, p_.dtype, stream_);
   }

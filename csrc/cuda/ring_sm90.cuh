@@ -171,16 +171,5 @@ __device__ __forceinline__ void store_block(unsigned char* staging, const float 
   __syncwarp();
 }
 
-inline int num_multiprocessors() {
-  int device = 0, count = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("CUDA: the number of multiprocessors is not known: ") +
-                             cudaGetErrorString(error));
-  }
-  return count;
-}
-
 }  // namespace cuda
 }  // namespace paddle_moe

@@ -156,7 +156,8 @@ class Router {
         second = fmaxf(second, fminf(first, keys_[e]));
         first = fmaxf(first, keys_[e]);
       }
-      group_keys_[g] = p_.group_score == GroupScore::kTop2Sum && size > 1 ? first + second : first;
+      const float key = p_.group_score == GroupScore::kTop2Sum && size > 1 ? first + second : first;
+      group_keys_[g] = key == key ? key : kMinusInfinity;  // opposite infinities: the group loses
     }
     __syncwarp();
     Ranked last_kept = before_all();

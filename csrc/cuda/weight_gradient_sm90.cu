@@ -192,8 +192,8 @@ bool weight_gradient_sm90(WeightGradient p, const std::vector<Expert>& gradients
       p.num_experts * divide_up(p.in_features, Config::kRows) * divide_up(p.out_features, Config::kColumns);
   launch("weight_gradient_sm90",
          dtype == DType::kBFloat16 ? weight_gradient_kernel<Bf16> : weight_gradient_kernel<Fp16>,
-         std::min<int64_t>(num_multiprocessors(), tiles), Config::kThreads, ring_bytes<Config>(), stream, p,
-         transposed);
+         std::min<int64_t>(device_attribute(cudaDevAttrMultiProcessorCount), tiles), Config::kThreads,
+         ring_bytes<Config>(), stream, p, transposed);
   return true;
 }
 

@@ -77,6 +77,34 @@ void experts(const Layer& l) {  // T=6 H=10 I=4 E=3 K=2, fused list
   refuses(l, "experts_min", {},
           [](Arguments& a) { a.experts_min = kMax; });  // the last expert would have no id
   refuses(l, "chunk_size", {"-1"}, [](Arguments& a) { a.chunk_size = -1; });
+  // Sizes whose products would not fit into 64 bits, or their indices into 32. No memory stands behind them:
+  // there is no token, or neighbours are one element.
+  for (int64_t k : {kMax, int64_t{1} << 60, int64_t{1} << 31}) {
+    refuses(l, "routing_table", {}, [&](Arguments& a) {
+      a.hidden_states.shape[0] = 0;
+      a.routing_table.shape = a.router_weights.shape = {0, k};
+    });
+  }
+  refuses(l, "routing_table", {"split the tokens"}, [](Arguments& a) {
+    a.hidden_states.shape[0] = a.routing_table.shape[0] = a.router_weights.shape[0] = int64_t{1} << 44;
+  });
+  refuses(l, "hidden_states", {"elements"},
+          [](Arguments& a) { a.hidden_states.shape[0] = int64_t{1} << 60; });
+  for (int64_t inter : {kMax, int64_t{1} << 62, int64_t{1} << 46}) {
+    refuses(l, "gate_up_weights[0]", {"elements"},
+            [&](Arguments& a) { a.gate_up_weights[0].shape[1] = inter; });
+    refuses(l, "down_weights[0]", {"elements"}, [&](Arguments& a) { a.down_weights[0].shape[0] = inter; });
+  }
+  const auto stacked = [](Arguments& a, int64_t num_experts, int64_t inter) {
+    a.gate_up_weights = {{a.hidden_states.data, DType::kFloat32, {num_experts, 10, 2 * inter}, {0, 0, 0}}};
+    a.down_weights = {{a.hidden_states.data, DType::kFloat32, {num_experts, inter, 10}, {0, 0, 0}}};
+  };
+  refuses(l, "gate_up_weights", {"elements"}, [&](Arguments& a) { stacked(a, int64_t{1} << 60, 4); });
+  refuses(l, "gate_up_weights", {"E_l"}, [&](Arguments& a) { stacked(a, int64_t{1} << 32, 4); });
+  refuses(l, "gate_up_weights", {"E_l"}, [](Arguments& a) {  // a list of large ones
+    for (Tensor& t : a.gate_up_weights) t = {t.data, t.dtype, {10, int64_t{1} << 44}, {0, 0}};
+    for (Tensor& t : a.down_weights) t = {t.data, t.dtype, {int64_t{1} << 43, 10}, {0, 0}};
+  });
   for (const char* name :
        {"", "swish", "SILU", "silu ", "swigluoai(1)", "swigluoai(1,2", "swigluoai(1,2)x"}) {
     refuses(l, "activation", {"silu, gelu", name}, [&](Arguments& a) { a.activation = name; });
@@ -148,6 +176,15 @@ void router() {
           [] { paddle_moe::resolve_route({nullptr, DType::kFloat32, {5}, {}}, {}, {}); });
   refuses("logits", {"float32"},
           [] { paddle_moe::resolve_route({nullptr, DType::kFloat16, {5, 12}, {}}, {}, {}); });
+  refuses("logits", {"int32"},
+          [] { paddle_moe::resolve_route({nullptr, DType::kFloat32, {0, int64_t{1} << 31}, {}}, {}, {}); });
+  refuses("logits", {"elements"}, [] {
+    paddle_moe::resolve_route({nullptr, DType::kFloat32, {int64_t{1} << 40, int64_t{1} << 30}, {}}, {}, {});
+  });
+  refuses("hidden_states", {"rows"}, [] {
+    paddle_moe::resolve_gate({nullptr, DType::kFloat32, {int64_t{1} << 40, 1}, {}},
+                             {nullptr, DType::kFloat32, {1, int64_t{1} << 24}, {}});
+  });
   refuses("correction_bias", {"[12]", "[11]"},
           [&] { paddle_moe::resolve_route(logits, {nullptr, DType::kFloat32, {11}, {}}, {}); });
   refuses("gate_weight", {"[8, ?]", "[9, 4]"}, [] {
