@@ -522,6 +522,7 @@ def route(
     Returns:
         routing_table int32 [T, top_k], best first, ties to the lowest id; router_weights float64 [T, top_k].
         A row in which a score, a selection key or a weight is NaN has the ids -1 and the weights 0.
+        A group the sum of whose two best keys is NaN, which are opposite infinities, loses.
     """
     logits = to_float64(logits)
     num_tokens, num_experts = logits.shape
